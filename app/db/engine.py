@@ -1,0 +1,107 @@
+"""The database: one engine, and the two kinds of transaction that everything else uses.
+
+The only file that knows which database it is. SQLite runs in WAL mode with every writing transaction begun as
+IMMEDIATE: a deferred one that reads before it writes fails with "database is locked" as soon as another writer comes
+between, whatever the busy timeout.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from app.errors import Overloaded
+
+# Waiting writers get this long. Shorter than a worker's lease (45 s), so that a lock never costs a lease.
+BUSY_TIMEOUT_SECONDS = 30
+
+# The WAL-reset bug can corrupt a database that several processes share; fixed in these and later releases.
+# Source: sqlite.org/wal.html, "The WAL-reset bug".
+_SQLITE_WAL_FIXES = ((3, 44, 6), (3, 50, 7), (3, 51, 3))
+
+
+class Database:
+    """One engine with `write()` and `read()` transactions. Close with `dispose()`."""
+
+    def __init__(self, url: str) -> None:
+        self._is_sqlite = make_url(url).get_backend_name() == "sqlite"
+        self.engine = _sqlite_engine(url) if self._is_sqlite else create_engine(url, pool_pre_ping=True)
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction that may change things: committed on leaving, rolled back on any exception.
+
+        Raises Overloaded if the database stays locked for longer than the busy timeout.
+        """
+        with self._session("BEGIN IMMEDIATE") as session, _locked_means_overloaded(), session.begin():
+            yield session
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A transaction that only reads, from one consistent state, and never waits for writers."""
+        with self._session("BEGIN") as session, _locked_means_overloaded(), session.begin():
+            yield session
+            session.rollback()
+
+    def check(self) -> None:
+        """Raises OperationalError if the database does not answer."""
+        with self.read() as session:
+            session.execute(text("SELECT 1"))
+
+    def dispose(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def _session(self, begin: str) -> Iterator[Session]:
+        engine = self.engine.execution_options(sqlite_begin=begin) if self._is_sqlite else self.engine
+        with Session(engine, expire_on_commit=False) as session:
+            yield session
+
+
+def wal_is_safe(version: tuple[int, int, int] = sqlite3.sqlite_version_info) -> bool:
+    """Whether this SQLite has the fix for the WAL-reset bug, on its release branch or by age."""
+    if version >= _SQLITE_WAL_FIXES[-1]:
+        return True
+    return any(version[:2] == fix[:2] and version >= fix for fix in _SQLITE_WAL_FIXES)
+
+
+def _sqlite_engine(url: str) -> Engine:
+    path = make_url(url).database
+    if path and path != ":memory:":
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: sqlite3.Connection, _record: Any) -> None:
+        # The driver's own deferred BEGIN is switched off; ours is emitted below.
+        connection.isolation_level = None
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",  # what was answered with 201 survives a power cut
+            "foreign_keys=ON",
+            "trusted_schema=OFF",
+            f"busy_timeout={BUSY_TIMEOUT_SECONDS * 1000}",
+            f"journal_size_limit={64 * 1024**2}",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN IMMEDIATE"))
+
+    return engine
+
+
+@contextmanager
+def _locked_means_overloaded() -> Iterator[None]:
+    try:
+        yield
+    except OperationalError as error:
+        if isinstance(error.orig, sqlite3.OperationalError) and "locked" in str(error.orig):
+            raise Overloaded("The database is busy; try again.", retry_after_seconds=5) from error
+        raise

@@ -1,0 +1,246 @@
+"""Every table. Constraints and indexes are named, so that migrations can speak of them.
+
+Ids that callers see are opaque strings (`ds_…`, `job_…`, `mdl_…`); `seq` is what lists and the queue are ordered by,
+because it grows whatever the clock does.
+"""
+
+import secrets
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+def new_id(prefix: str) -> str:
+    """An opaque id of 120 random bits, such as `ds_1f0c…`. prefix: "ds", "job", "mdl" or "key"."""
+    return f"{prefix}_{secrets.token_hex(15)}"
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware datetime in UTC; SQLite forgets time zones, so it is put back on reading."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a datetime without a time zone")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own way)
+        dict[str, Any]: JSON,
+        list[Any]: JSON,
+        datetime: UtcDateTime,
+        str: String,
+    }
+
+
+# SQLite gives automatic keys only to a column typed INTEGER; PostgreSQL should get 64 bits.
+BigKey = BigInteger().with_variant(Integer, "sqlite")
+
+
+class DatasetRow(Base):
+    """A data set. Its images are listed in its manifest, not here."""
+
+    __tablename__ = "datasets"
+    __table_args__ = (
+        CheckConstraint("status IN ('processing', 'ready', 'failed')", name="status"),
+        {"sqlite_autoincrement": True},
+    )
+
+    seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
+    status: Mapped[str] = mapped_column(default="processing", index=True)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)  # of the archive
+    sha256: Mapped[str]  # of the archive
+    options: Mapped[dict[str, Any]] = mapped_column(default=dict)  # val_fraction, seed
+    num_images: Mapped[int] = mapped_column(default=0)
+    num_rejected: Mapped[int] = mapped_column(default=0)
+    splits: Mapped[dict[str, Any]]  # {"train": n, "val": n, "test": n}
+    classes: Mapped[list[Any]] = mapped_column(default=list)  # [{"name", "train", "val", "test"}], by name
+    rejected: Mapped[list[Any]] = mapped_column(default=list)  # [{"path", "reason"}]
+    warnings: Mapped[list[Any]] = mapped_column(default=list)  # [{"code", "detail", "paths"}]
+    error: Mapped[dict[str, Any] | None]
+
+
+class JobRow(Base):
+    """A piece of work in the queue. Status moves only through `app/jobs/queue.py`."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint("status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="status"),
+        CheckConstraint("kind IN ('training', 'ingest')", name="kind"),
+        Index("ix_jobs_kind_status_seq", "kind", "status", "seq"),
+        {"sqlite_autoincrement": True},
+    )
+
+    seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    kind: Mapped[str]
+    name: Mapped[str | None]
+    status: Mapped[str] = mapped_column(default="queued")
+    # No foreign keys to data sets and models: a job's history outlives both.
+    dataset_id: Mapped[str] = mapped_column(index=True)
+    model_id: Mapped[str | None]
+    method: Mapped[str | None]
+    backbone: Mapped[dict[str, Any] | None]  # {"name", "weights"}, resolved at submission
+    spec: Mapped[dict[str, Any]]  # a TrainingSpec, or an ingest's options
+    progress: Mapped[dict[str, Any] | None]
+    metrics: Mapped[dict[str, Any] | None]
+    error: Mapped[dict[str, Any] | None]
+    attempt: Mapped[int] = mapped_column(default=0)  # runs begun that were not given back in good order
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False)
+    stop_requested: Mapped[bool] = mapped_column(Boolean, default=False)
+
+    # The claim. `fence` only grows; every write of a worker names the fence it was given.
+    fence: Mapped[int] = mapped_column(default=0)
+    beat: Mapped[int] = mapped_column(default=0)  # grows with each heartbeat; observers watch it change
+    ticks: Mapped[int] = mapped_column(default=0)  # grows while work moves; the watchdog looks at it
+    durable_step: Mapped[int] = mapped_column(default=0)  # last step whose checkpoint is on disk
+    durable_step_at_claim: Mapped[int] = mapped_column(default=0)
+    crashes: Mapped[int] = mapped_column(default=0)  # in a row, without a new durable step
+    worker_id: Mapped[str | None]
+    owner: Mapped[dict[str, Any] | None]  # {"host", "boot_id", "pid", "started"} of the claiming process
+
+
+class EpochRow(Base):
+    """One epoch of a job's history."""
+
+    __tablename__ = "epochs"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    epoch: Mapped[int] = mapped_column(primary_key=True)
+    train_loss: Mapped[float] = mapped_column(Float)
+    train_accuracy: Mapped[float] = mapped_column(Float)
+    val_loss: Mapped[float] = mapped_column(Float)
+    val_accuracy: Mapped[float] = mapped_column(Float)
+    learning_rate: Mapped[float] = mapped_column(Float)
+    seconds: Mapped[float] = mapped_column(Float)
+
+
+class EventRow(Base):
+    """What happened to a job, in order; never changed, only added to, in the transaction of the change itself."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (
+        # A second final event of one job is impossible, whatever the code believes.
+        Index(
+            "uq_job_events_final",
+            "job_id",
+            unique=True,
+            sqlite_where=text("is_final"),
+            postgresql_where=text("is_final"),
+        ),
+        Index("ix_job_events_job_id_id", "job_id", "id"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    event: Mapped[str]  # status, progress, epoch, log or model
+    fence: Mapped[int]
+    is_final: Mapped[bool] = mapped_column(Boolean, default=False)
+    data: Mapped[dict[str, Any]]
+    at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class ModelRow(Base):
+    """A trained, registered model. The unique job_id is what makes a second registration impossible."""
+
+    __tablename__ = "models"
+    __table_args__ = (UniqueConstraint("job_id"), {"sqlite_autoincrement": True})
+
+    seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    job_id: Mapped[str]
+    dataset_id: Mapped[str] = mapped_column(index=True)
+    method: Mapped[str]
+    backbone: Mapped[dict[str, Any]]
+    classes: Mapped[list[Any]]
+    metrics: Mapped[dict[str, Any]]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str]  # of weights.safetensors
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class AliasRow(Base):
+    """A movable name for a model; `default` is the one /predict uses."""
+
+    __tablename__ = "aliases"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    updated_at: Mapped[datetime] = mapped_column(default=utc_now, onupdate=utc_now)
+
+
+class IdempotencyRow(Base):
+    """A request made under an Idempotency-Key: first as a claim, then with the answer to replay."""
+
+    __tablename__ = "idempotency_keys"
+
+    scope: Mapped[str] = mapped_column(primary_key=True)  # API key id, method and path
+    key: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str | None]  # sha256 of the request; unknown until an upload is complete
+    resource_id: Mapped[str | None]  # set in the transaction that creates the resource
+    response: Mapped[dict[str, Any] | None]  # the body first answered
+    owner: Mapped[dict[str, Any]]  # process that works on it, as in jobs.owner
+    created_at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
+
+
+class ApiKeyRow(Base):
+    """An API key: only its hash is kept."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str | None]
+    secret_sha256: Mapped[str]
+    scopes: Mapped[list[Any]]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    expires_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]

@@ -1,0 +1,127 @@
+"""Every knob of Graft, in one class. Read once per process from `GRAFT_…` variables or `.env`, then passed on.
+
+Units are in the names. `graft settings` prints each with its value, default and meaning.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MEBIBYTE = 1024**2
+GIBIBYTE = 1024**3
+
+
+class Settings(BaseSettings):
+    """Graft's settings; unknown `GRAFT_…` names in `.env` are refused so that a typo cannot pass unnoticed."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="GRAFT_", env_file=".env", env_ignore_empty=True, extra="forbid", frozen=True
+    )
+
+    # Where things are
+    data_dir: Path = Field(Path("data"), description="Folder for the database, data sets, jobs and models.")
+    database_url: str = Field("", description="SQLAlchemy URL; empty means graft.db (SQLite) in the data folder.")
+    storage_url: str = Field("", description="Where bytes are kept; empty means the data folder.")
+    weights_dir: Path | None = Field(
+        None, description="Folder of pretrained weight files, looked into before any download."
+    )
+    allow_downloads: bool = Field(True, description="Whether pretrained weights may be downloaded.")
+    weights_url: str = Field(
+        "https://download.pytorch.org/models",
+        description="Base address that torchvision's weight files are downloaded from (a mirror, for example).",
+    )
+
+    # API
+    host: str = Field("127.0.0.1", description="Address the API listens on; beyond loopback only with an API key.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port the API listens on; 0 picks one.")
+    max_upload_bytes: Annotated[int, Field(ge=1)] = Field(
+        10 * GIBIBYTE, description="Largest upload of a data set, in bytes."
+    )
+    max_image_bytes: Annotated[int, Field(ge=1)] = Field(
+        32 * MEBIBYTE, description="Largest encoded picture that /predict reads, in bytes."
+    )
+    max_predict_images: Annotated[int, Field(ge=1)] = Field(64, description="Most pictures in one /predict request.")
+    max_pending_predictions: Annotated[int, Field(ge=1)] = Field(
+        256, description="Pictures that may wait for prediction before new requests get 503."
+    )
+    max_loaded_model_bytes: Annotated[int, Field(ge=0)] = Field(
+        2 * GIBIBYTE, description="Weights kept loaded for prediction, in bytes; the default model always stays."
+    )
+    header_timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        15.0, description="Time a client has to send its request headers, in seconds."
+    )
+    body_idle_timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        20.0, description="Longest silence within a request body, in seconds, before 408."
+    )
+    min_free_bytes: Annotated[int, Field(ge=0)] = Field(
+        512 * MEBIBYTE, description="Free disk space below which uploads are refused with 507, in bytes."
+    )
+
+    # Data sets
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="Share of each class that becomes validation where the archive has no split."
+    )
+    max_unpacked_bytes: Annotated[int, Field(ge=1)] = Field(
+        50 * GIBIBYTE, description="Largest total size of an archive's members, in bytes."
+    )
+    max_member_bytes: Annotated[int, Field(ge=1)] = Field(
+        64 * MEBIBYTE, description="Largest single archive member, in bytes."
+    )
+    max_members: Annotated[int, Field(ge=1)] = Field(1_000_000, description="Most members in an archive.")
+    max_compression_ratio: Annotated[float, Field(gt=1)] = Field(
+        200.0, description="Largest unpacked-to-packed ratio, once 16 MiB are unpacked."
+    )
+    max_image_pixels: Annotated[int, Field(ge=1)] = Field(40_000_000, description="Most pixels in a picture.")
+    max_image_side: Annotated[int, Field(ge=1)] = Field(20_000, description="Longest side of a picture, in pixels.")
+    max_image_aspect: Annotated[float, Field(ge=1)] = Field(100.0, description="Largest ratio of a picture's sides.")
+    max_jpeg_scans: Annotated[int, Field(ge=1)] = Field(100, description="Most scans in a progressive JPEG.")
+    extra_image_formats: frozenset[Literal["TIFF", "BMP"]] = Field(
+        frozenset(), description='Formats accepted besides JPEG, PNG and WebP, as JSON: ["TIFF", "BMP"].'
+    )
+
+    # Worker
+    device: str = Field("auto", description="Device for training and prediction: auto, cpu, cuda, cuda:N or mps.")
+    poll_interval_seconds: Annotated[float, Field(gt=0, le=60)] = Field(
+        0.2, description="How often an idle worker looks for work, in seconds."
+    )
+    heartbeat_interval_seconds: Annotated[float, Field(gt=0)] = Field(
+        5.0, description="How often a worker renews its lease, in seconds."
+    )
+    lease_seconds: Annotated[float, Field(gt=0)] = Field(
+        45.0,
+        description="Silence after which another worker takes a job over, in seconds; longer than the database's "
+        "busy timeout, so that a healthy worker never loses its lease to a lock.",
+    )
+    stall_timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="Time without a training step after which a job's process is killed, in seconds."
+    )
+    max_crashes_without_progress: Annotated[int, Field(ge=1)] = Field(
+        3, description="Crashes in a row without a new checkpoint after which a job fails for good."
+    )
+    cancel_grace_seconds: Annotated[float, Field(gt=0)] = Field(
+        5.0, description="Time a running job has to end itself after a cancel before it is killed, in seconds."
+    )
+    shutdown_grace_seconds: Annotated[float, Field(gt=0)] = Field(
+        25.0, description="Time for checkpointing and draining after SIGTERM, in seconds."
+    )
+
+    # Logs
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="json lines, or console for people; auto is console on a terminal."
+    )
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'graft.db'}"
+
+    @property
+    def storage_root(self) -> Path:
+        """Folder of the local storage. Raises ValueError for a storage_url this version cannot serve."""
+        if not self.storage_url:
+            return self.data_dir.resolve()
+        if self.storage_url.startswith("file://"):
+            return Path(self.storage_url.removeprefix("file://")).resolve()
+        raise ValueError("GRAFT_STORAGE_URL: only file:// addresses are supported")

@@ -1,0 +1,115 @@
+"""Where bytes lie. The only file that knows: everyone else has keys such as "models/mdl_…".
+
+What is published appears whole or not at all, and survives a power cut: it is written in staging, synced, renamed, and
+the folders are synced. A failed sync is an error, never a warning. What is left in staging by a crash is swept.
+"""
+
+import contextlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from app.errors import StorageFull
+
+# Above this age nothing in staging can belong to a living request or job: uploads have body timeouts, and a worker
+# stages only what it is about to publish.
+STAGING_MAX_AGE_SECONDS = 24 * 3600
+
+
+class LocalStorage:
+    """Storage in one folder of the local file system."""
+
+    def __init__(self, root: Path, *, min_free_bytes: int = 0) -> None:
+        """min_free_bytes: new data is refused when less would remain free."""
+        self.root = root
+        self._staging = root / "staging"
+        self._staging.mkdir(parents=True, exist_ok=True)
+        self._min_free_bytes = min_free_bytes
+
+    @contextmanager
+    def staging(self, suffix: str = "") -> Iterator[Path]:
+        """A fresh path that does not exist yet, for a file or folder; whatever is left there at the end is removed."""
+        path = self._staging / f"{uuid.uuid4().hex}{suffix}"
+        try:
+            yield path
+        finally:
+            _remove(path)
+
+    def publish(self, staged: Path, key: str) -> None:
+        """Moves a staged file or folder to `key`, durably, replacing what was there before.
+
+        Raises OSError if a sync or the rename fails; nothing is then visible under `key` that was not before.
+        """
+        target = self.path(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sync_tree(staged)
+        if target.is_dir():
+            # A folder cannot be renamed over a full one; only a retry of the same work publishes twice.
+            with self.staging() as aside:
+                target.rename(aside)
+                staged.rename(target)
+        else:
+            staged.replace(target)
+        for folder in (target.parent, *target.parent.parents):
+            _sync(folder)
+            if folder == self.root:
+                break
+
+    def path(self, key: str) -> Path:
+        """The local path of a key. Keys are made of our own ids, never of a caller's text."""
+        path = (self.root / key).resolve()
+        assert path.is_relative_to(self.root.resolve()), key
+        return path
+
+    def exists(self, key: str) -> bool:
+        return self.path(key).exists()
+
+    def delete(self, key: str) -> None:
+        """Removes a key, and what lies below it; open files and memory maps of it stay readable."""
+        path = self.path(key)
+        if path.exists():
+            # Renamed first, so that nobody sees it half deleted.
+            with self.staging() as doomed, contextlib.suppress(FileNotFoundError):
+                path.rename(doomed)
+
+    def check_room(self, incoming_bytes: int = 0) -> None:
+        """Raises StorageFull if storing this many bytes would leave less than the reserve free."""
+        free = shutil.disk_usage(self.root).free
+        if free - incoming_bytes < self._min_free_bytes:
+            raise StorageFull(
+                "The server's disk is too full for this; delete data sets or models, or ask its operator."
+            )
+
+    def sweep(self, *, older_than_seconds: float = STAGING_MAX_AGE_SECONDS) -> int:
+        """Removes what crashes have left in staging. Returns how many entries were removed."""
+        deadline = time.time() - older_than_seconds
+        stale = [path for path in self._staging.iterdir() if path.lstat().st_mtime < deadline]
+        for path in stale:
+            _remove(path)
+        return len(stale)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_dir():
+        for child in path.iterdir():
+            _sync_tree(child)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
