@@ -1,0 +1,47 @@
+"""Fixtures every test may use: where real data lie, and a fresh database and storage."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.db.engine import Database
+from app.db.migrate import upgrade
+from app.storage import LocalStorage
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def _shared(folder: str) -> Path:
+    path = Path(os.environ.get("GRAFT_SHARED_DIR", REPOSITORY.parent / "shared")) / folder
+    if not path.is_dir():
+        pytest.skip(f"needs real {folder}: set GRAFT_SHARED_DIR to a folder that has {folder}/")
+    return path
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Folder of real data sets as zips; the test is skipped where there is none."""
+    return _shared("data")
+
+
+@pytest.fixture
+def shared_weights() -> Path:
+    """Folder of real ImageNet weights; the test is skipped where there is none."""
+    return _shared("weights")
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(tmp_path / "storage")
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """An SQLite file made by the real migrations."""
+    url = f"sqlite:///{tmp_path / 'graft.db'}"
+    upgrade(url)
+    database = Database(url)
+    yield database
+    database.dispose()
