@@ -1,0 +1,700 @@
+"""What a training job is: what a caller may ask for (JobRequest), and every value it resolves to (TrainingSpec).
+
+The two recipes are data here, each number with its reason. Resolving is pure: facts about the data set, the backbones
+and the device come in as arguments. Knows no queue, no HTTP, no files.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, get_args
+
+import annotated_types
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
+
+from app.errors import FieldError, InvalidHyperparameter, InvalidRequest, WeightsUnavailable
+
+Method = Literal["feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch"]
+Recipe = Literal["classic", "modern"]
+Promote = Literal["if_better", "always", "never"]
+Optimizer = Literal["sgd", "adamw"]
+Scheduler = Literal["step", "cosine", "constant"]
+Augmentation = Literal["none", "classic", "strong"]
+ClassWeights = Literal["none", "balanced"]
+Family = Literal["cnn", "transformer"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+_ID = r"^[A-Za-z0-9_.\-]{1,100}$"
+_NULLABLE = frozenset({"early_stopping_patience"})
+
+
+class Hyperparameters(BaseModel):
+    """What a job may override; what is left out comes from the recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    epochs: Annotated[int, Field(ge=1, le=1000)] | SkipJsonSchema[None] = Field(
+        None, description="Passes over the training images."
+    )
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | SkipJsonSchema[None] = Field(
+        None, description="Images per optimiser step."
+    )
+    optimizer: Optimizer | SkipJsonSchema[None] = Field(None, description="How gradients become steps.")
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | SkipJsonSchema[None] = Field(
+        None, description="Peak learning rate of the head, for one batch of batch_size images."
+    )
+    backbone_learning_rate: Annotated[float, Field(gt=0, le=10)] | SkipJsonSchema[None] = Field(
+        None, description="Peak learning rate of the trained part of the backbone."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] | SkipJsonSchema[None] = Field(
+        None, description="Momentum; for sgd only."
+    )
+    weight_decay: Annotated[float, Field(ge=0, le=1)] | SkipJsonSchema[None] = Field(
+        None, description="Weight decay; coupled in sgd, decoupled in adamw."
+    )
+    scheduler: Scheduler | SkipJsonSchema[None] = Field(None, description="How the learning rate goes down.")
+    step_size: Annotated[int, Field(ge=1, le=1000)] | SkipJsonSchema[None] = Field(
+        None, description="Epochs between two decays; for scheduler step only."
+    )
+    gamma: Annotated[float, Field(gt=0, le=1)] | SkipJsonSchema[None] = Field(
+        None, description="Factor of each decay; for scheduler step only."
+    )
+    warmup_epochs: Annotated[float, Field(ge=0, le=1000)] | SkipJsonSchema[None] = Field(
+        None, description="Epochs, fractions too, over which the learning rate rises linearly from 0."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | SkipJsonSchema[None] = Field(
+        None, description="Share of each target spread over all classes."
+    )
+    unfreeze: Annotated[int, Field(ge=1, le=100)] | SkipJsonSchema[None] = Field(
+        None, description="Trailing stages of the backbone that are trained; for fine_tuning only."
+    )
+    feature_layer: Annotated[str, Field(min_length=1, max_length=100)] | SkipJsonSchema[None] = Field(
+        None, description="Layer whose features the head sees; for feature_extraction only."
+    )
+    image_size: Annotated[int, Field(ge=32, le=640)] | SkipJsonSchema[None] = Field(
+        None, description="Side of the square that the network sees, in pixels."
+    )
+    augmentation: Augmentation | SkipJsonSchema[None] = Field(None, description="Random changes of training images.")
+    mixup: Annotated[float, Field(ge=0, le=8)] | SkipJsonSchema[None] = Field(
+        None, description="Alpha of the Beta distribution that images are mixed by; 0 is off."
+    )
+    ema: bool | Annotated[float, Field(ge=0, lt=1)] | SkipJsonSchema[None] = Field(
+        None, description="Decay per step of the moving average of the weights; true is 0.999, false and 0 are off."
+    )
+    class_weights: ClassWeights | SkipJsonSchema[None] = Field(
+        None, description="balanced weighs each class's loss by the inverse of its number of images."
+    )
+    early_stopping_patience: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="Epochs without a better validation result after which training ends; null is never."
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_null(cls, value: object, info: ValidationInfo) -> object:
+        if value is None and info.field_name not in _NULLABLE:
+            raise PydanticCustomError("null", "null is not a value; leave it out for the recipe's default")
+        return value
+
+
+class JobRequest(BaseModel):
+    """The body of POST /v1/jobs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    dataset: Annotated[str, Field(pattern=_ID)] = Field(description="Id of a ready data set.")
+    method: Method | Literal["auto"] = Field("auto", description="What is trained; auto chooses from the data.")
+    backbone: Annotated[str, Field(pattern=_ID)] = Field(
+        "auto", description="A name from GET /v1/backbones, a model id to start from, or auto."
+    )
+    # 2^53 - 1 is the largest integer that every JSON reader keeps exactly.
+    seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = Field(0, description="Same seed, data and spec, same model.")
+    name: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(None, description="A name for people.")
+    recipe: Recipe = Field("modern", description="classic is the textbook's training, modern is our best.")
+    hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters, description="Overrides of the recipe.")
+    promote: Promote = Field("if_better", description="Whether the model becomes the default one.")
+    budget_seconds: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] | None = Field(
+        None, description="Training time after which the best epoch so far is kept, in seconds."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def refuse_control_characters(cls, value: str | None) -> str | None:
+        if value is not None and not value.isprintable():
+            raise PydanticCustomError("not_printable", "control characters are not allowed")
+        return value
+
+
+def parse_request(body: object) -> JobRequest:
+    """The request in a decoded JSON body. Raises InvalidHyperparameter or InvalidRequest that name each bad field."""
+    try:
+        return JobRequest.model_validate(body)
+    except ValidationError as error:
+        raise request_refusal(error.errors()) from error
+
+
+def request_refusal(errors: Sequence[Any]) -> InvalidRequest:
+    """The refusal for pydantic's errors on a JobRequest; a leading "body" in their locations is passed over."""
+    found: dict[str, str] = {}
+    for error in errors:
+        location = [str(part) for part in error["loc"]]
+        location = location[1:] if location[:1] == ["body"] else location
+        if location[:1] == ["hyperparameters"]:
+            # Members of unions append their types' names: the field is what the caller wrote.
+            location = location[:2]
+            fields, unknown = Hyperparameters.model_fields, "no such hyperparameter"
+        else:
+            location = location[:1]
+            fields, unknown = JobRequest.model_fields, "no such field"
+        name = location[-1] if location else ""
+        if error["type"] == "extra_forbidden":
+            detail = f"{unknown}; there are: {', '.join(fields)}"
+        elif error["type"] == "missing":
+            detail = "is needed"
+        elif error["type"] in ("model_type", "model_attributes_type"):
+            detail = "must be a JSON object"
+        elif name in fields and (allowed := _allowed(fields[name])):
+            detail = f"must be {allowed}"
+        else:
+            detail = str(error["msg"])
+        found.setdefault(_pointer(location), detail)
+    field_errors = [FieldError(pointer, detail) for pointer, detail in found.items()]
+    summary = "; ".join(f"{e.pointer.rpartition('/')[2] or 'body'}: {e.detail}" for e in field_errors[:3])
+    if any(pointer.startswith("#/hyperparameters") for pointer in found):
+        return InvalidHyperparameter(summary, errors=field_errors)
+    return InvalidRequest(summary, errors=field_errors)
+
+
+@dataclass(frozen=True)
+class ClassFacts:
+    name: str
+    train: int
+    val: int
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What resolving needs to know of a ready data set: images per class and split."""
+
+    classes: tuple[ClassFacts, ...]
+
+    @classmethod
+    def from_counts(cls, classes: Sequence[Mapping[str, Any]]) -> Self:
+        """classes: rows with name, train and val, as a data set's `classes` has them."""
+        return cls(tuple(ClassFacts(row["name"], row["train"], row["val"]) for row in classes))
+
+    @property
+    def train(self) -> int:
+        return sum(c.train for c in self.classes)
+
+    @property
+    def val(self) -> int:
+        return sum(c.val for c in self.classes)
+
+    def imbalance(self, split: Literal["train", "val"]) -> float:
+        """Largest class over smallest, among classes that have images in this split; 1 for a balanced or empty one."""
+        counts = [n for n in (getattr(c, split) for c in self.classes) if n > 0]
+        return max(counts) / min(counts) if counts else 1.0
+
+
+@dataclass(frozen=True)
+class PreprocessingFacts:
+    """The numbers of app.vision.preprocessing.Preprocessing, as a job's spec stores them."""
+
+    resize: int
+    crop: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Interpolation
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """What resolving needs to know of a backbone. weights: name of those that can be had, None where none can."""
+
+    name: str
+    family: Family
+    parameters: int
+    gflops: float  # multiply-adds of one forward pass at the weights' crop, in 10^9
+    stage_names: tuple[str, ...]
+    feature_layers: tuple[str, ...]
+    min_image_size: int
+    fixed_image_size: int | None  # where the network accepts one size only
+    weights: str | None
+    preprocessing: PreprocessingFacts
+
+
+@dataclass(frozen=True)
+class StartingModel:
+    """An earlier model to start from: its id, and its own preprocessing, which its weights are used to."""
+
+    model_id: str
+    backbone_name: str
+    preprocessing: PreprocessingFacts
+
+
+class ResolvedHyperparameters(BaseModel):
+    """Every hyperparameter with its value; None where it has no meaning for this job, such as momentum under adamw."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int
+    batch_size: int
+    optimizer: Optimizer
+    learning_rate: float
+    backbone_learning_rate: float | None
+    momentum: float | None
+    weight_decay: float
+    scheduler: Scheduler
+    step_size: int | None
+    gamma: float | None
+    warmup_epochs: float
+    label_smoothing: float
+    unfreeze: int | None
+    feature_layer: str | None
+    image_size: int
+    augmentation: Augmentation
+    crop_scale: tuple[float, float]  # share of the image's area that a random crop covers
+    horizontal_flip: bool
+    mixup: float
+    ema: float
+    class_weights: ClassWeights
+    early_stopping_patience: int | None
+
+
+class PreprocessingSpec(BaseModel):
+    """Resize of the short side and centre crop, in pixels, and normalisation, for validation and prediction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    resize: int
+    crop: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Interpolation
+
+
+class BackboneRef(BaseModel):
+    """The backbone a job starts from; weights is None for from_scratch, model is an earlier model's id."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    weights: str | None
+    model: str | None = None
+
+
+class TrainingSpec(BaseModel):
+    """A job with nothing left open: stored with it as JSON, and all that training reads besides the data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: str
+    method: Method
+    backbone: BackboneRef
+    seed: int
+    recipe: Recipe
+    hyperparameters: ResolvedHyperparameters
+    preprocessing: PreprocessingSpec
+    promote: Promote
+    budget_seconds: float | None
+    requested: dict[str, Any]
+    reasons: list[str]
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# The textbook's: PyTorch's transfer-learning tutorial, with batch 32.
+CLASSIC_PREPROCESSING = PreprocessingFacts(256, 224, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
+CLASSIC: dict[str, Any] = {
+    "epochs": 25,
+    "batch_size": 32,
+    "optimizer": "sgd",
+    "learning_rate": 0.001,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "scheduler": "step",
+    "step_size": 7,
+    "gamma": 0.1,
+    "warmup_epochs": 0.0,
+    "label_smoothing": 0.0,
+    "augmentation": "classic",
+    "crop_scale": (0.08, 1.0),
+    "horizontal_flip": True,
+    "mixup": 0.0,
+    "ema": 0.0,
+    "class_weights": "none",
+    "early_stopping_patience": None,
+}
+DEFAULT_MOMENTUM = 0.9
+DEFAULT_STEP_SIZE, DEFAULT_GAMMA = 7, 0.1
+DEFAULT_EMA = 0.999
+
+
+@dataclass(frozen=True)
+class ModernDefaults:
+    """First defaults of the modern recipe for one method and family. Rates are for adamw and a batch of 32."""
+
+    learning_rate: float
+    backbone_ratio: float  # backbone learning rate over the head's
+    weight_decay: float
+    steps: int  # optimiser steps aimed at; epochs follow from the number of images
+    min_epochs: int
+    max_epochs: int
+    crop_scale: tuple[float, float]
+    label_smoothing: float = 0.0
+
+
+# Where the numbers come from. Rates: 1e-3 for a new head and 3e-4 for a convolutional body are what AutoGluon, Geti
+# and LightlyTrain ship within a factor of 3; transformers take a tenth of that (1e-4 to 5e-5 with weight decay 0.05).
+# Steps by data size and not epochs, 500 for small sets: BiT's rule. Gentle crops: a crop of 8 % of the area is made
+# for ImageNet from scratch, and hides the object in a few hundred photos. Scratch needs more steps, higher rates,
+# stronger crops and label smoothing, as in torchvision's reference training.
+_HEAD = ModernDefaults(2e-3, 1.0, 0.01, 500, 10, 40, (0.5, 1.0))
+_CNN_SCRATCH = ModernDefaults(2e-3, 1.0, 0.05, 2000, 20, 100, (0.35, 1.0), label_smoothing=0.1)
+_TRANSFORMER_SCRATCH = ModernDefaults(5e-4, 1.0, 0.05, 2000, 20, 100, (0.35, 1.0), label_smoothing=0.1)
+MODERN: dict[tuple[Method, Family], ModernDefaults] = {
+    ("feature_extraction", "cnn"): _HEAD,
+    ("feature_extraction", "transformer"): _HEAD,
+    ("fine_tuning", "cnn"): ModernDefaults(1e-3, 0.3, 0.01, 500, 8, 40, (0.5, 1.0)),
+    ("fine_tuning", "transformer"): ModernDefaults(1e-3, 0.1, 0.05, 500, 8, 40, (0.5, 1.0)),
+    ("full_fine_tuning", "cnn"): ModernDefaults(1e-3, 0.5, 0.02, 600, 8, 40, (0.5, 1.0)),
+    ("full_fine_tuning", "transformer"): ModernDefaults(1e-3, 0.05, 0.05, 600, 8, 40, (0.5, 1.0)),
+    ("from_scratch", "cnn"): _CNN_SCRATCH,
+    ("from_scratch", "transformer"): _TRANSFORMER_SCRATCH,
+}
+MODERN_BATCH_SIZE = 32
+MODERN_WARMUP_SHARE = 0.1  # of all epochs; 5 to 10 % is common to every recipe read
+SGD_RATE_FACTOR = 10.0  # sgd with momentum 0.9 wants about ten times adamw's rate: 0.01 beside 1e-3
+SGD_WEIGHT_DECAY = 1e-4
+
+# Below this many training images per class (median) a new head on frozen features is as good as anything, and cannot
+# overfit much: 12 to 20 shots is where full fine-tuning overtakes linear probes in the transfer literature.
+FEW_IMAGES_PER_CLASS = 20
+# About 20 minutes on a CPU that does 50 GFLOP/s in training; beyond it, auto trains the last stages only.
+MAX_CPU_TRAINING_GFLOPS = 60_000.0
+# A single character, or a word for a side: mirroring such pictures may change their class.
+_SIDED_WORDS = frozenset({"left", "right", "leftward", "rightward", "clockwise", "counterclockwise", "anticlockwise"})
+
+
+def resolve(
+    request: JobRequest,
+    *,
+    dataset: DatasetFacts,
+    backbones: Mapping[str, BackboneFacts],
+    auto_backbone: str,
+    device_type: str,
+    starting_model: StartingModel | None = None,
+) -> TrainingSpec:
+    """Every value of a job, with reasons for what was chosen rather than asked for.
+
+    backbones: all that exist, by name. auto_backbone: the one that `auto` means, as app.vision.backbones chose it from
+    what can be had here. device_type: "cpu", "cuda" or "mps". starting_model: what request.backbone names, where it is
+    a model's id.
+    Raises InvalidRequest, InvalidHyperparameter or WeightsUnavailable, naming the field.
+    """
+    _check_dataset(dataset)
+    reasons: list[str] = []
+    facts = _backbone_facts(request, backbones, auto_backbone, starting_model, reasons)
+    has_weights = facts.weights is not None or starting_model is not None
+    method = _method(request, dataset, facts, has_weights, device_type, reasons)
+    if method == "from_scratch" and starting_model is not None:
+        raise InvalidRequest(
+            "method: from_scratch does not start from an earlier model; name a backbone, or choose another method.",
+            errors=[FieldError("#/method", "contradicts a backbone that is an earlier model")],
+        )
+    if method != "from_scratch" and not has_weights:
+        raise WeightsUnavailable(
+            f"There are no pretrained weights of {facts.name} here, and none can be downloaded. Put them into "
+            "GRAFT_WEIGHTS_DIR, allow downloads (GRAFT_ALLOW_DOWNLOADS), choose a backbone that GET /v1/backbones "
+            'calls available, or use "method": "from_scratch".',
+            errors=[FieldError("#/backbone", f"no weights of {facts.name} can be had")],
+        )
+    _check_combinations(request, method, facts)
+    preprocessing = _preprocessing(request, method, facts, starting_model)
+    if request.recipe == "classic":
+        values = _classic(request.hyperparameters, method)
+    else:
+        values = _modern(request.hyperparameters, method, facts, dataset, reasons)
+    values["image_size"] = preprocessing.crop
+    hyperparameters = ResolvedHyperparameters.model_validate(values)
+    if hyperparameters.warmup_epochs > hyperparameters.epochs:
+        raise _bad_hyperparameter("warmup_epochs", f"must be at most epochs, which is {hyperparameters.epochs}")
+    return TrainingSpec(
+        dataset=request.dataset,
+        method=method,
+        backbone=BackboneRef(
+            name=facts.name,
+            weights=None if method == "from_scratch" or starting_model else facts.weights,
+            model=starting_model.model_id if starting_model else None,
+        ),
+        seed=request.seed,
+        recipe=request.recipe,
+        hyperparameters=hyperparameters,
+        preprocessing=preprocessing,
+        promote=request.promote,
+        budget_seconds=request.budget_seconds,
+        requested=request.model_dump(mode="json", exclude_unset=True),
+        reasons=reasons,
+    )
+
+
+def _check_dataset(dataset: DatasetFacts) -> None:
+    trainable = sum(c.train > 0 for c in dataset.classes)
+    if trainable < 2 or dataset.val == 0:
+        lack = "validation images" if trainable >= 2 else "training images in at least two classes"
+        raise InvalidRequest(
+            f"The data set has no {lack}. Upload it with train and val folders that hold pictures of each class, or "
+            "without a split, and Graft makes one.",
+            errors=[FieldError("#/dataset", f"has no {lack}")],
+        )
+
+
+def _backbone_facts(
+    request: JobRequest,
+    backbones: Mapping[str, BackboneFacts],
+    auto_backbone: str,
+    starting_model: StartingModel | None,
+    reasons: list[str],
+) -> BackboneFacts:
+    if starting_model is not None:
+        return backbones[starting_model.backbone_name]
+    if request.backbone != "auto":
+        if request.backbone not in backbones:
+            raise InvalidRequest(
+                f"There is no backbone of this name; there are: {', '.join(backbones)}, auto, or a model's id.",
+                errors=[FieldError("#/backbone", "no such backbone; GET /v1/backbones lists them")],
+            )
+        return backbones[request.backbone]
+    facts = backbones[auto_backbone]
+    if facts.weights:
+        reasons.append(f"backbone {facts.name}: the best one whose weights can be had here ({facts.weights}).")
+    else:
+        reasons.append(f"backbone {facts.name}: no pretrained weights can be had here, and it trains fast from none.")
+    return facts
+
+
+def _method(
+    request: JobRequest,
+    dataset: DatasetFacts,
+    facts: BackboneFacts,
+    has_weights: bool,
+    device_type: str,
+    reasons: list[str],
+) -> Method:
+    if request.method != "auto":
+        return request.method
+    asked = request.hyperparameters.model_fields_set
+    counts = sorted(c.train for c in dataset.classes if c.train > 0)
+    median = counts[len(counts) // 2]
+    defaults = MODERN["full_fine_tuning", facts.family]
+    epochs = request.hyperparameters.epochs or _epochs_for_steps(defaults, dataset.train, MODERN_BATCH_SIZE)
+    # A backward pass costs about two forward passes.
+    full_gflops = 3 * facts.gflops * dataset.train * epochs
+    if not has_weights:
+        method: Method = "from_scratch"
+        reason = f"no pretrained weights of {facts.name} can be had here."
+    elif "feature_layer" in asked:
+        method, reason = "feature_extraction", "feature_layer was given, which is for this method alone."
+    elif "unfreeze" in asked:
+        method, reason = "fine_tuning", "unfreeze was given, which is for this method alone."
+    elif median < FEW_IMAGES_PER_CLASS:
+        method = "feature_extraction"
+        reason = f"with about {median} training images per class, training the backbone too would mostly overfit."
+    elif device_type == "cpu" and full_gflops > MAX_CPU_TRAINING_GFLOPS:
+        method = "fine_tuning"
+        reason = f"all of {facts.name} on {dataset.train} images would take long on a CPU; the last stage adapts most."
+    else:
+        method = "full_fine_tuning"
+        reason = f"about {median} training images per class are enough to adapt every parameter of {facts.name}."
+    reasons.append(f"method {method}: {reason}")
+    return method
+
+
+def _check_combinations(request: JobRequest, method: Method, facts: BackboneFacts) -> None:
+    """Refuses values that could not change anything, or that this backbone cannot do."""
+    asked = request.hyperparameters
+    given = asked.model_fields_set
+    default_optimizer = "sgd" if request.recipe == "classic" else "adamw"
+    if "momentum" in given and (asked.optimizer or default_optimizer) != "sgd":
+        raise _bad_hyperparameter("momentum", 'is for the optimizer sgd only; add "optimizer": "sgd", or leave it out')
+    default_scheduler = "step" if request.recipe == "classic" else "cosine"
+    for name in ("step_size", "gamma"):
+        if name in given and (asked.scheduler or default_scheduler) != "step":
+            raise _bad_hyperparameter(name, 'is for the scheduler step only; add "scheduler": "step", or leave it out')
+    if "unfreeze" in given and method != "fine_tuning":
+        raise _bad_hyperparameter("unfreeze", f"is for the method fine_tuning only, and this is {method}")
+    if asked.unfreeze is not None and asked.unfreeze > len(facts.stage_names):
+        raise _bad_hyperparameter(
+            "unfreeze",
+            f"must be from 1 to {len(facts.stage_names)}, the stages of {facts.name}: {', '.join(facts.stage_names)}",
+        )
+    if "feature_layer" in given and method != "feature_extraction":
+        raise _bad_hyperparameter("feature_layer", f"is for the method feature_extraction only, and this is {method}")
+    if asked.feature_layer is not None and asked.feature_layer not in facts.feature_layers:
+        raise _bad_hyperparameter(
+            "feature_layer", f"must be one of {facts.name}'s layers: {', '.join(facts.feature_layers)}"
+        )
+    if "backbone_learning_rate" in given and method == "feature_extraction":
+        raise _bad_hyperparameter(
+            "backbone_learning_rate", "has no meaning for feature_extraction, whose backbone is frozen"
+        )
+
+
+def _preprocessing(
+    request: JobRequest, method: Method, facts: BackboneFacts, starting_model: StartingModel | None
+) -> PreprocessingSpec:
+    """The weights' own preprocessing, or the textbook's under classic; a size asked for keeps the ratio to the resize."""
+    if starting_model is not None:
+        base = starting_model.preprocessing
+    elif request.recipe == "classic" and facts.fixed_image_size in (None, CLASSIC_PREPROCESSING.crop):
+        base = CLASSIC_PREPROCESSING
+    else:
+        base = facts.preprocessing
+    size = request.hyperparameters.image_size
+    if size is not None:
+        if facts.fixed_image_size is not None and size != facts.fixed_image_size:
+            raise _bad_hyperparameter("image_size", f"must be {facts.fixed_image_size} for {facts.name}")
+        if size < facts.min_image_size:
+            raise _bad_hyperparameter("image_size", f"must be at least {facts.min_image_size} for {facts.name}")
+    crop = size or base.crop
+    return PreprocessingSpec(
+        resize=round(base.resize * crop / base.crop),
+        crop=crop,
+        mean=base.mean,
+        std=base.std,
+        interpolation=base.interpolation,
+    )
+
+
+def _classic(asked: Hyperparameters, method: Method) -> dict[str, Any]:
+    values = CLASSIC | _given(asked)
+    if values["optimizer"] != "sgd":
+        values["momentum"] = None
+    if values["scheduler"] != "step":
+        values["step_size"] = values["gamma"] = None
+    return values | _per_method(asked, method, backbone_rate=values["learning_rate"])
+
+
+def _modern(
+    asked: Hyperparameters, method: Method, facts: BackboneFacts, dataset: DatasetFacts, reasons: list[str]
+) -> dict[str, Any]:
+    defaults = MODERN[method, facts.family]
+    given = _given(asked)
+    is_sgd = given.get("optimizer") == "sgd"
+    batch_size = given.get("batch_size", MODERN_BATCH_SIZE)
+    epochs = given.get("epochs", _epochs_for_steps(defaults, dataset.train, batch_size))
+    if "epochs" not in given:
+        reasons.append(f"epochs {epochs}: about {defaults.steps} steps suit {dataset.train} images.")
+    is_step = given.get("scheduler") == "step"
+    values = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": "adamw",
+        "learning_rate": defaults.learning_rate * (SGD_RATE_FACTOR if is_sgd else 1.0),
+        "momentum": DEFAULT_MOMENTUM if is_sgd else None,
+        "weight_decay": SGD_WEIGHT_DECAY if is_sgd else defaults.weight_decay,
+        "scheduler": "cosine",
+        "step_size": DEFAULT_STEP_SIZE if is_step else None,
+        "gamma": DEFAULT_GAMMA if is_step else None,
+        "warmup_epochs": round(MODERN_WARMUP_SHARE * epochs, 3),
+        "label_smoothing": defaults.label_smoothing,
+        "augmentation": "classic",
+        "crop_scale": defaults.crop_scale,
+        "horizontal_flip": _flip_keeps_class(dataset, reasons),
+        "mixup": 0.0,
+        "ema": 0.0,
+        "class_weights": _class_weights(dataset, reasons),
+        # A third of the run without progress: the cosine's end, where most is gained, is then mostly still reached.
+        "early_stopping_patience": max(5, math.ceil(epochs / 3)),
+    } | given
+    return values | _per_method(asked, method, backbone_rate=values["learning_rate"] * defaults.backbone_ratio)
+
+
+def _per_method(asked: Hyperparameters, method: Method, *, backbone_rate: float) -> dict[str, Any]:
+    """Values that only some methods have."""
+    return {
+        "unfreeze": (asked.unfreeze or 1) if method == "fine_tuning" else None,
+        "feature_layer": asked.feature_layer,
+        "backbone_learning_rate": (
+            None if method == "feature_extraction" else asked.backbone_learning_rate or backbone_rate
+        ),
+    }
+
+
+def _given(asked: Hyperparameters) -> dict[str, Any]:
+    values = asked.model_dump(exclude_unset=True)
+    if "ema" in values:
+        values["ema"] = {True: DEFAULT_EMA, False: 0.0}[asked.ema] if isinstance(asked.ema, bool) else asked.ema
+    return values
+
+
+def _epochs_for_steps(defaults: ModernDefaults, train_images: int, batch_size: int) -> int:
+    steps_per_epoch = math.ceil(train_images / batch_size)
+    return min(max(math.ceil(defaults.steps / steps_per_epoch), defaults.min_epochs), defaults.max_epochs)
+
+
+def _flip_keeps_class(dataset: DatasetFacts, reasons: list[str]) -> bool:
+    names = [c.name.lower() for c in dataset.classes]
+    sided = [n for n in names if _SIDED_WORDS & set(n.replace("-", "_").replace(" ", "_").split("_"))]
+    if all(len(name) == 1 for name in names) or sided:
+        reasons.append("no horizontal flips: the class names are single characters or name a side.")
+        return False
+    return True
+
+
+def _class_weights(dataset: DatasetFacts, reasons: list[str]) -> ClassWeights:
+    """balanced where training is much more uneven than validation: what is then asked for is the even view."""
+    train, val = dataset.imbalance("train"), dataset.imbalance("val")
+    if train > 3 and val < train / 2:
+        reasons.append(f"class_weights balanced: training is uneven ({train:.0f}:1), validation is not ({val:.0f}:1).")
+        return "balanced"
+    return "none"
+
+
+def _bad_hyperparameter(name: str, detail: str) -> InvalidHyperparameter:
+    return InvalidHyperparameter(f"{name} {detail}.", errors=[FieldError(f"#/hyperparameters/{name}", detail)])
+
+
+def _pointer(location: Sequence[str]) -> str:
+    return "#" + "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in location)
+
+
+def _allowed(field: FieldInfo) -> str:
+    """What a field accepts, in words: "an integer from 1 to 1000", "one of sgd, adamw"; "" where pydantic says it best."""
+    members = _members(field.annotation, tuple(field.metadata))
+    choices = [str(choice) for kind, _ in members for choice in _choices(kind)]
+    parts = [f"one of {', '.join(choices)}"] if choices else []
+    parts += [part for part in (_allowed_member(*member) for member in members) if part]
+    return " or ".join(parts)
+
+
+def _members(annotation: Any, metadata: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Members of a union as (type, constraints), None left out; nested Annotated forms are opened."""
+    if hasattr(annotation, "__metadata__"):
+        return _members(annotation.__origin__, metadata + tuple(annotation.__metadata__))
+    arguments = get_args(annotation)
+    if arguments and not _choices(annotation):
+        return [member for argument in arguments for member in _members(argument, metadata)]
+    return [] if annotation is type(None) else [(annotation, metadata)]
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if getattr(annotation, "__origin__", None) is Literal else ()
+
+
+def _allowed_member(kind: Any, metadata: tuple[Any, ...]) -> str:
+    if kind is bool:
+        return "true or false"
+    if kind not in (int, float):
+        return ""
+    flat = [m for entry in metadata for m in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+    words = ["an integer" if kind is int else "a number"]
+    words += [f"from {m.ge}" for m in flat if isinstance(m, annotated_types.Ge)]
+    words += [f"above {m.gt}" for m in flat if isinstance(m, annotated_types.Gt)]
+    words += [f"to {m.le}" for m in flat if isinstance(m, annotated_types.Le)]
+    words += [f"to below {m.lt}" for m in flat if isinstance(m, annotated_types.Lt)]
+    return " ".join(words)

@@ -1,0 +1,40 @@
+"""Which device computes: one setting, resolved in one place for training and for prediction."""
+
+import torch
+
+from app.errors import InvalidRequest
+
+
+class DeviceUnavailable(InvalidRequest):
+    code = "device-unavailable"
+    title = "The device is not there"
+
+
+def resolve_device(setting: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises DeviceUnavailable where it is not there.
+
+    `auto` takes the first of cuda, mps, cpu that is present.
+    """
+    present = present_devices()
+    if setting == "auto":
+        return torch.device(present[0])
+    try:
+        device = torch.device(setting)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise DeviceUnavailable(f"GRAFT_DEVICE is {setting!r}; use auto, cpu, cuda, cuda:N or mps.")
+    if device.type not in present or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise DeviceUnavailable(
+            f"GRAFT_DEVICE is {setting!r}, but this machine has {', '.join(present)}; set it to auto or one of these."
+        )
+    return device
+
+
+def present_devices() -> list[str]:
+    """Kinds of device on this machine, fastest first; always ends with "cpu"."""
+    return [
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+        "cpu",
+    ]
