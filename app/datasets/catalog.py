@@ -1,0 +1,106 @@
+"""Data sets in the database: every statement about them, each to be run inside `Database.write()` or `.read()`.
+
+Bytes are elsewhere: whoever deletes a row removes `datasets/<id>` from the storage after the commit.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import delete as sql_delete
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from app.datasets.report import IngestReport
+from app.db.tables import DatasetRow, new_id
+from app.errors import Conflict, InvalidRequest, NotFound
+
+
+def create(
+    session: Session,
+    *,
+    name: str,
+    size_bytes: int,
+    sha256: str,
+    options: dict[str, Any],
+    dataset_id: str | None = None,
+) -> DatasetRow:
+    """A new data set in status processing. dataset_id: where its archive was published before, if it was."""
+    row = DatasetRow(
+        id=dataset_id or new_id("ds"),
+        name=name,
+        status="processing",
+        size_bytes=size_bytes,
+        sha256=sha256,
+        options=options,
+        splits={"train": 0, "val": 0, "test": 0},
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def find(session: Session, dataset_id: str) -> DatasetRow:
+    """Raises NotFound."""
+    row = session.scalar(select(DatasetRow).where(DatasetRow.id == dataset_id))
+    if row is None:
+        raise NotFound("There is no such data set; GET /v1/datasets lists those there are.")
+    return row
+
+
+def list_datasets(
+    session: Session, *, limit: int, after: str | None = None, status: str | None = None
+) -> Sequence[DatasetRow]:
+    """At most `limit` data sets, newest first. Ask for one more than the page to know whether there are more.
+
+    after: id of the last one seen. Raises InvalidRequest if there is no such data set any more.
+    """
+    query = select(DatasetRow).order_by(DatasetRow.seq.desc()).limit(limit)
+    if status is not None:
+        query = query.where(DatasetRow.status == status)
+    if after is not None:
+        seq = session.scalar(select(DatasetRow.seq).where(DatasetRow.id == after))
+        if seq is None:
+            raise InvalidRequest("`after` names no data set that exists; list again from the start.")
+        query = query.where(DatasetRow.seq < seq)
+    return session.scalars(query).all()
+
+
+def mark_ready(session: Session, dataset_id: str, report: IngestReport) -> None:
+    """processing → ready. Raises Conflict if it is not processing any more, or deleted."""
+    assert report.error is None
+    _finish(session, dataset_id, status="ready", error=None, report=report)
+
+
+def mark_failed(
+    session: Session, dataset_id: str, error: dict[str, Any], *, report: IngestReport | None = None
+) -> None:
+    """processing → failed, keeping what was found out. Raises Conflict as `mark_ready` does."""
+    _finish(session, dataset_id, status="failed", error=error, report=report)
+
+
+def delete(session: Session, dataset_id: str) -> None:
+    """Removes the row. That no job needs the data set is for the caller to know. Raises NotFound."""
+    if not _changed(session.execute(sql_delete(DatasetRow).where(DatasetRow.id == dataset_id))):
+        raise NotFound("There is no such data set.")
+
+
+def _finish(
+    session: Session, dataset_id: str, *, status: str, error: dict[str, Any] | None, report: IngestReport | None
+) -> None:
+    values: dict[str, Any] = {"status": status, "error": error}
+    if report is not None:
+        values |= {
+            "num_images": report.num_images,
+            "num_rejected": report.num_rejected,
+            "splits": report.splits,
+            "classes": report.classes,
+            "rejected": report.rejected,
+            "warnings": report.warnings,
+        }
+    is_processing = (DatasetRow.id == dataset_id) & (DatasetRow.status == "processing")
+    if not _changed(session.execute(update(DatasetRow).where(is_processing).values(**values))):
+        raise Conflict("The data set is not being processed any more.")
+
+
+def _changed(result: Any) -> bool:
+    return bool(result.rowcount)
