@@ -13,12 +13,14 @@ problem's `type`; also a failed job's `error.code`), an HTTP `status`, a `title`
     ├── Unauthenticated            401
     ├── Forbidden                  403
     ├── NotFound                   404
+    ├── RequestTimeout             408   the client stopped sending
     ├── Conflict                   409   not in this state
     ├── TooLarge                   413
     ├── UnsupportedMediaType       415
     ├── TooManyRequests            429
     ├── Overloaded                 503   waiting helps: `retry_after_seconds`
     ├── StorageFull                507
+    ├── DatabaseMismatch           503   the database is older or newer than this code
     └── JobFailed                  500   why a job ended; never the answer to a request
 """
 
@@ -121,6 +123,12 @@ class NotFound(GraftError):
     title = "Not found"
 
 
+class RequestTimeout(GraftError):
+    status = 408
+    code = "request-timeout"
+    title = "The request took too long to arrive"
+
+
 class Conflict(GraftError):
     """Not possible in the present state. `retry_after_seconds` only where waiting helps."""
 
@@ -157,6 +165,12 @@ class StorageFull(GraftError):
     status = 507
     code = "storage-full"
     title = "The storage is full"
+
+
+class DatabaseMismatch(GraftError):
+    status = 503
+    code = "database-mismatch"
+    title = "The database belongs to another version of Graft"
 
 
 class JobFailed(GraftError):

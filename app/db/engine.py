@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
@@ -47,6 +47,30 @@ class Database:
         with self._session("BEGIN") as session, _locked_means_overloaded(), session.begin():
             yield session
             session.rollback()
+
+    @contextmanager
+    def migration(self) -> Iterator[Connection]:
+        """One transaction that may change the tables themselves: all of it happens, or nothing.
+
+        SQLite alters a table by rebuilding it, and dropping the old one would delete every row that refers to it. So
+        foreign keys are not enforced here but checked at the end; IntegrityError says which table breaks one.
+        """
+        with self.engine.connect() as connection:
+            if not self._is_sqlite:
+                with connection.begin():
+                    yield connection
+                return
+            # Within a transaction this pragma does nothing, so it goes to the driver before SQLAlchemy begins one.
+            driver_connection = cast(sqlite3.Connection, connection.connection.driver_connection)
+            driver_connection.execute("PRAGMA foreign_keys=OFF")
+            try:
+                with connection.begin():
+                    yield connection
+                    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+                    if broken is not None:
+                        raise sqlite3.IntegrityError(f"a foreign key of table {broken[0]} refers to nothing")
+            finally:
+                driver_connection.execute("PRAGMA foreign_keys=ON")
 
     def check(self) -> None:
         """Raises OperationalError if the database does not answer."""

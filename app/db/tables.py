@@ -129,7 +129,7 @@ class JobRow(Base):
     progress: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]
-    attempt: Mapped[int] = mapped_column(default=0)  # runs begun that were not given back in good order
+    attempt: Mapped[int] = mapped_column(default=1)  # 1 on the first run, one more after each crash
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -144,7 +144,7 @@ class JobRow(Base):
     durable_step_at_claim: Mapped[int] = mapped_column(default=0)
     crashes: Mapped[int] = mapped_column(default=0)  # in a row, without a new durable step
     worker_id: Mapped[str | None]
-    owner: Mapped[dict[str, Any] | None]  # {"host", "boot_id", "pid", "started"} of the claiming process
+    owner: Mapped[dict[str, Any] | None]  # the claiming process, as app/jobs/owner.py says it
 
 
 class EpochRow(Base):
@@ -163,7 +163,10 @@ class EpochRow(Base):
 
 
 class EventRow(Base):
-    """What happened to a job, in order; never changed, only added to, in the transaction of the change itself."""
+    """What happened to a job, in order: added in the transaction of the change itself, never changed after.
+
+    Only old progress is dropped, as `app/jobs/events.py` says.
+    """
 
     __tablename__ = "job_events"
     __table_args__ = (
