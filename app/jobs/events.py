@@ -1,0 +1,48 @@
+"""What happened to a job, in order: for polling, and for streams that resume where they were cut.
+
+Ids of one job's events grow in the order of their commits: each is appended after its transaction's guarded update of
+the job, which makes other writers of that job wait. So a reader who has seen id n never misses one below n.
+"""
+
+from typing import Any, Literal
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from app.db.tables import EventRow
+
+EventKind = Literal["status", "progress", "epoch", "log", "model"]
+
+# Progress is superseded by the next progress, so only the newest are kept: a month-long job has as many rows as a
+# short one. Everything else stays as long as the job does.
+KEPT_PROGRESS_EVENTS = 200
+
+
+def append(
+    session: Session, job_id: str, fence: int, event: EventKind, data: dict[str, Any], *, is_final: bool = False
+) -> None:
+    """Adds an event, in the transaction of the change that it tells of and after that change's update."""
+    session.add(EventRow(job_id=job_id, fence=fence, event=event, data=data, is_final=is_final))
+    session.flush()
+    if event == "progress":
+        _drop_old_progress(session, job_id)
+
+
+def read_after(session: Session, job_id: str, after_id: int, limit: int) -> list[EventRow]:
+    """Up to `limit` events with ids above `after_id` (0 for all), oldest first."""
+    return list(
+        session.scalars(
+            select(EventRow).where(EventRow.job_id == job_id, EventRow.id > after_id).order_by(EventRow.id).limit(limit)
+        )
+    )
+
+
+def _drop_old_progress(session: Session, job_id: str) -> None:
+    of_progress = (EventRow.job_id == job_id, EventRow.event == "progress")
+    newest_to_drop = (
+        select(EventRow.id).where(*of_progress).order_by(EventRow.id.desc()).offset(KEPT_PROGRESS_EVENTS).limit(1)
+    ).scalar_subquery()
+    session.execute(
+        delete(EventRow).where(*of_progress, EventRow.id <= newest_to_drop),
+        execution_options={"synchronize_session": False},
+    )
