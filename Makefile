@@ -1,0 +1,56 @@
+# What a person, and the continuous integration, runs. `make` alone lists it.
+# Needs python3 (3.11 or newer) and pip; everything else goes into .venv in this folder.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: help setup demo test test-slow test-all check lock clean
+.DEFAULT_GOAL := help
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## make .venv and install everything into it (quick when nothing changed)
+
+# Debian splits ensurepip off into python3-venv; without it the environment gets pip from the machine's own pip.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Graft needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) 2>/dev/null \
+		|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $@ install pip; }
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: setup  ## upload real pictures, train, predict, serve until Ctrl-C (ARGS=--exit ends instead)
+	@$(BIN)/graft demo $(ARGS)
+
+test: setup  ## every test but the slow ones (ARGS is passed to pytest)
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: setup  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: setup  ## every test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## formatting, lint, types, and which package may import which
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_import_directions.py
+
+lock:  ## refresh constraints.txt with today's newest versions that work together
+	$(PYTHON) -m venv --clear build/lock
+	build/lock/bin/python -m pip install --disable-pip-version-check '.[demo,dev,postgres]'
+	sed -n '/^#/p' constraints.txt > build/constraints.txt
+	build/lock/bin/python -m pip freeze --exclude graft >> build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+clean:  ## remove what the tools left behind; data and .venv stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find app worker migrations tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
