@@ -1,0 +1,166 @@
+"""`graft demo`: the whole way from real pictures to served predictions, over HTTP as any caller would go it."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli.server import load_settings
+from app.cli.terminal import Failure, errors, percent, print_line, print_table
+from app.cli.train import describe_dataset, describe_model, model_of, upload, watch
+from app.client import GraftClient, JsonObject
+from app.supervisor import free_port, is_port_free
+
+START_WITHIN_SECONDS = 120.0  # importing torch from a cold disk takes most of it
+LOG_LINES_SHOWN = 20
+
+# Pretrained weights may be there or not; what is trained then must take a minute or two on two cores either way.
+FROM_SCRATCH: JsonObject = {
+    "method": "from_scratch",
+    "backbone": "resnet18",
+    "recipe": "modern",
+    "hyperparameters": {"epochs": 6, "image_size": 32, "batch_size": 64, "augmentation": "none"},
+}
+TRANSFER: JsonObject = {
+    "method": "full_fine_tuning",
+    "backbone": "auto",
+    "recipe": "modern",
+    "hyperparameters": {"epochs": 3, "image_size": 64, "augmentation": "none"},
+}
+
+
+def add_to(cli: typer.Typer) -> None:
+    cli.command()(demo)
+
+
+def demo(
+    exit_when_done: Annotated[bool, typer.Option("--exit", help="End when done, instead of serving on.")] = False,
+    port: Annotated[int | None, typer.Option(help="Port to serve on; 8000 or a free one if left out.")] = None,
+) -> None:
+    """Upload real pictures, train on them, predict new ones, and leave it all serving until Ctrl-C."""
+    # SIGTERM, too, has to stop the server on its way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _fresh_folder(load_settings().data_dir.resolve() / "demo") as folder:
+        _run(folder, port=port, exit_when_done=exit_when_done)
+
+
+def _run(folder: Path, *, port: int | None, exit_when_done: bool) -> None:
+    started = time.monotonic()
+    _make_pictures(folder)
+    with _server(folder, port) as (server, url), GraftClient(url) as client:
+        dataset = _upload(client, folder / "digits.zip")
+        model = _train(client, dataset)
+        _predict(client, model, sorted((folder / "held_out").iterdir()))
+        print_line(f"\nFrom nothing to predictions in {time.monotonic() - started:.0f} s.")
+        if exit_when_done:
+            return
+        print_line(f"Graft goes on serving at {url} and describes itself at {url}/docs. Ctrl-C ends it.")
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            return
+        raise Failure(f"The server ended by itself; its log is {folder / 'graft.log'}.")
+
+
+@contextmanager
+def _fresh_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that no other demo uses."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "demo.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failure("Another demo is running here; end it with Ctrl-C first.") from None
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        yield folder
+
+
+def _make_pictures(folder: Path) -> None:
+    made = subprocess.run([sys.executable, "-m", "app.demo", str(folder)], capture_output=True, text=True, check=False)
+    if "No module named 'sklearn'" in made.stderr:
+        raise Failure("The demo's pictures come with scikit-learn: pip install 'graft[demo]'.")
+    if made.returncode != 0:
+        raise Failure(f"The demo's pictures could not be made:\n{made.stderr}")
+
+
+@contextmanager
+def _server(folder: Path, port: int | None) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`graft up` on the folder, from when it serves; its process and its address."""
+    settings = load_settings(port=port)
+    if port is None and not is_port_free("127.0.0.1", settings.port):
+        port = free_port("127.0.0.1")
+    port = port or settings.port or free_port("127.0.0.1")
+    environment = {**os.environ, "GRAFT_DATA_DIR": str(folder), "GRAFT_DATABASE_URL": "", "GRAFT_STORAGE_URL": ""}
+    command = [sys.executable, "-m", "app.cli", "up", "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "graft.log").open("wb") as log:
+        server = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is ours to pass on, once
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with errors.status("Starting the API and a worker …"):
+            _wait_until_serving(server, url, log=folder / "graft.log")
+        print_line(f"graft up --port {port}\n  serves at {url}, data in {folder}")
+        yield server, url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait_until_serving(server: subprocess.Popen[bytes], url: str, *, log: Path) -> None:
+    deadline = time.monotonic() + START_WITHIN_SECONDS
+    with GraftClient(url) as client:
+        while not client.is_alive():
+            if server.poll() is not None or time.monotonic() > deadline:
+                last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
+                raise Failure(f"The server did not start. The end of its log:\n{last_lines}")
+            time.sleep(0.2)
+
+
+def _upload(client: GraftClient, archive: Path) -> JsonObject:
+    print_line(f'\ncurl -T {archive} "{client.url}/v1/datasets?name=digits"')
+    dataset = upload(client, archive, name="digits")
+    describe_dataset(dataset)
+    return dataset
+
+
+def _train(client: GraftClient, dataset: JsonObject) -> JsonObject:
+    has_weights = any(backbone["available"] in ("bundled", "local") for backbone in client.backbones())
+    request = {"dataset": dataset["id"], **(TRANSFER if has_weights else FROM_SCRATCH)}
+    print_line(f"\ncurl {client.url}/v1/jobs -d '{json.dumps(request)}'")
+    model = model_of(client, watch(client, client.submit_job(request)["id"]))
+    describe_model(client, model)
+    return model
+
+
+def _predict(client: GraftClient, model: JsonObject, pictures: list[Path]) -> None:
+    """Predicts pictures that were kept from training, whose true class is the first part of their file's name."""
+    answer = client.predict(pictures, model=model["id"], top_k=2)
+    truth = [path.name.split("_")[0] for path in pictures]
+    found = [prediction["label"] for prediction in answer["predictions"]]
+    shown = {name: index for index, name in reversed(list(enumerate(truth)))}  # the first picture of each class
+    print_line(f"\ncurl -F file=@{pictures[shown['seven']]} {client.url}/predict")
+    rows = [
+        [pictures[index].name, found[index], percent(answer["predictions"][index]["score"])]
+        for index in sorted(shown.values())
+    ]
+    print_table(["picture", "label", "score"], rows, empty="")
+    right = sum(label == name for label, name in zip(found, truth, strict=True))
+    print_line(f"{right} of {len(truth)} pictures kept from training are right ({percent(right / len(truth))}).")

@@ -1,0 +1,236 @@
+"""The commands of whoever runs a server: up, api, worker, migrate, settings, keys."""
+
+import json
+import os
+import re
+import sys
+from datetime import UTC, timedelta
+from typing import Annotated, Any
+
+import structlog
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from app import access, logs
+from app.access import Scope
+from app.cli.terminal import EXIT_USAGE, Failure, errors, print_line, print_table
+from app.client import GraftClient
+from app.db.engine import Database
+from app.db.migrate import upgrade
+from app.db.tables import utc_now
+from app.settings import Settings
+from app.supervisor import Program, StopRequests, Supervisor, free_port, is_port_free
+
+API = Program("API", (sys.executable, "-m", "app.main"))
+WORKER = Program("worker", (sys.executable, "-m", "worker.main"))
+
+LOOK_INTERVAL_SECONDS = 0.2
+KILL_MARGIN_SECONDS = 5.0  # the programs get their own shutdown grace, and this much more
+
+Host = Annotated[str | None, typer.Option(help="Address to listen on.  [default: GRAFT_HOST, 127.0.0.1]")]
+Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 picks one.  [default: GRAFT_PORT, 8000]")]
+
+keys = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=True)
+
+
+def add_to(cli: typer.Typer) -> None:
+    for command in (up, api, worker, migrate, settings):
+        cli.command()(command)
+    cli.add_typer(keys, name="keys")
+
+
+def up(host: Host = None, port: Port = None) -> None:
+    """Migrate the database, then run the API and one worker until Ctrl-C."""
+    chosen = load_settings(host=host, port=port)
+    logs.configure(chosen)
+    port = _port_to_listen_on(chosen)
+    upgrade(chosen.resolved_database_url)
+    environment = _environment(chosen.host, port)
+    with (
+        StopRequests() as stop_requests,
+        Supervisor(
+            [API, WORKER],
+            environment=environment,
+            stop_within_seconds=chosen.shutdown_grace_seconds + KILL_MARGIN_SECONDS,
+        ) as supervisor,
+    ):
+        url = f"http://{_reachable(chosen.host)}:{port}"
+        if _wait_until_serving(supervisor, stop_requests, url):
+            print_line(f"Graft serves at {url} and describes itself at {url}/docs. Ctrl-C stops it.")
+            while not stop_requests.wait(LOOK_INTERVAL_SECONDS):
+                _look_after(supervisor)
+        errors.print("Stopping.")
+
+
+def api(host: Host = None, port: Port = None) -> None:
+    """Run the API alone."""
+    chosen = load_settings(host=host, port=port)
+    _become(API, _environment(chosen.host, chosen.port))
+
+
+def worker() -> None:
+    """Run one worker alone; several may share a database."""
+    load_settings()
+    _become(WORKER, _environment())
+
+
+def migrate() -> None:
+    """Bring the database up to this version's tables."""
+    chosen = load_settings()
+    upgrade(chosen.resolved_database_url)
+    print_line(f"The database is up to date: {_masked(chosen.resolved_database_url)}")
+
+
+def settings() -> None:
+    """Print every setting with its value, default and meaning."""
+    chosen = load_settings()
+    rows = [
+        [f"GRAFT_{name.upper()}", _shown(getattr(chosen, name)), _shown(_default(field)), field.description or ""]
+        for name, field in Settings.model_fields.items()
+    ]
+    print_table(["setting", "value", "default", "meaning"], rows, empty="")
+
+
+@keys.command("create")
+def create_key(
+    scope: Annotated[
+        list[Scope], typer.Option(help="What the key may do; train includes predict, admin includes all.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Whose key it is, or what it is for.")] = None,
+    expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires; never if left out.")] = None,
+) -> None:
+    """Create an API key and print it, once. From then on every request needs a key."""
+    expires_at = utc_now() + timedelta(days=expires_days) if expires_days else None
+    with _database().write() as session:
+        created = access.create_key(session, scopes=scope, name=name, expires_at=expires_at)
+    errors.print(f"Created {created.id}. This is the only time the key is shown:")
+    print_line(created.token)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """List the API keys, without their secrets."""
+    with _database().read() as session:
+        rows = [
+            [
+                key.id,
+                key.name or "",
+                " ".join(key.scopes),
+                _date(key.created_at),
+                "revoked" if key.revoked_at else _date(key.expires_at) or "never",
+                _date(key.last_used_at),
+            ]
+            for key in access.list_keys(session)
+        ]
+    columns = ["id", "name", "scopes", "created", "expires", "last used"]
+    print_table(columns, rows, empty="There are no keys; `graft keys create --scope admin` makes one.")
+
+
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """End an API key at once."""
+    with _database().write() as session:
+        access.revoke_key(session, key_id)
+    print_line(f"Revoked {key_id}.")
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """The settings, with those overrides that are not None. Raises Failure that names each wrong one."""
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        reasons = [f"  GRAFT_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
+        raise Failure("\n".join(["The settings are not valid:", *reasons]), exit_code=EXIT_USAGE) from None
+
+
+def _port_to_listen_on(chosen: Settings) -> int:
+    try:
+        # Chosen here and not by the API, so that a restarted API is found at the same address.
+        port = chosen.port or free_port(chosen.host)
+        if is_port_free(chosen.host, port):
+            return port
+    except OSError as error:
+        raise Failure(f"Cannot listen on {chosen.host}: {error.strerror}.") from error
+    raise Failure(
+        f"Port {port} of {chosen.host} is in use. Stop what listens there, or choose another with --port; "
+        "--port 0 picks a free one."
+    )
+
+
+def _environment(host: str | None = None, port: int | None = None) -> dict[str, str]:
+    """This process's environment for the programs it starts, with the address they are to listen on."""
+    # A folder called "app" in the working directory must not be taken for ours.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if host is not None:
+        environment["GRAFT_HOST"] = host
+    if port is not None:
+        environment["GRAFT_PORT"] = str(port)
+    return environment
+
+
+def _reachable(host: str) -> str:
+    """The name under which this machine reaches a server that listens on `host`."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{name}]" if ":" in name else name
+
+
+def _wait_until_serving(supervisor: Supervisor, stop_requests: StopRequests, url: str) -> bool:
+    """Returns whether the API answers; False when stopping was asked for first. Raises Failure if it cannot start."""
+    with GraftClient(url) as client:
+        while not client.is_alive():
+            if stop_requests.wait(LOOK_INTERVAL_SECONDS):
+                return False
+            if API.name in _look_after(supervisor):
+                raise Failure("The API could not start; the lines above say why.")
+    return True
+
+
+def _look_after(supervisor: Supervisor) -> set[str]:
+    """Restarts what has crashed, and logs it. Returns the names of the programs that crashed."""
+    crashes = supervisor.look_after()
+    for crash in crashes:
+        structlog.get_logger().error(
+            "program.crashed",
+            program=crash.name,
+            exit_code=crash.exit_code,
+            restart_in_seconds=crash.restart_in_seconds,
+        )
+    return {crash.name for crash in crashes}
+
+
+def _become(program: Program, environment: dict[str, str]) -> None:
+    """Replaces this process, so that signals and exit codes are the program's own."""
+    os.execve(program.command[0], list(program.command), environment)
+
+
+def _database() -> Database:
+    chosen = load_settings()
+    upgrade(chosen.resolved_database_url)  # so that the first key can be made before the first start
+    return Database(chosen.resolved_database_url)
+
+
+def _default(field: FieldInfo) -> Any:
+    return field.get_default(call_default_factory=True)
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case None | "":
+            return "–"
+        case frozenset():
+            return json.dumps(sorted(value))
+        case str() if "://" in value:
+            return _masked(value)
+        case _:
+            return str(value)
+
+
+def _masked(url: str) -> str:
+    """The URL without its password, wherever it stands."""
+    without_user_password = re.sub(r"//([^:/@]*):[^/]*@", r"//\1:***@", url)
+    return re.sub(r"(?i)([?&]password=)[^&]*", r"\1***", without_user_password)
+
+
+def _date(moment: Any) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%MZ") if moment else ""

@@ -1,0 +1,63 @@
+"""What the commands print with: results on standard output, everything else on standard error."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app.client import DEFAULT_URL, GraftClient
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNREACHABLE = 3
+EXIT_INTERRUPTED = 130
+
+# A pipe or a file has no width to fit into.
+output = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+errors = Console(stderr=True, highlight=False)
+
+Url = Annotated[str, typer.Option("--url", envvar="GRAFT_URL", help="Address of the Graft server.")]
+ApiKey = Annotated[str, typer.Option("--api-key", envvar="GRAFT_API_KEY", help="API key.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
+
+
+class Failure(Exception):
+    """Ends the command with a sentence for the user."""
+
+    def __init__(self, message: str, *, exit_code: int = EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def connect(url: str = DEFAULT_URL, api_key: str = "") -> GraftClient:
+    return GraftClient(url, api_key=api_key or None)
+
+
+def print_json(answer: Any) -> None:
+    output.print(json.dumps(answer, indent=2, ensure_ascii=False), markup=False, soft_wrap=True)
+
+
+def print_line(text: str) -> None:
+    """One line of a result, whole however narrow the terminal is."""
+    output.print(text, markup=False, soft_wrap=True)
+
+
+def print_table(columns: list[str], rows: list[list[str]], *, empty: str) -> None:
+    """A table, or the sentence `empty` where there are no rows."""
+    if not rows:
+        print_line(empty)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for position, name in enumerate(columns):
+        # The first one names the row: an id, a setting, a file. It stays whole, so that it can be copied.
+        table.add_column(name, overflow="fold", no_wrap=position == 0)
+    for row in rows:
+        table.add_row(*row)
+    output.print(table, markup=False)
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
