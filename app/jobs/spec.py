@@ -16,6 +16,7 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from app.errors import FieldError, InvalidHyperparameter, InvalidRequest, WeightsUnavailable
+from app.vision.preprocessing import Preprocessing
 
 Method = Literal["feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch"]
 Recipe = Literal["classic", "modern"]
@@ -25,7 +26,6 @@ Scheduler = Literal["step", "cosine", "constant"]
 Augmentation = Literal["none", "classic", "strong"]
 ClassWeights = Literal["none", "balanced"]
 Family = Literal["cnn", "transformer"]
-Interpolation = Literal["bilinear", "bicubic"]
 
 _ID = r"^[A-Za-z0-9_.\-]{1,100}$"
 _NULLABLE = frozenset({"early_stopping_patience"})
@@ -200,17 +200,6 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True)
-class PreprocessingFacts:
-    """The numbers of app.vision.preprocessing.Preprocessing, as a job's spec stores them."""
-
-    resize: int
-    crop: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: Interpolation
-
-
-@dataclass(frozen=True)
 class BackboneFacts:
     """What resolving needs to know of a backbone. weights: name of those that can be had, None where none can."""
 
@@ -223,7 +212,7 @@ class BackboneFacts:
     min_image_size: int
     fixed_image_size: int | None  # where the network accepts one size only
     weights: str | None
-    preprocessing: PreprocessingFacts
+    preprocessing: Preprocessing
 
 
 @dataclass(frozen=True)
@@ -232,7 +221,7 @@ class StartingModel:
 
     model_id: str
     backbone_name: str
-    preprocessing: PreprocessingFacts
+    preprocessing: Preprocessing
 
 
 class ResolvedHyperparameters(BaseModel):
@@ -264,18 +253,6 @@ class ResolvedHyperparameters(BaseModel):
     early_stopping_patience: int | None
 
 
-class PreprocessingSpec(BaseModel):
-    """Resize of the short side and centre crop, in pixels, and normalisation, for validation and prediction."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    resize: int
-    crop: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: Interpolation
-
-
 class BackboneRef(BaseModel):
     """The backbone a job starts from; weights is None for from_scratch, model is an earlier model's id."""
 
@@ -297,7 +274,7 @@ class TrainingSpec(BaseModel):
     seed: int
     recipe: Recipe
     hyperparameters: ResolvedHyperparameters
-    preprocessing: PreprocessingSpec
+    preprocessing: Preprocessing
     promote: Promote
     budget_seconds: float | None
     requested: dict[str, Any]
@@ -308,7 +285,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # The textbook's: PyTorch's transfer-learning tutorial, with batch 32.
-CLASSIC_PREPROCESSING = PreprocessingFacts(256, 224, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
+CLASSIC_PREPROCESSING = Preprocessing(256, 224, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
 CLASSIC: dict[str, Any] = {
     "epochs": 25,
     "batch_size": 32,
@@ -546,8 +523,8 @@ def _check_combinations(request: JobRequest, method: Method, facts: BackboneFact
 
 def _preprocessing(
     request: JobRequest, method: Method, facts: BackboneFacts, starting_model: StartingModel | None
-) -> PreprocessingSpec:
-    """The weights' own preprocessing, or the textbook's under classic; a size asked for keeps the ratio to the resize."""
+) -> Preprocessing:
+    """The weights' own preprocessing, or under classic the textbook's; image_size keeps the ratio of resize to crop."""
     if starting_model is not None:
         base = starting_model.preprocessing
     elif request.recipe == "classic" and facts.fixed_image_size in (None, CLASSIC_PREPROCESSING.crop):
@@ -560,14 +537,7 @@ def _preprocessing(
             raise _bad_hyperparameter("image_size", f"must be {facts.fixed_image_size} for {facts.name}")
         if size < facts.min_image_size:
             raise _bad_hyperparameter("image_size", f"must be at least {facts.min_image_size} for {facts.name}")
-    crop = size or base.crop
-    return PreprocessingSpec(
-        resize=round(base.resize * crop / base.crop),
-        crop=crop,
-        mean=base.mean,
-        std=base.std,
-        interpolation=base.interpolation,
-    )
+    return base if size is None else base.with_image_size(size)
 
 
 def _classic(asked: Hyperparameters, method: Method) -> dict[str, Any]:
@@ -664,7 +634,7 @@ def _pointer(location: Sequence[str]) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    """What a field accepts, in words: "an integer from 1 to 1000", "one of sgd, adamw"; "" where pydantic says it best."""
+    """What a field accepts: "an integer from 1 to 1000", "one of sgd, adamw"; "" where pydantic says it best."""
     members = _members(field.annotation, tuple(field.metadata))
     choices = [str(choice) for kind, _ in members for choice in _choices(kind)]
     parts = [f"one of {', '.join(choices)}"] if choices else []

@@ -1,0 +1,616 @@
+"""The training loop: `fit` yields one EpochResult per epoch, and can be left and taken up again at any step.
+
+All that changes while training is a LoopState: random numbers follow from (seed, epoch, step), the learning rate from
+the step. Knows networks and batches; not jobs, not storage: whoever drives it is asked through Hooks.
+"""
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from app.errors import JobFailed
+from worker.training.augment import mixup
+from worker.training.optim import Schedule, load_optimizer_tensors, optimizer_tensors, set_learning_rates
+from worker.training.pixels import (
+    MIX,
+    NETWORK,
+    Augment,
+    Batch,
+    Split,
+    ordered_batches,
+    prefetched,
+    random_stream,
+    steps_per_epoch,
+    torch_seed,
+    training_batches,
+)
+
+Precision = Literal["fp32", "bf16"]
+
+MAX_HALVINGS = 4
+TICK_SECONDS = 1.0
+CHECKPOINT_SECONDS = 60.0
+EVAL_BATCH_SIZE = 64
+# bf16 must be this much faster to be chosen: less is within the noise of a few steps, and fp32 is exact.
+BF16_MIN_GAIN = 1.2
+_PROBE_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays the same over the whole run.
+
+    normalise: uint8 (N, 3, S, S) on the device -> float32, as serving does it. augment: per training image.
+    prepare_eval: per validation image, exactly serving's. class_weights: one per class, or None.
+    """
+
+    train: Split
+    val: Split
+    class_count: int
+    epochs: int
+    batch_size: int
+    seed: int
+    schedule: Schedule
+    normalise: Callable[[Tensor], Tensor]
+    augment: Augment
+    prepare_eval: Callable[[Tensor], Tensor]
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    mixup: float = 0.0
+    ema: float = 0.0
+    early_stopping_patience: int | None = None
+    budget_seconds: float | None = None
+    merge_single: bool = False
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """Where a run is. epoch counts from 1; fraction is of the whole run; images_per_second over the last seconds."""
+
+    epoch: int
+    epochs: int
+    fraction: float
+    images_per_second: float | None
+    eta_seconds: float | None
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One epoch; losses and accuracies are means over images. learning_rate: the head's, at the epoch's last step."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    learning_rate: float
+    seconds: float
+    images_per_second: float
+    is_best: bool
+    best_epoch: int
+    best_val_accuracy: float
+    best_val_loss: float
+    step: int  # optimiser steps done since the run began
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop asks of whoever drives it.
+
+    on_progress: called about once a second; may raise to leave; True asks to end with the best epoch so far.
+    save: called with the state at checkpoints. log: something worth telling happened.
+    """
+
+    on_progress: Callable[[StepProgress], bool] = lambda _progress: False
+    save: Callable[["LoopState"], None] = lambda _state: None
+    log: Callable[[str, Mapping[str, Any]], None] = lambda _message, _details: None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+
+
+@dataclass
+class Best:
+    """The best validation epoch so far, and a copy on the CPU of the weights that it had."""
+
+    epoch: int
+    val_accuracy: float
+    val_loss: float
+    weights: dict[str, Tensor]
+
+    def is_beaten_by(self, val_accuracy: float, val_loss: float) -> bool:
+        """By accuracy; among equals, by loss."""
+        return (val_accuracy, -val_loss) > (self.val_accuracy, -self.val_loss)
+
+
+@dataclass
+class LoopState:
+    """All that changes while training. epoch and step: done epochs, and done steps of the one after them."""
+
+    network: nn.Module
+    optimizer: Optimizer
+    precision: Precision
+    sums: Tensor  # (3,) on the device: loss times images, correct, images of the running epoch
+    ema: dict[str, Tensor] | None = None
+    epoch: int = 0
+    step: int = 0
+    total_steps: int = 0
+    micro_batches: int = 1
+    epochs_without_gain: int = 0
+    epoch_seconds: float = 0.0  # training time of the running epoch, over all attempts
+    elapsed_seconds: float = 0.0  # of all done epochs
+    is_finished: bool = False
+    best: Best | None = None
+    changing: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def begin(cls, network: nn.Module, optimizer: Optimizer, *, precision: Precision, ema: float) -> "LoopState":
+        """The state before the first step. The network has been frozen as it shall be, and is on its device."""
+        network.train()
+        device = next(network.parameters()).device
+        changing = changing_tensors(network)
+        weights = network.state_dict()
+        return cls(
+            network=network,
+            optimizer=optimizer,
+            precision=precision,
+            sums=torch.zeros(3, dtype=_sum_dtype(device), device=device),
+            ema={name: weights[name].clone() for name in changing} if ema > 0 else None,
+            changing=changing,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.sums.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the state, by name, on the CPU and contiguous."""
+        weights = self.network.state_dict()
+        named = {f"network.{name}": weights[name] for name in self.changing}
+        named |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+        named |= {f"ema.{name}": tensor for name, tensor in (self.ema or {}).items()}
+        named |= {f"best.{name}": tensor for name, tensor in (self.best.weights if self.best else {}).items()}
+        named["sums"] = self.sums
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
+
+    def numbers(self) -> dict[str, Any]:
+        """All numbers of the state, for JSON."""
+        best = self.best
+        return {
+            "precision": self.precision,
+            "epoch": self.epoch,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "micro_batches": self.micro_batches,
+            "epochs_without_gain": self.epochs_without_gain,
+            "epoch_seconds": self.epoch_seconds,
+            "elapsed_seconds": self.elapsed_seconds,
+            "is_finished": self.is_finished,
+            "best": best and {"epoch": best.epoch, "val_accuracy": best.val_accuracy, "val_loss": best.val_loss},
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Puts back what tensors() and numbers() gave, into a state that was begun alike."""
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "optimizer": {}, "ema": {}, "best": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(".")
+            if name:
+                parts[part][name] = tensor
+        _copy_into(self.network, parts["network"])
+        load_optimizer_tensors(self.optimizer, parts["optimizer"])
+        if self.ema is not None:
+            for name, tensor in parts["ema"].items():
+                self.ema[name].copy_(tensor)
+        self.sums.copy_(tensors["sums"])
+        plain = {name: value for name, value in numbers.items() if name != "best"}
+        for name, value in plain.items():
+            setattr(self, name, value)
+        self.best = Best(**numbers["best"], weights=parts["best"]) if numbers["best"] else None
+
+    def load_best(self) -> None:
+        """Makes the network what it was at its best validation epoch."""
+        assert self.best is not None
+        _copy_into(self.network, self.best.weights)
+
+
+def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[EpochResult, None, None]:
+    """Trains from wherever `state` is to the end; after each epoch's validation yields its result.
+
+    Ends early on hooks.on_progress's word, by patience or by budget; then state.is_finished is true and state.best set.
+    Raises JobFailed: `diverged` for a loss that is no number any more, `out_of_memory` where smaller batches did not
+    help.
+    """
+    hooks = hooks or Hooks()
+    pace = _Pace(state, plan, hooks)
+    while not state.is_finished:
+        stop = _train_epoch(state, plan, pace)
+        if stop and state.best is not None:
+            state.is_finished = True
+            return
+        # Asked to stop within the first epoch: the weights as they are get validated, so that there is a result.
+        with _averaged(state):
+            val_loss, val_accuracy = _validate(state, plan, pace)
+            result = _end_epoch(state, plan, pace, val_loss=val_loss, val_accuracy=val_accuracy)
+        state.is_finished = (
+            stop
+            or state.epoch >= plan.epochs
+            or (plan.early_stopping_patience is not None and state.epochs_without_gain >= plan.early_stopping_patience)
+            or (plan.budget_seconds is not None and state.elapsed_seconds >= plan.budget_seconds)
+        )
+        pace.save()
+        yield result
+
+
+def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
+    """The rest of the running epoch. Returns whether it was asked to end the run."""
+    batches = training_batches(
+        plan.train,
+        batch_size=plan.batch_size,
+        seed=plan.seed,
+        epoch=state.epoch,
+        first_step=state.step,
+        merge_single=plan.merge_single,
+        augment=plan.augment,
+    )
+    state.network.train()
+    with prefetched(batches) as prepared:
+        for batch in prepared:
+            set_learning_rates(state.optimizer, plan.schedule, state.total_steps)
+            _step_in_memory(state, plan, batch, pace.hooks)
+            state.step += 1
+            state.total_steps += 1
+            if pace.after_step(len(batch)):
+                return True
+    return False
+
+
+def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, hooks: Hooks) -> None:
+    """One optimiser step; out of memory, the same step again in more and smaller pieces."""
+    halvings = 0
+    while not _attempt(lambda: _step(state, plan, batch)):
+        # Here, outside any except block, nothing holds the failed attempt's tensors any more.
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.device.type == "cuda":
+            torch.cuda.empty_cache()
+        halvings += 1
+        if halvings > MAX_HALVINGS or len(batch) // (2 * state.micro_batches) < 2:
+            raise _out_of_memory(plan)
+        state.micro_batches *= 2
+        hooks.log(
+            f"Out of memory: batches of {plan.batch_size} are now computed in {state.micro_batches} parts; "
+            "their effect on the model stays the same.",
+            {"micro_batches": state.micro_batches},
+        )
+
+
+def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
+    torch.manual_seed(torch_seed(plan.seed, NETWORK, state.epoch, state.step))  # dropout, stochastic depth
+    labels = batch.labels.to(state.device, non_blocking=True)
+    images = plan.normalise(batch.pixels.to(state.device, non_blocking=True))
+    images, targets = _mixed(state, plan, images, labels)
+    weights = None if plan.class_weights is None else torch.tensor(plan.class_weights, device=state.device)
+    scale = _loss_scale(targets, weights)
+    state.optimizer.zero_grad(set_to_none=True)
+    sums = torch.zeros_like(state.sums)
+    for part in _parts(len(labels), state.micro_batches):
+        with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=state.precision == "bf16"):
+            logits = state.network(images[part])
+        losses = functional.cross_entropy(
+            logits.float(), targets[part], weights, reduction="none", label_smoothing=plan.label_smoothing
+        )
+        # Each part's share of the whole batch's mean: summed over parts, the gradient is the whole batch's.
+        loss = losses.sum() / scale
+        loss.backward()  # type: ignore[no-untyped-call]
+        sums[0] += loss.detach() * len(labels)
+        sums[1] += (logits.detach().argmax(1) == labels[part]).sum()
+        sums[2] += len(logits)
+    state.optimizer.step()
+    _update_ema(state, plan)
+    state.sums += sums  # last, so that an attempt that runs out of memory is counted once
+
+
+def _mixed(state: LoopState, plan: Plan, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if plan.mixup == 0:
+        return images, labels
+    one_hot = functional.one_hot(labels, plan.class_count).to(images.dtype)
+    return mixup(images, one_hot, alpha=plan.mixup, random=random_stream(plan.seed, MIX, state.epoch, state.step))
+
+
+def _loss_scale(targets: Tensor, weights: Tensor | None) -> Tensor | int:
+    """What the sum of losses is divided by: the number of images, or their weight as CrossEntropyLoss counts it."""
+    if weights is None:
+        return len(targets)
+    return weights[targets].sum() if targets.ndim == 1 else (targets @ weights).sum()
+
+
+def _parts(count: int, parts: int) -> list[slice]:
+    """Nearly equal slices of range(count), none with one image, which batch-norm cannot train on."""
+    parts = max(1, min(parts, count // 2))
+    edges = [count * i // parts for i in range(parts + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(edges)]
+
+
+@torch.no_grad()
+def _update_ema(state: LoopState, plan: Plan) -> None:
+    if state.ema is None:
+        return
+    # A young average follows faster, else it would hold on to the random head for 1 / (1 - decay) steps.
+    decay = min(plan.ema, (1 + state.total_steps) / (10 + state.total_steps))
+    current = state.network.state_dict()
+    for name, average in state.ema.items():
+        if average.is_floating_point():
+            average.lerp_(current[name], 1 - decay)
+        else:
+            average.copy_(current[name])
+
+
+@contextmanager
+def _averaged(state: LoopState) -> Iterator[None]:
+    """The network with its averaged weights, where there are any; its own are back at the end."""
+    if state.ema is None:
+        yield
+        return
+    own = {name: tensor.clone() for name, tensor in state.network.state_dict().items() if name in state.ema}
+    _copy_into(state.network, state.ema)
+    try:
+        yield
+    finally:
+        _copy_into(state.network, own)
+
+
+def _validate(state: LoopState, plan: Plan, pace: "_Pace") -> tuple[float, float]:
+    """(mean loss, accuracy) on the validation images."""
+    logits = predict_logits(
+        state.network,
+        plan.val,
+        prepare=plan.prepare_eval,
+        normalise=plan.normalise,
+        device=state.device,
+        precision=state.precision,
+        on_batch=pace.during_validation,
+    )
+    labels = torch.from_numpy(plan.val.labels)
+    loss = functional.cross_entropy(logits, labels).item()
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    if not math.isfinite(loss):
+        raise _diverged()
+    return loss, accuracy
+
+
+def predict_logits(
+    network: nn.Module,
+    split: Split,
+    *,
+    prepare: Callable[[Tensor], Tensor],
+    normalise: Callable[[Tensor], Tensor],
+    device: torch.device,
+    precision: Precision = "fp32",
+    on_batch: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Logits of the whole split in its own order: float32 (N, C) on the CPU. Leaves the network in eval mode."""
+    network.eval()
+    batch_size = EVAL_BATCH_SIZE
+    found: list[Tensor] = []
+
+    def run(start: int, batch: Batch) -> None:
+        del found[start:]
+        for pixels in torch.split(batch.pixels, batch_size):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                found.append(network(normalise(pixels.to(device))).float().cpu())
+
+    with torch.inference_mode(), prefetched(ordered_batches(split, batch_size=batch_size, prepare=prepare)) as batches:
+        for batch in batches:
+            start = len(found)
+            while not _attempt(lambda start=start, batch=batch: run(start, batch)):  # type: ignore[misc]
+                if batch_size == 1:
+                    raise _out_of_memory(None)
+                batch_size //= 2
+            on_batch()
+    return torch.cat(found)
+
+
+def _end_epoch(state: LoopState, plan: Plan, pace: "_Pace", *, val_loss: float, val_accuracy: float) -> EpochResult:
+    loss_sum, correct, count = state.sums.tolist()  # waits for the device, so once per epoch
+    if not math.isfinite(loss_sum):
+        raise _diverged()
+    is_best = state.best is None or state.best.is_beaten_by(val_accuracy, val_loss)
+    if is_best:
+        weights = state.network.state_dict()
+        kept = {name: weights[name].detach().to("cpu", copy=True).contiguous() for name in state.changing}
+        state.best = Best(state.epoch + 1, val_accuracy, val_loss, kept)
+    assert state.best is not None
+    seconds = pace.end_epoch()
+    state.epoch += 1
+    state.step = 0
+    state.sums.zero_()
+    state.epochs_without_gain = 0 if is_best else state.epochs_without_gain + 1
+    return EpochResult(
+        epoch=state.epoch,
+        train_loss=loss_sum / count,
+        train_accuracy=correct / count,
+        val_loss=val_loss,
+        val_accuracy=val_accuracy,
+        learning_rate=state.optimizer.param_groups[0]["lr"],
+        seconds=seconds,
+        images_per_second=count / max(seconds, 1e-9),
+        is_best=is_best,
+        best_epoch=state.best.epoch,
+        best_val_accuracy=state.best.val_accuracy,
+        best_val_loss=state.best.val_loss,
+        step=state.total_steps,
+    )
+
+
+class _Pace:
+    """The clock of a run: when to report and save, how fast it goes. Nothing here changes a number of the model."""
+
+    def __init__(self, state: LoopState, plan: Plan, hooks: Hooks) -> None:
+        self.hooks = hooks
+        self._state = state
+        self._plan = plan
+        self._steps = steps_per_epoch(len(plan.train), plan.batch_size, merge_single=plan.merge_single)
+        now = time.monotonic()
+        self._mark = self._window_start = self._reported = self._saved = now
+        self._window_images = 0
+        self._images_per_second: float | None = None
+        self._began, self._first_fraction = now, self._fraction()
+
+    def after_step(self, images: int) -> bool:
+        """Reports and saves where it is time. Returns whether the run was asked to end."""
+        self._window_images += images
+        now = time.monotonic()
+        if now - self._reported < TICK_SECONDS:
+            return False
+        self._images_per_second = self._window_images / (now - self._window_start)
+        self._window_start, self._window_images = now, 0
+        # Waits for the device, so about once a second; a state that is lost is never saved.
+        if not math.isfinite(self._state.sums[0].item()):
+            raise _diverged()
+        if now - self._saved >= self.hooks.checkpoint_seconds:
+            self.save()
+        return self._report(now)
+
+    def during_validation(self) -> None:
+        now = time.monotonic()
+        if now - self._reported >= TICK_SECONDS:
+            self._report(now)
+
+    def save(self) -> None:
+        self._count_time()
+        self.hooks.save(self._state)
+        self._saved = time.monotonic()
+
+    def end_epoch(self) -> float:
+        """Seconds of the epoch that ends now, training and validation, over all attempts."""
+        self._count_time()
+        seconds = self._state.epoch_seconds
+        self._state.elapsed_seconds += seconds
+        self._state.epoch_seconds = 0.0
+        return seconds
+
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self._state.epoch_seconds += now - self._mark
+        self._mark = now
+
+    def _report(self, now: float) -> bool:
+        self._reported = now
+        fraction = self._fraction()
+        gained = fraction - self._first_fraction
+        return self.hooks.on_progress(
+            StepProgress(
+                epoch=min(self._state.epoch + 1, self._plan.epochs),
+                epochs=self._plan.epochs,
+                fraction=fraction,
+                images_per_second=self._images_per_second,
+                eta_seconds=(now - self._began) / gained * (1 - fraction) if gained > 0 else None,
+            )
+        )
+
+    def _fraction(self) -> float:
+        return min(1.0, (self._state.epoch + self._state.step / self._steps) / self._plan.epochs)
+
+
+def changing_tensors(network: nn.Module) -> tuple[str, ...]:
+    """Names in the state dict that training changes: trainable parameters, and buffers of modules in training mode.
+
+    The network is in training mode, with its frozen parts in eval mode: their batch-norm statistics do not move.
+    """
+    names = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    for prefix, module in network.named_modules():
+        if module.training:
+            names |= {f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)}
+    return tuple(name for name in network.state_dict() if name in names)
+
+
+def trains_batch_norm(network: nn.Module) -> bool:
+    """Whether any batch-norm uses the statistics of its batch: those need two images or more."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in network.modules())
+
+
+def choose_precision(
+    network: nn.Module, normalise: Callable[[Tensor], Tensor], *, image_size: int, batch_size: int, seed: int
+) -> Precision:
+    """fp32 or bf16, whichever trains this network faster on its device, by a few steps on noise; the network is kept.
+
+    On cuda bf16 always: every card with bf16 has units for it. On CPUs it pays for dense convolutions and not for
+    depthwise ones, so it is measured; elsewhere fp32.
+    """
+    device = next(network.parameters()).device
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "fp32"
+    twin = copy.deepcopy(network)
+    random = np.random.default_rng(seed)
+    pixels = torch.from_numpy(random.integers(0, 256, (min(batch_size, 16), image_size, image_size, 3), np.uint8))
+    images = normalise(pixels.permute(0, 3, 1, 2))
+    seconds = {precision: _probe(twin, images, precision) for precision in ("fp32", "bf16")}
+    return "bf16" if seconds["fp32"] > BF16_MIN_GAIN * seconds["bf16"] else "fp32"
+
+
+def _probe(network: nn.Module, images: Tensor, precision: str) -> float:
+    """Seconds of the fastest of a few training steps, after one to warm up."""
+    best = math.inf
+    for step in range(_PROBE_STEPS + 1):
+        start = time.perf_counter()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = network(images).float().logsumexp(1).sum()
+        loss.backward()
+        network.zero_grad(set_to_none=True)
+        if step > 0:
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _attempt(action: Callable[[], None]) -> bool:
+    """Runs it. Returns False where memory ran out; other errors pass."""
+    try:
+        action()
+    except (torch.OutOfMemoryError, MemoryError):
+        return False
+    except RuntimeError as error:
+        # CPU allocators and some CUDA libraries say it in words only.
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            return False
+        raise
+    return True
+
+
+def _copy_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    weights = network.state_dict()  # shares memory with the network
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            weights[name].copy_(tensor)
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _diverged() -> JobFailed:
+    return JobFailed(
+        "The loss is no longer a number: training has diverged. Use a lower learning_rate (a tenth of this one), or "
+        "warmup_epochs of 1 or more.",
+        code="diverged",
+        title="Training diverged",
+    )
+
+
+def _out_of_memory(plan: Plan | None) -> JobFailed:
+    size = f" (now {plan.batch_size})" if plan else ""
+    return JobFailed(
+        f"There is not enough memory, even for smaller batches. Use a smaller batch_size{size} or image_size, or a "
+        "smaller backbone.",
+        code="out_of_memory",
+        title="Out of memory",
+    )
