@@ -6,8 +6,8 @@ that only look one inside `Database.read()`. Knows rows; not processes, files, o
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Select, case, exists, func, select, update
 from sqlalchemy import delete as sql_delete
@@ -41,6 +41,13 @@ class Claim:
     spec: dict[str, Any]
     attempt: int  # 1 on the first run, one more after each crash
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        return cls(**{**fields, "kind": JobKind(fields["kind"])})
+
 
 @dataclass(frozen=True)
 class Signal:
@@ -65,6 +72,7 @@ class Lease:
     """A running job as an observer sees it."""
 
     job_id: str
+    kind: JobKind
     fence: int
     beat: int
     owner: dict[str, Any] | None
@@ -168,6 +176,11 @@ def needs_dataset(session: Session, dataset_id: str) -> bool:
             )
         )
     )
+
+
+def unfinished_ids(session: Session) -> set[str]:
+    """Ids of all jobs, of both kinds, that have not ended."""
+    return set(session.scalars(select(JobRow.id).where(JobRow.status.not_in(FINAL))))
 
 
 def request_cancel(session: Session, job_id: str, *, kind: JobKind = JobKind.training) -> JobRow:
@@ -404,11 +417,11 @@ def reclaim(session: Session, job_id: str, fence: int, beat: int, *, max_crashes
 
 def running_leases(session: Session) -> list[Lease]:
     rows = session.execute(
-        select(JobRow.id, JobRow.fence, JobRow.beat, JobRow.owner, JobRow.cancel_requested).where(
+        select(JobRow.id, JobRow.kind, JobRow.fence, JobRow.beat, JobRow.owner, JobRow.cancel_requested).where(
             JobRow.status == JobStatus.running
         )
     )
-    return [Lease(*row) for row in rows]
+    return [Lease(id, JobKind(kind), *rest) for id, kind, *rest in rows]
 
 
 @dataclass

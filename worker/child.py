@@ -1,0 +1,167 @@
+"""Runs one job in a process of its own, so that whatever the job does, its worker lives on.
+
+Started ahead of need, with everything imported; says so with one byte on --ready-fd, then waits for one line of JSON on
+standard input: {"settings", "claim"}. Standard input stays open as long as the worker lives; at its end this process
+ends too, at once. SIGTERM gives the job back.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn, Protocol, TextIO, cast
+
+import structlog
+from sqlalchemy.orm import Session
+
+from app import logs
+from app.db.engine import Database
+from app.errors import GraftError, JobFailed
+from app.jobs import queue
+from app.jobs.queue import Cancelled, Claim, ClaimLost
+from app.jobs.states import JobKind, JobStatus
+from app.settings import Settings
+from app.storage import LocalStorage
+from worker import endings
+from worker.reporter import DATABASE_ERRORS, Reporter, ShuttingDown
+from worker.wakeup import Wakeup
+
+log = structlog.get_logger(__name__)
+
+# Imported by name, because only the one that is asked for is worth its memory and the seconds that torch takes.
+STORIES = {JobKind.training: "worker.run_job:run_training", JobKind.ingest: "worker.run_ingest:run_ingest"}
+
+# The database could not be reached for the job's last word; what sysexits.h calls a temporary failure.
+EXIT_DATABASE_UNAVAILABLE = 75
+
+
+class Story(Protocol):
+    """The work of one kind of job, from claim to success. What it raises, `run` turns into the job's end."""
+
+    def __call__(
+        self, claim: Claim, *, settings: Settings, database: Database, storage: LocalStorage, reporter: Reporter
+    ) -> None: ...
+
+
+def main(load_story: Callable[[JobKind], Story]) -> int:
+    """Waits for an order on standard input, runs it and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m worker.child", description="Runs one job; started by the worker.")
+    parser.add_argument("--kind", type=JobKind, required=True)
+    parser.add_argument("--ready-fd", type=int, required=True)
+    arguments = parser.parse_args()
+    story = load_story(arguments.kind)
+
+    os.write(arguments.ready_fd, b"r")  # stays open: the worker sees this process end by the end of the pipe
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    shutdown = Wakeup()
+
+    def give_back(_number: int, _frame: FrameType | None) -> None:
+        shutdown.set()
+
+    signal.signal(signal.SIGTERM, give_back)
+    threading.Thread(target=_end_with_worker, args=(sys.stdin,), daemon=True).start()
+
+    order = json.loads(line)
+    settings = Settings(**order["settings"])
+    claim = Claim.from_dict(order["claim"])
+    logs.configure(settings)
+    structlog.contextvars.bind_contextvars(job_id=claim.job_id, dataset_id=claim.dataset_id, fence=claim.fence)
+    database = Database(settings.resolved_database_url)
+    storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
+    reporter = Reporter(database, claim, shutdown=shutdown)
+    return run(story, claim, settings=settings, database=database, storage=storage, reporter=reporter)
+
+
+def order_line(claim: Claim, settings: Settings) -> bytes:
+    """What the worker writes to a child's standard input."""
+    return json.dumps({"settings": settings.model_dump(mode="json"), "claim": claim.to_dict()}).encode() + b"\n"
+
+
+def run(
+    story: Story,
+    claim: Claim,
+    *,
+    settings: Settings,
+    database: Database,
+    storage: LocalStorage,
+    reporter: Reporter,
+) -> int:
+    """Runs the story, and ends the claim as its exceptions say. Returns the exit status."""
+    log.info("job_started", kind=claim.kind, attempt=claim.attempt)
+    try:
+        try:
+            story(claim, settings=settings, database=database, storage=storage, reporter=reporter)
+        except Cancelled:
+            reporter.transaction(lambda session: queue.finish_cancelled(session, claim))
+        except ShuttingDown:
+            with database.write() as session:
+                queue.give_back(session, claim)
+        except (ClaimLost, *DATABASE_ERRORS):
+            raise
+        except Exception as error:  # the one door around a job: whatever it raises is its outcome
+            record = _as_record(error)
+            log.error("job_failed", code=record["code"], exc_info=None if isinstance(error, GraftError) else error)
+            reporter.transaction(lambda session: _fail(session, claim, record))
+    except ClaimLost:
+        log.warning("claim_lost")
+    except (ShuttingDown, *DATABASE_ERRORS) as error:
+        log.error("database_unavailable", error=type(error).__name__)
+        return EXIT_DATABASE_UNAVAILABLE
+    log.info("job_left")
+    return 0
+
+
+def _fail(session: Session, claim: Claim, record: dict[str, Any]) -> JobStatus:
+    status = queue.fail(session, claim, record)
+    endings.settle_dataset(session, claim.job_id, kind=claim.kind, status=status)
+    return status
+
+
+def _as_record(error: Exception) -> dict[str, Any]:
+    """What the job's user gets to read: no path, no text of a library; those are in the log."""
+    if isinstance(error, GraftError):
+        return error.as_record()
+    if _is_out_of_memory(error):
+        return JobFailed(
+            "The job ran out of memory. Use a smaller batch_size, a smaller image_size or a smaller backbone.",
+            code="out_of_memory",
+            title="Out of memory",
+        ).as_record()
+    return JobFailed(
+        f"The job stopped on an unexpected {type(error).__name__}; the worker's log says more under this job's id.",
+        code="internal_error",
+        title="Internal error",
+    ).as_record()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name, so that ingest need not import torch; on the CPU its allocator raises a plain RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__)
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _end_with_worker(standard_input: TextIO) -> NoReturn:
+    """Waits for the worker's end and ends this process, and those that it started, without a further write."""
+    standard_input.read()
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def _import_story(kind: JobKind) -> Story:
+    module, _, function = STORIES[kind].partition(":")
+    return cast(Story, getattr(importlib.import_module(module), function))
+
+
+if __name__ == "__main__":
+    sys.exit(main(_import_story))

@@ -1,0 +1,48 @@
+"""What hangs on the end of a run, besides the job itself: the data set of an ingest, and the job's files."""
+
+import contextlib
+
+from sqlalchemy.orm import Session
+
+from app.datasets import catalog
+from app.db.engine import Database
+from app.errors import Conflict, NotFound
+from app.jobs import queue
+from app.jobs.states import JobKind, JobStatus
+from app.storage import LocalStorage
+
+
+def settle_dataset(session: Session, job_id: str, *, kind: JobKind, status: JobStatus) -> None:
+    """Makes the data set of an ingest fail with it; in the transaction that ended the ingest as `status`."""
+    if kind is JobKind.ingest and status is JobStatus.failed:
+        ingest = queue.find(session, job_id, kind=kind)
+        assert ingest.error is not None, "a failed job has an error"
+        # A data set that was deleted meanwhile needs no ending.
+        with contextlib.suppress(Conflict):
+            catalog.mark_failed(session, ingest.dataset_id, ingest.error)
+
+
+def delete_files_if_over(database: Database, storage: LocalStorage, job_id: str, *, kind: JobKind) -> None:
+    """Deletes the job's checkpoints, unless another run may still go on from them.
+
+    A run that lost its claim does not delete what it wrote: the next one may just be reading its checkpoint.
+    """
+    with database.read() as session:
+        try:
+            is_over = JobStatus(queue.find(session, job_id, kind=kind).status).is_final
+        except NotFound:
+            is_over = True
+    if is_over:
+        storage.delete(f"jobs/{job_id}")
+
+
+def sweep_files(database: Database, storage: LocalStorage) -> None:
+    """Deletes the files of jobs whose worker died between the job's end and their deletion."""
+    folder = storage.path("jobs")
+    if not folder.is_dir():
+        return
+    with database.read() as session:
+        unfinished = queue.unfinished_ids(session)
+    for path in folder.iterdir():
+        if path.name not in unfinished:
+            storage.delete(f"jobs/{path.name}")

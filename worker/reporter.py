@@ -1,0 +1,168 @@
+"""What a job's work tells the queue, and what it hears back. The only training code that touches the database.
+
+Each call says that the work moves, and may end the work by raising: ClaimLost (somebody else has the job), Cancelled
+(its user wants it ended) or ShuttingDown (its worker does). A database that does not answer never ends the work: what
+can be said again later is left out, the rest is tried until it is stored.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import structlog
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.orm import Session
+
+from app.db.engine import Database
+from app.errors import Overloaded
+from app.jobs import queue
+from app.jobs.queue import Cancelled, Claim, ClaimLost, Signal
+from worker.wakeup import Wakeup
+
+__all__ = ["Cancelled", "ClaimLost", "Reporter", "ShuttingDown"]
+
+# Often enough for a progress bar and a prompt cancel; each write is a synced commit of about 10 ms on a laptop's disk.
+WRITE_INTERVAL_SECONDS = 1.0
+# Events stay in the log, so there are fewer of them.
+EVENT_INTERVAL_SECONDS = 2.0
+LONGEST_RETRY_SECONDS = 10.0
+
+# A database that is locked, or cannot be reached: trying again helps. What our own bug breaks is not among them.
+DATABASE_ERRORS = (Overloaded, OperationalError, InterfaceError)
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+class ShuttingDown(Exception):
+    """The worker ends: leave a checkpoint if one is due, and let this pass; the job goes back into the queue."""
+
+
+class Reporter:
+    """Speaks for one claim. Used from one thread."""
+
+    def __init__(
+        self,
+        database: Database,
+        claim: Claim,
+        *,
+        shutdown: Wakeup,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """shutdown: set, by a signal handler for example, when the work is to be given back."""
+        self._database = database
+        self._claim = claim
+        self._shutdown = shutdown
+        self._monotonic = monotonic
+        self._signal = Signal(cancel_requested=False, stop_requested=False)
+        self._progress: dict[str, Any] = {}
+        self._next_write = self._next_event = -float("inf")
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the user wants the job to end now and to register its best epoch; as fresh as the last write."""
+        return self._signal.stop_requested
+
+    def tick(self) -> None:
+        """Says that work moves, nothing more. Cheap: call it per batch, or per image."""
+        if self._is_due():
+            self._write_if_possible(lambda session: queue.tick(session, self._claim))
+        self._raise_if_asked()
+
+    def progress(
+        self,
+        stage: str,
+        *,
+        fraction: float | None = None,
+        epoch: int | None = None,
+        epochs: int | None = None,
+        images_per_second: float | None = None,
+        eta_seconds: float | None = None,
+    ) -> None:
+        """Shows how far the job is; cheap, since most calls write nothing. fraction: 0 to 1, of the whole job.
+
+        What is known of epochs and fraction stays until it is said anew.
+        """
+        lasting = {"epoch": epoch, "epochs": epochs, "fraction": fraction}
+        self._progress = {
+            "stage": stage,
+            **{name: self._progress.get(name) if value is None else value for name, value in lasting.items()},
+            "images_per_second": images_per_second,
+            "eta_seconds": eta_seconds,
+        }
+        if self._is_due():
+            progress, is_event = self._progress, self._monotonic() >= self._next_event
+            if is_event:
+                self._next_event = self._monotonic() + EVENT_INTERVAL_SECONDS
+            self._write_if_possible(
+                lambda session: queue.record_progress(session, self._claim, progress, event=is_event)
+            )
+        self._raise_if_asked()
+
+    def epoch(self, epoch: Mapping[str, Any], *, metrics: Mapping[str, Any] | None = None) -> None:
+        """Adds an epoch to the job's history. epoch: the columns of EpochRow but job_id. metrics: the best so far."""
+        self._write(
+            lambda session: queue.record_epoch(
+                session,
+                self._claim,
+                dict(epoch),
+                self._progress,
+                metrics=None if metrics is None else dict(metrics),
+            )
+        )
+        self._raise_if_asked()
+
+    def log(self, message: str, **details: Any) -> None:
+        """Adds a line for people to the job's events."""
+        self._write(lambda session: queue.record_log(session, self._claim, message, **details))
+        self._raise_if_asked()
+
+    def checkpoint(self, step: int) -> None:
+        """Says that the state after `step` (steps only grow) is on disk, synced and renamed.
+
+        Raises ClaimLost alone, so that it can be called on the way out too.
+        """
+        self._write(lambda session: queue.record_checkpoint(session, self._claim, step))
+
+    def transaction(self, work: Callable[[Session], T]) -> T:
+        """Runs `work` in a writing transaction, again from its beginning if the database fails, until it is stored.
+
+        For the story's own final transaction, such as register and succeed; ShuttingDown ends the waiting.
+        """
+        return self._until_stored(work)
+
+    def _is_due(self) -> bool:
+        now = self._monotonic()
+        if now < self._next_write:
+            return False
+        self._next_write = now + WRITE_INTERVAL_SECONDS
+        return True
+
+    def _raise_if_asked(self) -> None:
+        if self._signal.cancel_requested:
+            raise Cancelled
+        if self._shutdown.is_set:
+            raise ShuttingDown
+
+    def _write(self, work: Callable[[Session], Signal]) -> None:
+        self._signal = self._until_stored(work)
+
+    def _write_if_possible(self, work: Callable[[Session], Signal]) -> None:
+        try:
+            with self._database.write() as session:
+                self._signal = work(session)
+        except DATABASE_ERRORS as error:
+            log.warning("progress_not_stored", error=type(error).__name__)
+
+    def _until_stored(self, work: Callable[[Session], T]) -> T:
+        delay_seconds = 0.5
+        while True:
+            try:
+                with self._database.write() as session:
+                    return work(session)
+            except DATABASE_ERRORS as error:
+                log.warning("database_unavailable", error=type(error).__name__, retry_in_seconds=delay_seconds)
+            if self._shutdown.wait(delay_seconds):
+                raise ShuttingDown
+            delay_seconds = min(2 * delay_seconds, LONGEST_RETRY_SECONDS)
