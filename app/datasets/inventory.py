@@ -1,0 +1,47 @@
+"""An archive → what it holds, with every byte verified but no picture decoded. Runs at upload, and again at ingest."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from app.datasets import archive, layout
+from app.datasets.archive import ArchiveLimits
+from app.datasets.layout import File, Layout
+from app.vision.images import ImageLimits, why_not_a_picture
+
+_SNIFFED_BYTES = 16
+
+
+def inspect(
+    path: Path,
+    *,
+    limits: ArchiveLimits,
+    image_limits: ImageLimits,
+    tick: Callable[[float], None] = lambda _fraction: None,
+) -> Layout:
+    """Reads the archive once from end to end, in constant memory but for its names.
+
+    tick: called for each member with the share of the archive read, 0 to 1; may raise to stop.
+    Raises ArchiveRefused or TooLarge for all that is structurally wrong; nothing is left on disk by this.
+    """
+    size_bytes = max(path.stat().st_size, 1)
+    files: list[File] = []
+    folders: list[str] = []
+    tables: dict[str, bytes] = {}
+    for member, pieces in archive.stream(path, limits=limits):
+        tick(min(member.position / size_bytes, 1.0))
+        if member.is_folder:
+            folders.append(member.path)
+        elif layout.is_table(member.path):
+            tables[member.path] = b"".join(pieces)
+        elif not layout.is_junk(member.path):
+            files.append(File(member.path, why_not_a_picture(_head(pieces), image_limits)))
+    return layout.recognise(files, folders=folders, tables=tables)
+
+
+def _head(pieces: Iterator[bytes]) -> bytes:
+    head = b""
+    for piece in pieces:
+        head += piece[:_SNIFFED_BYTES]
+        if len(head) >= _SNIFFED_BYTES:
+            break
+    return head[:_SNIFFED_BYTES]

@@ -1,0 +1,422 @@
+"""Names of files → which picture belongs to which class and split. Pure: knows names; not bytes, not storage.
+
+Three layouts, each also under one wrapping folder: class folders, split folders with class folders, and pictures
+beside a table (`labels.csv`, `metadata.csv`, `metadata.jsonl`).
+"""
+
+import csv
+import io
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from app.datasets.archive import shown
+from app.datasets.manifest import Split
+from app.errors import ArchiveRefused
+
+MIN_CLASSES = 2
+MIN_PICTURES_PER_CLASS = 2  # one to train on, one to validate on
+MAX_CLASS_NAME_CHARACTERS = 255
+TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl")
+
+_SPLIT_ALIASES: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+_JUNK_NAMES = {"__macosx", "thumbs.db", "desktop.ini", "icon\r"}
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of the archive. why_not: why it is not a picture, None if it looks like one."""
+
+    path: str
+    why_not: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that belongs to a class. split: None where Graft is to choose."""
+
+    path: str
+    class_name: str
+    split: Split | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A file that is left out, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an archive holds. classes: sorted by name; a class's place in it is its label."""
+
+    classes: Sequence[str]
+    pictures: Sequence[Picture]
+    rejected: Sequence[Rejected]
+
+    @property
+    def has_given_validation(self) -> bool:
+        return any(picture.split == "val" for picture in self.pictures)
+
+
+def is_junk(path: str) -> bool:
+    """Whether a file or folder is what operating systems leave about: passed over in silence."""
+    return any(part.startswith(".") or part.casefold() in _JUNK_NAMES for part in path.split("/"))
+
+
+def is_table(path: str) -> bool:
+    """Whether a file could be the table of a layout, so that its text is needed."""
+    return path.rpartition("/")[2].casefold() in TABLE_NAMES and path.count("/") <= 2 and not is_junk(path)
+
+
+def recognise(
+    files: Iterable[File], *, folders: Iterable[str] = (), tables: Mapping[str, bytes] | None = None
+) -> Layout:
+    """The layout of an archive, with paths as the archive has them.
+
+    folders: those that have an entry of their own. tables: content of each file that `is_table`, by path.
+    Raises ArchiveRefused (no-usable-layout, too-few-classes, too-few-images, class-name-collision, no-training-images)
+    with a detail that names the class and says what to do.
+    """
+    tree = _Tree(
+        files=[file for file in files if not is_junk(file.path)],
+        folders=frozenset(folder for folder in folders if not is_junk(folder)),
+        tables=tables or {},
+    ).without_wrapping_folder()
+    try:
+        layout = _by_tables(tree) or _by_folders(tree)
+    except _UnusableTable as fault:
+        layout = _by_folders_despite(tree, fault)
+    check_classes(layout.classes, layout.pictures)
+    return layout
+
+
+def _by_folders_despite(tree: "_Tree", fault: "_UnusableTable") -> Layout:
+    """Tables of captions or boxes lie beside class folders too; only without such folders is their fault to be told."""
+    try:
+        layout = _by_folders(tree)
+        check_classes(layout.classes, layout.pictures)
+    except ArchiveRefused:
+        raise ArchiveRefused(f"The archive's table cannot be used: {fault}.", code="no-usable-layout") from None
+    return layout
+
+
+def check_classes(classes: Sequence[str], pictures: Sequence[Picture]) -> None:
+    """Whether these can be trained on. Asked again when unreadable pictures have been left out."""
+    _check_names(classes)
+    if len(classes) < MIN_CLASSES:
+        found = f"only one, {shown(classes[0])}" if classes else "none"
+        raise ArchiveRefused(
+            f"A classifier needs at least {MIN_CLASSES} classes, and the archive holds {found}. Put the pictures of "
+            "each class into a folder named like the class.",
+            code="too-few-classes",
+        )
+    in_all = Counter(picture.class_name for picture in pictures)
+    to_train_on = Counter(picture.class_name for picture in pictures if picture.split in {None, "train"})
+    if not to_train_on:
+        raise ArchiveRefused(
+            "The archive has no pictures to train on: put some into train/<class>/.", code="no-training-images"
+        )
+    has_validation = any(picture.split == "val" for picture in pictures)
+    for name in classes:
+        if in_all[name] < MIN_PICTURES_PER_CLASS:
+            raise _too_few(name, in_all[name], "readable pictures")
+        if to_train_on[name] == 0:
+            raise _too_few(name, 0, "pictures to train on")
+        if not has_validation and to_train_on[name] < MIN_PICTURES_PER_CLASS:
+            raise _too_few(name, to_train_on[name], "pictures for training and validation together")
+
+
+def _too_few(class_name: str, count: int, what: str) -> ArchiveRefused:
+    has = {0: "no", 1: "only one"}.get(count, str(count))
+    return ArchiveRefused(
+        f"The class {shown(class_name)} has {has} {what}; each class needs at least {MIN_PICTURES_PER_CLASS}. "
+        "Add pictures, or remove the class.",
+        code="too-few-images",
+    )
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in classes:
+        if len(name) > MAX_CLASS_NAME_CHARACTERS:
+            raise ArchiveRefused(
+                f"A class name is longer than {MAX_CLASS_NAME_CHARACTERS} characters.", code="class-name-too-long"
+            )
+        # What a file system that folds case, normalises or trims would take for one and the same folder.
+        folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).rstrip(" .\u00a0").lstrip()
+        if folded in seen:
+            raise ArchiveRefused(
+                f"The classes {shown(seen[folded])} and {shown(name)} differ only in case, accents' encoding or "
+                "trailing blanks and dots; give them one name, or two that differ.",
+                code="class-name-collision",
+            )
+        seen[folded] = name
+
+
+# The tree ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """The files of an archive, seen from `root`: "", or the wrapping folder with a slash."""
+
+    files: Sequence[File]
+    folders: frozenset[str]
+    tables: Mapping[str, bytes]
+    root: str = ""
+
+    def parts(self, path: str) -> list[str] | None:
+        """The path's parts below the root; None for a path outside."""
+        return path[len(self.root) :].split("/") if path.startswith(self.root) else None
+
+    @cached_property
+    def top_folders(self) -> frozenset[str]:
+        """Names of the folders at the top, empty ones included."""
+        above_files = {parts[0] for file in self.files if (parts := self.parts(file.path)) and len(parts) > 1}
+        with_entry = {parts[0] for folder in self.folders if (parts := self.parts(folder))}
+        return frozenset(above_files | with_entry - {""})
+
+    @cached_property
+    def has_split_folders(self) -> bool:
+        """Whether there are folders named like splits, with class folders in them.
+
+        A class may be called "train" too: then pictures lie directly in it.
+        """
+        named = {name for name in self.top_folders if _split_of(name) and self._holds_only_folders_of_pictures(name)}
+        return any(_split_of(name) == "train" for name in named) or (bool(named) and named == self.top_folders)
+
+    def without_wrapping_folder(self) -> "_Tree":
+        """Enters a single top folder, unless it is a split, or a class with pictures of its own."""
+        if len(self.top_folders) != 1 or any("/" not in path for path in self.tables):
+            return self
+        (top,) = self.top_folders
+        holds_table = any(path.count("/") == 1 for path in self.tables)
+        is_wrapping = self._holds_only_folders_of_pictures(top) and not _split_of(top)
+        has_pictures_beside = any("/" not in file.path and file.why_not is None for file in self.files)
+        if has_pictures_beside or not (is_wrapping or holds_table):
+            return self
+        return replace(self, root=f"{top}/")
+
+    def _holds_only_folders_of_pictures(self, top_folder: str) -> bool:
+        below = [
+            parts
+            for file in self.files
+            if file.why_not is None and (parts := self.parts(file.path)) and parts[0] == top_folder
+        ]
+        return bool(below) and all(len(parts) > 2 for parts in below)
+
+
+def _split_of(folder: str) -> Split | None:
+    return _SPLIT_ALIASES.get(folder.casefold())
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def _by_folders(tree: _Tree) -> Layout:
+    """Class folders, within split folders where there are some."""
+    depth = 1 if tree.has_split_folders else 0  # of the class's name in the path
+    classes: set[str] = set()
+    pictures: list[Picture] = []
+    rejected: list[Rejected] = []
+    for folder in tree.folders:
+        parts = tree.parts(folder)
+        if parts and len(parts) > depth and parts[depth] and (depth == 0 or _split_of(parts[0])):
+            classes.add(parts[depth])
+    for file in tree.files:
+        parts = tree.parts(file.path)
+        is_placed = parts is not None and len(parts) > depth + 1 and (depth == 0 or _split_of(parts[0]) is not None)
+        if parts is not None and is_placed:
+            classes.add(parts[depth])
+        if file.why_not is not None:
+            rejected.append(Rejected(file.path, file.why_not))
+        elif parts is None or not is_placed:
+            rejected.append(Rejected(file.path, "not in a class folder"))
+        else:
+            pictures.append(Picture(file.path, parts[depth], _split_of(parts[0]) if depth else None))
+    if not pictures:
+        raise ArchiveRefused(f"{_what_lacks(tree)} {_WHAT_TO_SEND}", code="no-usable-layout")
+    return Layout(sorted(classes), pictures, rejected)
+
+
+_WHAT_TO_SEND = (
+    "Put the pictures of each class into a folder named like the class (with train/ and val/ above, if they are "
+    "split already), or beside a labels.csv with the columns filename and label."
+)
+
+
+def _what_lacks(tree: _Tree) -> str:
+    if any(file.why_not is None for file in tree.files):
+        return "The archive's pictures do not say which class they belong to."
+    return "The archive holds no pictures that can be read."
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+class _UnusableTable(Exception):
+    """Why a table cannot say which picture belongs to which class."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of a table: its text as it stands there, None for a column that is not there or a value that is empty."""
+
+    path: str | None
+    label: str | None
+    split: str | None
+    has_split_column: bool
+
+
+def _by_tables(tree: _Tree) -> Layout | None:
+    """The layout by the tables at the top or in split folders; None without any. Raises _UnusableTable."""
+    splits_by_folder = {"": None, **{f"{name}/": _split_of(name) for name in tree.top_folders if _split_of(name)}}
+    labelling = _Labelling(tree)
+    used = set()
+    for folder, split in sorted(splits_by_folder.items()):
+        above = tree.root + folder
+        here = {
+            path.rpartition("/")[2].casefold(): path for path in tree.tables if path.rpartition("/")[0] == above[:-1]
+        }
+        table = next((here[name] for name in TABLE_NAMES if name in here), None)
+        if table is not None:
+            used.add(table)
+            for row in _rows(table, tree.tables[table]):
+                labelling.add(row, above=above, folder_split=split)
+    return labelling.layout(tables=used) if used else None
+
+
+class _Labelling:
+    """Collects what tables say about the files that are there."""
+
+    def __init__(self, tree: _Tree) -> None:
+        self._tree = tree
+        self._files = {file.path: file for file in tree.files}
+        self._pictures: dict[str, Picture] = {}
+        self._rejected: dict[str, Rejected] = {}
+
+    def add(self, row: _Row, *, above: str, folder_split: Split | None) -> None:
+        if row.path is None:
+            return
+        path = above + _plain(row.path)
+        if path in self._rejected:
+            return
+        try:
+            picture = Picture(path, self._class_name(row), self._split(row, path, folder_split))
+            self._check(picture)
+        except _UnusableRow as reason:
+            self._rejected[path] = Rejected(path, str(reason))
+            self._pictures.pop(path, None)
+        else:
+            self._pictures[path] = picture
+
+    def layout(self, *, tables: set[str]) -> Layout:
+        pictures = list(self._pictures.values())
+        if any(picture.split for picture in pictures):
+            pictures = [replace(picture, split=picture.split or "train") for picture in pictures]
+        known = self._pictures.keys() | self._rejected.keys() | tables
+        unnamed = [
+            Rejected(file.path, file.why_not or "not listed in the table")
+            for file in self._tree.files
+            if file.path not in known
+        ]
+        classes = sorted({picture.class_name for picture in pictures})
+        return Layout(classes, pictures, [*self._rejected.values(), *unnamed])
+
+    def _class_name(self, row: _Row) -> str:
+        if row.label is None:
+            raise _UnusableRow("the table gives it no label")
+        if not row.label.isprintable():
+            raise _UnusableRow("its label has control characters")
+        return unicodedata.normalize("NFC", row.label)
+
+    def _split(self, row: _Row, path: str, folder_split: Split | None) -> Split | None:
+        if not row.has_split_column:
+            parts = self._tree.parts(path) or [path]
+            return folder_split or (_split_of(parts[0]) if len(parts) > 1 else None)
+        if row.split is None:
+            return "train"
+        split = _split_of(row.split)
+        if split is None:
+            raise _UnusableRow(f"the table gives it an unknown split, {shown(row.split)}")
+        return split
+
+    def _check(self, picture: Picture) -> None:
+        file = self._files.get(picture.path)
+        if file is None:
+            raise _UnusableRow("in the table, but not in the archive")
+        if file.why_not is not None:
+            raise _UnusableRow(file.why_not)
+        if self._pictures.get(picture.path, picture) != picture:
+            raise _UnusableRow("twice in the table, with different labels or splits")
+
+
+class _UnusableRow(Exception):
+    """Why a row of a table names no usable picture."""
+
+
+def _plain(path: str) -> str:
+    parts = unicodedata.normalize("NFC", path).replace("\\", "/").split("/")
+    return "/".join(part for part in parts if part not in {"", "."})
+
+
+def _rows(table: str, content: bytes) -> Iterator[_Row]:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise _UnusableTable(f"{shown(table)} is not UTF-8 text") from None
+    return _jsonl_rows(table, text) if table.casefold().endswith(".jsonl") else _csv_rows(table, text)
+
+
+def _csv_rows(table: str, text: str) -> Iterator[_Row]:
+    first_line = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first_line.count)  # the first of equals: a comma
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        header = [name.strip().casefold() for name in next(rows, [])]
+        path_at = next((header.index(name) for name in ("filename", "file_name") if name in header), None)
+        if path_at is None or "label" not in header:
+            raise _UnusableTable(f'{shown(table)} does not begin with a line that names "filename" and "label"')
+        label_at = header.index("label")
+        split_at = header.index("split") if "split" in header else None
+        for cells in rows:
+            cell = dict(enumerate(value.strip() or None for value in cells))
+            split = cell.get(split_at) if split_at is not None else None
+            yield _Row(cell.get(path_at), cell.get(label_at), split, split_at is not None)
+    except csv.Error as error:
+        raise _UnusableTable(f"line {rows.line_num} of {shown(table)} is no CSV") from error
+
+
+def _jsonl_rows(table: str, text: str) -> Iterator[_Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise _UnusableTable(f"line {number} of {shown(table)} is no JSON") from None
+        if not isinstance(row, dict) or "label" not in row or not {"file_name", "filename"} & row.keys():
+            raise _UnusableTable(f'line {number} of {shown(table)} has no "file_name" and "label"')
+        path = _text(row.get("file_name", row.get("filename")))
+        yield _Row(path, _text(row["label"]), _text(row.get("split")), "split" in row)
+
+
+def _text(value: object) -> str | None:
+    """A JSON value as a name: text and whole numbers only."""
+    if isinstance(value, str | int):
+        return str(value).strip() or None
+    return None
