@@ -1,0 +1,175 @@
+"""Classifier = backbone + head: what is trained, saved, loaded and served.
+
+Knows tensors; not files, not jobs.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from app.errors import FieldError, InvalidHyperparameter
+from app.vision import backbones
+from app.vision.backbones import Backbone
+
+
+class ParameterGroups(NamedTuple):
+    """Trainable parameters, by the learning rate they get. backbone: empty when all of it is frozen."""
+
+    head: list[nn.Parameter]
+    backbone: list[nn.Parameter]
+
+
+class Classifier(nn.Module):
+    """A backbone, possibly cut behind its `feature_layer`, and a linear head on its pooled features."""
+
+    def __init__(self, backbone: Backbone, head: nn.Linear, *, feature_layer: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.feature_layer = feature_layer
+        self._frozen_stages = 0
+
+    @classmethod
+    def new(
+        cls,
+        backbone_name: str,
+        class_count: int,
+        *,
+        feature_layer: str | None = None,
+        seed: int,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """A classifier with a fresh head, every parameter trainable.
+
+        feature_layer: the last stage that is kept; None keeps all. seed: for the head, and for the backbone where
+        state_dict (of torchvision's whole network) is None.
+        Raises InvalidHyperparameter for an unknown feature_layer, WeightsUnavailable for a state dict that is not
+        this backbone's.
+        """
+        backbone = backbones.build(backbones.find(backbone_name).name, state_dict, seed=seed)
+        return cls._with_new_head(backbone, class_count, feature_layer, seed)
+
+    @classmethod
+    def from_earlier(
+        cls, earlier: "Classifier", class_count: int, *, feature_layer: str | None = None, seed: int
+    ) -> Self:
+        """A fresh head on the backbone of an earlier classifier, which is taken over and not to be used any more.
+
+        Raises InvalidHyperparameter for a feature_layer that the earlier one does not have (it may have been cut).
+        """
+        earlier.freeze(len(earlier.stage_names))
+        return cls._with_new_head(earlier.backbone, class_count, feature_layer, seed)
+
+    @classmethod
+    def hollow(cls, backbone_name: str, class_count: int, *, feature_layer: str) -> Self:
+        """The shape of a classifier, to be filled by `load_state_dict(..., assign=True)`."""
+        backbone = backbones.rewrap(backbone_name, backbones.hollow(backbone_name))
+        backbone.cut_after(feature_layer)
+        with torch.device("meta"):
+            head = nn.Linear(backbone.feature_width, class_count)
+        return cls(backbone, head, feature_layer=feature_layer)
+
+    @classmethod
+    def _with_new_head(cls, backbone: Backbone, class_count: int, feature_layer: str | None, seed: int) -> Self:
+        stages = backbone.stage_names
+        layer = feature_layer or stages[-1]
+        if layer not in stages:
+            detail = f"must be one of {backbone.name}'s layers: {', '.join(stages)}"
+            raise InvalidHyperparameter(
+                f"feature_layer {detail}.", errors=[FieldError("#/hyperparameters/feature_layer", detail)]
+            )
+        backbone.cut_after(layer)
+        return cls(backbone, _new_head(backbone.feature_width, class_count, seed), feature_layer=layer)
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        return self.backbone.stage_names
+
+    @property
+    def class_count(self) -> int:
+        return self.head.out_features
+
+    def freeze(self, trainable_stages: int) -> None:
+        """Leaves the last `trainable_stages` stages and the head trainable; 0 freezes the whole backbone.
+
+        Frozen stages stay in eval mode whatever `train` is called with: their batch-norm statistics must not move.
+        """
+        stages = list(self.backbone.stages)
+        self._frozen_stages = max(len(stages) - trainable_stages, 0)
+        for index, stage in enumerate(stages):
+            stage.requires_grad_(index >= self._frozen_stages)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for stage in list(self.backbone.stages)[: self._frozen_stages]:
+            stage.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: float32 (N, 3, S, S), normalised. Returns logits (N, C)."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+    def frozen_prefix(self, images: Tensor) -> Tensor:
+        """What the frozen stages make of images; the same every epoch, so it may be computed once and kept.
+
+        Returns the images themselves if nothing is frozen, and features (N, D) if all of the backbone is.
+        """
+        activations = images
+        with torch.no_grad():
+            for stage in list(self.backbone.stages)[: self._frozen_stages]:
+                activations = stage(activations)
+        return self.backbone.pool(activations) if self._frozen_stages == len(self.backbone.stages) else activations
+
+    def trainable_suffix(self, activations: Tensor) -> Tensor:
+        """Logits (N, C) from the output of `frozen_prefix`: together they are `forward`."""
+        if self._frozen_stages < len(self.backbone.stages):
+            for stage in list(self.backbone.stages)[self._frozen_stages :]:
+                activations = stage(activations)
+            activations = self.backbone.pool(activations)
+        logits: Tensor = self.head(activations)
+        return logits
+
+    def features(self, images: Tensor, layer: str | None = None) -> Tensor:
+        """The output of a stage averaged over space: (N, D). None is what the head sees.
+
+        Raises ValueError for a layer that is not in `stage_names`.
+        """
+        last = self.stage_names.index(layer) if layer else len(self.backbone.stages) - 1
+        activations = images
+        for stage in list(self.backbone.stages)[: last + 1]:
+            activations = stage(activations)
+        return self.backbone.pool(activations)
+
+    def probabilities(self, images: Tensor, temperature: float = 1.0) -> Tensor:
+        """Class probabilities: float32 (N, C), each row sums to 1; (0, C) for N = 0.
+
+        temperature: logits are divided by it; above 1 is less confident.
+        """
+        return functional.softmax(self(images).float() / temperature, dim=1)
+
+    def parameter_groups(self) -> ParameterGroups:
+        """Only what is trainable."""
+        return ParameterGroups(
+            head=[p for p in self.head.parameters() if p.requires_grad],
+            backbone=[p for p in self.backbone.parameters() if p.requires_grad],
+        )
+
+
+def _new_head(feature_width: int, class_count: int, seed: int) -> nn.Linear:
+    """A linear layer with PyTorch's usual uniform weights, drawn from `seed` alone, and no bias yet.
+
+    Zero bias: every class starts equally likely.
+    """
+    with torch.device("meta"):
+        head = nn.Linear(feature_width, class_count)
+    bound = feature_width**-0.5
+    weight = torch.empty(class_count, feature_width).uniform_(
+        -bound, bound, generator=torch.Generator().manual_seed(seed)
+    )
+    head.load_state_dict({"weight": weight, "bias": torch.zeros(class_count)}, assign=True)
+    return head
