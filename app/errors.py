@@ -19,6 +19,7 @@ problem's `type`; also a failed job's `error.code`), an HTTP `status`, a `title`
     ├── UnsupportedMediaType       415
     ├── TooManyRequests            429
     ├── Overloaded                 503   waiting helps: `retry_after_seconds`
+    ├── ModelUnavailable           503   a registered model whose files are missing or damaged
     ├── StorageFull                507
     ├── DatabaseMismatch           503   the database is older or newer than this code
     └── JobFailed                  500   why a job ended; never the answer to a request
@@ -159,6 +160,12 @@ class Overloaded(GraftError):
     status = 503
     code = "overloaded"
     title = "Busy, try again soon"
+
+
+class ModelUnavailable(GraftError):
+    status = 503
+    code = "model-unavailable"
+    title = "The model cannot be loaded"
 
 
 class StorageFull(GraftError):

@@ -1,0 +1,175 @@
+"""A trained model as files: `weights.safetensors` and `model.json`. Saved by the worker, loaded by the API.
+
+No pickle: loading runs no code of the file. Nothing is believed unchecked: digest, names, shapes, finiteness. Knows a
+folder; not where folders lie, nor who registers them.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from app.errors import InvalidRequest, JobFailed, ModelUnavailable
+from app.vision.backbones import BACKBONES
+from app.vision.classifier import Classifier
+from app.vision.preprocessing import Preprocessing
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "weights.safetensors"
+MODEL_FILE = "model.json"
+
+
+@dataclass
+class Artifact:
+    """All that prediction needs, and how it came about.
+
+    metadata: any JSON, such as method, job and data set ids, metrics and the name of the pretrained weights.
+    """
+
+    classifier: Classifier
+    classes: list[str]  # in the order of the head's outputs
+    preprocessing: Preprocessing
+    temperature: float = 1.0  # that logits are divided by before softmax
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Saved(NamedTuple):
+    """Size and digest of weights.safetensors."""
+
+    size_bytes: int
+    sha256: str
+
+
+class _WeightsRecord(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    size_bytes: Annotated[int, Field(ge=1)]
+
+
+class _ModelFile(BaseModel):
+    """model.json. Later versions may add members; what changes their meaning raises format_version."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    format_version: Literal[1]
+    graft_version: str
+    backbone: str
+    feature_layer: str
+    classes: Annotated[list[str], Field(min_length=1)]
+    preprocessing: dict[str, Any]
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    metadata: dict[str, Any]
+    weights: _WeightsRecord
+
+
+def save(folder: Path, artifact: Artifact) -> Saved:
+    """Writes an artifact into `folder`, which is made if need be; syncing and publishing are the storage's part.
+
+    Raises JobFailed (code "diverged") if a weight or the temperature is not finite.
+    """
+    classifier = artifact.classifier
+    assert classifier.class_count == len(artifact.classes), "one class name per output of the head"
+    tensors = {name: _as_saved(tensor) for name, tensor in classifier.state_dict().items()}
+    if not all(map(_is_finite, tensors.values())) or not (0 < artifact.temperature < math.inf):
+        raise JobFailed(
+            "Training diverged: weights are no longer finite numbers. Choose a smaller learning rate.", code="diverged"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    weights_path = folder / WEIGHTS_FILE
+    safetensors.torch.save_file(tensors, weights_path, metadata={"format": "pt"})
+    saved = Saved(size_bytes=weights_path.stat().st_size, sha256=_file_sha256(weights_path))
+    record = _ModelFile(
+        format_version=FORMAT_VERSION,
+        graft_version=importlib.metadata.version("graft"),
+        backbone=classifier.backbone.name,
+        feature_layer=classifier.feature_layer,
+        classes=artifact.classes,
+        preprocessing=artifact.preprocessing.to_dict(),
+        temperature=artifact.temperature,
+        metadata=artifact.metadata,
+        weights=_WeightsRecord(sha256=saved.sha256, size_bytes=saved.size_bytes),
+    )
+    (folder / MODEL_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return saved
+
+
+def load(folder: Path) -> Artifact:
+    """The artifact in `folder`, on the CPU and in eval mode.
+
+    Raises ModelUnavailable if anything is missing, damaged, or made by a later Graft.
+    """
+    record = _read_model_file(folder / MODEL_FILE)
+    try:
+        encoded = (folder / WEIGHTS_FILE).read_bytes()
+    except OSError as error:
+        raise _damaged("its weights are missing") from error
+    if hashlib.sha256(encoded).hexdigest() != record.weights.sha256:
+        raise _damaged("its weights differ from what was saved")
+    try:
+        tensors = safetensors.torch.load(encoded)
+        preprocessing = Preprocessing.from_dict(record.preprocessing)
+        classifier = Classifier.hollow(record.backbone, len(record.classes), feature_layer=record.feature_layer)
+        _check_types(classifier, tensors)
+        classifier.load_state_dict(tensors, strict=True, assign=True)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, InvalidRequest) as error:
+        raise _damaged("its weights and its description do not belong together") from error
+    if not all(map(_is_finite, tensors.values())):
+        raise _damaged("its weights are not finite numbers")
+    return Artifact(
+        classifier=classifier.eval(),
+        classes=record.classes,
+        preprocessing=preprocessing,
+        temperature=record.temperature,
+        metadata=record.metadata,
+    )
+
+
+def _read_model_file(path: Path) -> _ModelFile:
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and content.get("format_version") not in (None, FORMAT_VERSION):
+            raise ModelUnavailable("This model was made by a later version of Graft; update Graft, or train it again.")
+        record = _ModelFile.model_validate(content)
+    except (OSError, ValueError, ValidationError) as error:
+        raise _damaged("its description is missing or not readable") from error
+    if record.backbone not in BACKBONES or record.feature_layer not in BACKBONES[record.backbone].stages:
+        raise _damaged("its backbone is not one that this version of Graft has")
+    return record
+
+
+def _check_types(classifier: Classifier, tensors: dict[str, Tensor]) -> None:
+    # Assigned tensors keep their own type, so a file of another precision would change what the network computes in.
+    for name, expected in classifier.state_dict().items():
+        if tensors[name].dtype != expected.dtype:
+            raise TypeError(f"{name} is {tensors[name].dtype}, not {expected.dtype}")
+
+
+def _as_saved(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    # Copied, because safetensors refuses tensors that share memory, as tied weights and views do.
+    return (tensor.float() if tensor.is_floating_point() else tensor).clone(memory_format=torch.contiguous_format)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(what: str) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"This model cannot be loaded: {what}. Point the alias at another model, or train it again."
+    )
