@@ -1,10 +1,13 @@
 """Fixtures every test may use: where real data lie, and a fresh database and storage."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from app.db.engine import Database
+from app.db.migrate import upgrade
 from app.storage import LocalStorage
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -32,3 +35,13 @@ def shared_weights() -> Path:
 @pytest.fixture
 def storage(tmp_path: Path) -> LocalStorage:
     return LocalStorage(tmp_path / "storage")
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """An SQLite file made by the real migrations."""
+    url = f"sqlite:///{tmp_path / 'graft.db'}"
+    upgrade(url)
+    database = Database(url)
+    yield database
+    database.dispose()
