@@ -16,6 +16,8 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from app.errors import FieldError, InvalidHyperparameter, InvalidRequest, WeightsUnavailable
+from app.vision import backbones
+from app.vision.backbones import BackboneSpec, Family
 from app.vision.preprocessing import Preprocessing
 
 Method = Literal["feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch"]
@@ -25,7 +27,6 @@ Optimizer = Literal["sgd", "adamw"]
 Scheduler = Literal["step", "cosine", "constant"]
 Augmentation = Literal["none", "classic", "strong"]
 ClassWeights = Literal["none", "balanced"]
-Family = Literal["cnn", "transformer"]
 
 _ID = r"^[A-Za-z0-9_.\-]{1,100}$"
 _NULLABLE = frozenset({"early_stopping_patience"})
@@ -200,22 +201,6 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True)
-class BackboneFacts:
-    """What resolving needs to know of a backbone. weights: name of those that can be had, None where none can."""
-
-    name: str
-    family: Family
-    parameters: int
-    gflops: float  # multiply-adds of one forward pass at the weights' crop, in 10^9
-    stage_names: tuple[str, ...]
-    feature_layers: tuple[str, ...]
-    min_image_size: int
-    fixed_image_size: int | None  # where the network accepts one size only
-    weights: str | None
-    preprocessing: Preprocessing
-
-
-@dataclass(frozen=True)
 class StartingModel:
     """An earlier model to start from: its id, and its own preprocessing, which its weights are used to."""
 
@@ -353,60 +338,70 @@ SGD_WEIGHT_DECAY = 1e-4
 FEW_IMAGES_PER_CLASS = 20
 # About 20 minutes on a CPU that does 50 GFLOP/s in training; beyond it, auto trains the last stages only.
 MAX_CPU_TRAINING_GFLOPS = 60_000.0
+# What auto trains where nothing pretrained can be had: small enough for the device, and known to train from nothing.
+SCRATCH_BACKBONES = {"cpu": "mobilenet_v3_small"}
+DEFAULT_SCRATCH_BACKBONE = "resnet18"
 # A single character, or a word for a side: mirroring such pictures may change their class.
 _SIDED_WORDS = frozenset({"left", "right", "leftward", "rightward", "clockwise", "counterclockwise", "anticlockwise"})
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What training starts from. weights: name of those that can be had, None where none can."""
+
+    backbone: BackboneSpec
+    weights: str | None
+    model: StartingModel | None
+
+    @property
+    def is_pretrained(self) -> bool:
+        return self.weights is not None or self.model is not None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the weights are used to."""
+        if self.model is not None:
+            return self.model.preprocessing
+        named = {weights.name: weights.preprocessing for weights in self.backbone.weights}
+        return named.get(self.weights or "", self.backbone.preprocessing)
 
 
 def resolve(
     request: JobRequest,
     *,
     dataset: DatasetFacts,
-    backbones: Mapping[str, BackboneFacts],
-    auto_backbone: str,
+    weights: Mapping[str, str],
     device_type: str,
     starting_model: StartingModel | None = None,
 ) -> TrainingSpec:
     """Every value of a job, with reasons for what was chosen rather than asked for.
 
-    backbones: all that exist, by name. auto_backbone: the one that `auto` means, as app.vision.backbones chose it from
-    what can be had here. device_type: "cpu", "cuda" or "mps". starting_model: what request.backbone names, where it is
-    a model's id.
+    weights: backbones whose pretrained weights can be had here, each with the name of the weights, such as
+    IMAGENET1K_V2. device_type: "cpu", "cuda" or "mps". starting_model: the model that request.backbone names, if it
+    names one.
     Raises InvalidRequest, InvalidHyperparameter or WeightsUnavailable, naming the field.
     """
     _check_dataset(dataset)
     reasons: list[str] = []
-    facts = _backbone_facts(request, backbones, auto_backbone, starting_model, reasons)
-    has_weights = facts.weights is not None or starting_model is not None
-    method = _method(request, dataset, facts, has_weights, device_type, reasons)
-    if method == "from_scratch" and starting_model is not None:
-        raise InvalidRequest(
-            "method: from_scratch does not start from an earlier model; name a backbone, or choose another method.",
-            errors=[FieldError("#/method", "contradicts a backbone that is an earlier model")],
-        )
-    if method != "from_scratch" and not has_weights:
-        raise WeightsUnavailable(
-            f"There are no pretrained weights of {facts.name} here, and none can be downloaded. Put them into "
-            "GRAFT_WEIGHTS_DIR, allow downloads (GRAFT_ALLOW_DOWNLOADS), choose a backbone that GET /v1/backbones "
-            'calls available, or use "method": "from_scratch".',
-            errors=[FieldError("#/backbone", f"no weights of {facts.name} can be had")],
-        )
-    _check_combinations(request, method, facts)
-    preprocessing = _preprocessing(request, method, facts, starting_model)
+    start = _start(request, weights, device_type, starting_model, reasons)
+    method = _method(request, dataset, start, device_type, reasons)
+    _check_start(method, start)
+    _check_combinations(request, method, start.backbone)
+    preprocessing = _preprocessing(request, start)
     if request.recipe == "classic":
         values = _classic(request.hyperparameters, method)
     else:
-        values = _modern(request.hyperparameters, method, facts, dataset, reasons)
-    values["image_size"] = preprocessing.crop
-    hyperparameters = ResolvedHyperparameters.model_validate(values)
+        values = _modern(request.hyperparameters, method, start.backbone, dataset, reasons)
+    hyperparameters = ResolvedHyperparameters.model_validate(values | {"image_size": preprocessing.crop})
     if hyperparameters.warmup_epochs > hyperparameters.epochs:
         raise _bad_hyperparameter("warmup_epochs", f"must be at most epochs, which is {hyperparameters.epochs}")
     return TrainingSpec(
         dataset=request.dataset,
         method=method,
         backbone=BackboneRef(
-            name=facts.name,
-            weights=None if method == "from_scratch" or starting_model else facts.weights,
-            model=starting_model.model_id if starting_model else None,
+            name=start.backbone.name,
+            weights=None if method == "from_scratch" else start.weights,
+            model=start.model.model_id if start.model else None,
         ),
         seed=request.seed,
         recipe=request.recipe,
@@ -430,50 +425,58 @@ def _check_dataset(dataset: DatasetFacts) -> None:
         )
 
 
-def _backbone_facts(
+def _start(
     request: JobRequest,
-    backbones: Mapping[str, BackboneFacts],
-    auto_backbone: str,
+    weights: Mapping[str, str],
+    device_type: str,
     starting_model: StartingModel | None,
     reasons: list[str],
-) -> BackboneFacts:
+) -> _Start:
     if starting_model is not None:
-        return backbones[starting_model.backbone_name]
+        return _Start(backbones.find(starting_model.backbone_name), None, starting_model)
     if request.backbone != "auto":
-        if request.backbone not in backbones:
-            raise InvalidRequest(
-                f"There is no backbone of this name; there are: {', '.join(backbones)}, auto, or a model's id.",
-                errors=[FieldError("#/backbone", "no such backbone; GET /v1/backbones lists them")],
-            )
-        return backbones[request.backbone]
-    facts = backbones[auto_backbone]
-    if facts.weights:
-        reasons.append(f"backbone {facts.name}: the best one whose weights can be had here ({facts.weights}).")
+        backbone = backbones.find(request.backbone)
+        return _Start(backbone, weights.get(backbone.name), None)
+    needs_weights = request.method not in ("auto", "from_scratch")
+    if request.method != "from_scratch" and (weights or needs_weights):
+        name, reason = backbones.choose(weights, device_type)
     else:
-        reasons.append(f"backbone {facts.name}: no pretrained weights can be had here, and it trains fast from none.")
-    return facts
+        name = SCRATCH_BACKBONES.get(device_type, DEFAULT_SCRATCH_BACKBONE)
+        reason = f"backbone {name}: it trains from nothing in reasonable time."
+    reasons.append(reason)
+    return _Start(backbones.BACKBONES[name], weights.get(name), None)
 
 
-def _method(
-    request: JobRequest,
-    dataset: DatasetFacts,
-    facts: BackboneFacts,
-    has_weights: bool,
-    device_type: str,
-    reasons: list[str],
-) -> Method:
+def _check_start(method: Method, start: _Start) -> None:
+    if method == "from_scratch" and start.model is not None:
+        raise InvalidRequest(
+            "method: from_scratch does not start from an earlier model; name a backbone, or choose another method.",
+            errors=[FieldError("#/method", "contradicts a backbone that is an earlier model")],
+        )
+    if method != "from_scratch" and not start.is_pretrained:
+        name = start.backbone.name
+        raise WeightsUnavailable(
+            f"There are no pretrained weights of {name} here, and none can be downloaded. Put them into "
+            "GRAFT_WEIGHTS_DIR, allow downloads (GRAFT_ALLOW_DOWNLOADS), choose a backbone that GET /v1/backbones "
+            'calls available, or use "method": "from_scratch".',
+            errors=[FieldError("#/backbone", f"no weights of {name} can be had")],
+        )
+
+
+def _method(request: JobRequest, dataset: DatasetFacts, start: _Start, device_type: str, reasons: list[str]) -> Method:
     if request.method != "auto":
         return request.method
     asked = request.hyperparameters.model_fields_set
+    backbone = start.backbone
     counts = sorted(c.train for c in dataset.classes if c.train > 0)
     median = counts[len(counts) // 2]
-    defaults = MODERN["full_fine_tuning", facts.family]
+    defaults = MODERN["full_fine_tuning", backbone.family]
     epochs = request.hyperparameters.epochs or _epochs_for_steps(defaults, dataset.train, MODERN_BATCH_SIZE)
     # A backward pass costs about two forward passes.
-    full_gflops = 3 * facts.gflops * dataset.train * epochs
-    if not has_weights:
+    full_gflops = 3 * backbone.gflops * dataset.train * epochs
+    if not start.is_pretrained:
         method: Method = "from_scratch"
-        reason = f"no pretrained weights of {facts.name} can be had here."
+        reason = f"no pretrained weights of {backbone.name} can be had here."
     elif "feature_layer" in asked:
         method, reason = "feature_extraction", "feature_layer was given, which is for this method alone."
     elif "unfreeze" in asked:
@@ -483,15 +486,17 @@ def _method(
         reason = f"with about {median} training images per class, training the backbone too would mostly overfit."
     elif device_type == "cpu" and full_gflops > MAX_CPU_TRAINING_GFLOPS:
         method = "fine_tuning"
-        reason = f"all of {facts.name} on {dataset.train} images would take long on a CPU; the last stage adapts most."
+        reason = (
+            f"all of {backbone.name} on {dataset.train} images would take long on a CPU; the last stage adapts most."
+        )
     else:
         method = "full_fine_tuning"
-        reason = f"about {median} training images per class are enough to adapt every parameter of {facts.name}."
+        reason = f"about {median} training images per class are enough to adapt every parameter of {backbone.name}."
     reasons.append(f"method {method}: {reason}")
     return method
 
 
-def _check_combinations(request: JobRequest, method: Method, facts: BackboneFacts) -> None:
+def _check_combinations(request: JobRequest, method: Method, backbone: BackboneSpec) -> None:
     """Refuses values that could not change anything, or that this backbone cannot do."""
     asked = request.hyperparameters
     given = asked.model_fields_set
@@ -504,40 +509,34 @@ def _check_combinations(request: JobRequest, method: Method, facts: BackboneFact
             raise _bad_hyperparameter(name, 'is for the scheduler step only; add "scheduler": "step", or leave it out')
     if "unfreeze" in given and method != "fine_tuning":
         raise _bad_hyperparameter("unfreeze", f"is for the method fine_tuning only, and this is {method}")
-    if asked.unfreeze is not None and asked.unfreeze > len(facts.stage_names):
+    stages = backbone.stage_names
+    if asked.unfreeze is not None and asked.unfreeze > len(stages):
         raise _bad_hyperparameter(
-            "unfreeze",
-            f"must be from 1 to {len(facts.stage_names)}, the stages of {facts.name}: {', '.join(facts.stage_names)}",
+            "unfreeze", f"must be from 1 to {len(stages)}, the stages of {backbone.name}: {', '.join(stages)}"
         )
     if "feature_layer" in given and method != "feature_extraction":
         raise _bad_hyperparameter("feature_layer", f"is for the method feature_extraction only, and this is {method}")
-    if asked.feature_layer is not None and asked.feature_layer not in facts.feature_layers:
-        raise _bad_hyperparameter(
-            "feature_layer", f"must be one of {facts.name}'s layers: {', '.join(facts.feature_layers)}"
-        )
+    if asked.feature_layer is not None and asked.feature_layer not in stages:
+        raise _bad_hyperparameter("feature_layer", f"must be one of {backbone.name}'s layers: {', '.join(stages)}")
     if "backbone_learning_rate" in given and method == "feature_extraction":
         raise _bad_hyperparameter(
             "backbone_learning_rate", "has no meaning for feature_extraction, whose backbone is frozen"
         )
 
 
-def _preprocessing(
-    request: JobRequest, method: Method, facts: BackboneFacts, starting_model: StartingModel | None
-) -> Preprocessing:
+def _preprocessing(request: JobRequest, start: _Start) -> Preprocessing:
     """The weights' own preprocessing, or under classic the textbook's; image_size keeps the ratio of resize to crop."""
-    if starting_model is not None:
-        base = starting_model.preprocessing
-    elif request.recipe == "classic" and facts.fixed_image_size in (None, CLASSIC_PREPROCESSING.crop):
-        base = CLASSIC_PREPROCESSING
-    else:
-        base = facts.preprocessing
-    size = request.hyperparameters.image_size
-    if size is not None:
-        if facts.fixed_image_size is not None and size != facts.fixed_image_size:
-            raise _bad_hyperparameter("image_size", f"must be {facts.fixed_image_size} for {facts.name}")
-        if size < facts.min_image_size:
-            raise _bad_hyperparameter("image_size", f"must be at least {facts.min_image_size} for {facts.name}")
-    return base if size is None else base.with_image_size(size)
+    backbone, size = start.backbone, request.hyperparameters.image_size
+    fits_classic = backbone.fixed_image_size in (None, CLASSIC_PREPROCESSING.crop)
+    is_classic = request.recipe == "classic" and start.model is None and fits_classic
+    base = CLASSIC_PREPROCESSING if is_classic else start.preprocessing
+    if size is None:
+        return base
+    if backbone.fixed_image_size is not None and size != backbone.fixed_image_size:
+        raise _bad_hyperparameter("image_size", f"must be {backbone.fixed_image_size} for {backbone.name}")
+    if size < backbone.min_image_size:
+        raise _bad_hyperparameter("image_size", f"must be at least {backbone.min_image_size} for {backbone.name}")
+    return base.with_image_size(size)
 
 
 def _classic(asked: Hyperparameters, method: Method) -> dict[str, Any]:
@@ -550,9 +549,9 @@ def _classic(asked: Hyperparameters, method: Method) -> dict[str, Any]:
 
 
 def _modern(
-    asked: Hyperparameters, method: Method, facts: BackboneFacts, dataset: DatasetFacts, reasons: list[str]
+    asked: Hyperparameters, method: Method, backbone: BackboneSpec, dataset: DatasetFacts, reasons: list[str]
 ) -> dict[str, Any]:
-    defaults = MODERN[method, facts.family]
+    defaults = MODERN[method, backbone.family]
     given = _given(asked)
     is_sgd = given.get("optimizer") == "sgd"
     batch_size = given.get("batch_size", MODERN_BATCH_SIZE)
