@@ -68,7 +68,6 @@ class Plan:
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
     mixup: float = 0.0
-    ema: float = 0.0
     early_stopping_patience: int | None = None
     budget_seconds: float | None = None
     merge_single: bool = False
@@ -141,6 +140,7 @@ class LoopState:
     precision: Precision
     sums: Tensor  # (3,) on the device: loss times images, correct, images of the running epoch
     ema: dict[str, Tensor] | None = None
+    ema_decay: float = 0.0
     epoch: int = 0
     step: int = 0
     total_steps: int = 0
@@ -154,7 +154,10 @@ class LoopState:
 
     @classmethod
     def begin(cls, network: nn.Module, optimizer: Optimizer, *, precision: Precision, ema: float) -> "LoopState":
-        """The state before the first step. The network has been frozen as it shall be, and is on its device."""
+        """The state before the first step. The network has been frozen as it shall be, and is on its device.
+
+        ema: decay per step of the moving average of the weights; 0 for none.
+        """
         network.train()
         device = next(network.parameters()).device
         changing = changing_tensors(network)
@@ -165,6 +168,7 @@ class LoopState:
             precision=precision,
             sums=torch.zeros(3, dtype=_sum_dtype(device), device=device),
             ema={name: weights[name].clone() for name in changing} if ema > 0 else None,
+            ema_decay=ema,
             changing=changing,
         )
 
@@ -246,8 +250,9 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
             or (plan.early_stopping_patience is not None and state.epochs_without_gain >= plan.early_stopping_patience)
             or (plan.budget_seconds is not None and state.elapsed_seconds >= plan.budget_seconds)
         )
-        pace.save()
+        # First told, then saved: killed in between, the epoch is trained again and its record replaced, never missing.
         yield result
+        pace.save()
 
 
 def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
@@ -314,7 +319,7 @@ def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
         sums[1] += (logits.detach().argmax(1) == labels[part]).sum()
         sums[2] += len(logits)
     state.optimizer.step()
-    _update_ema(state, plan)
+    _update_ema(state)
     state.sums += sums  # last, so that an attempt that runs out of memory is counted once
 
 
@@ -340,11 +345,11 @@ def _parts(count: int, parts: int) -> list[slice]:
 
 
 @torch.no_grad()
-def _update_ema(state: LoopState, plan: Plan) -> None:
+def _update_ema(state: LoopState) -> None:
     if state.ema is None:
         return
     # A young average follows faster, else it would hold on to the random head for 1 / (1 - decay) steps.
-    decay = min(plan.ema, (1 + state.total_steps) / (10 + state.total_steps))
+    decay = min(state.ema_decay, (1 + state.total_steps) / (10 + state.total_steps))
     current = state.network.state_dict()
     for name, average in state.ema.items():
         if average.is_floating_point():

@@ -1,0 +1,305 @@
+"""The training loop against a hand-written one, against itself after a kill, and out of memory."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import training_builders as builders
+from torch import Tensor, nn
+from torch.nn import functional
+
+from app.errors import JobFailed
+from app.storage import LocalStorage
+from worker.training.checkpoint import Checkpoints
+from worker.training.loop import Hooks, LoopState, StepProgress, fit, predict_logits, trains_batch_norm
+from worker.training.optim import Schedule
+from worker.training.pixels import Split, batch_positions
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_losses_equal_the_textbook_loop_written_by_hand() -> None:
+    plan = builders.plan(augmentation="none", epochs=3, schedule=Schedule("step", 3, 5, step_size=2, gamma=0.1))
+    ours = list(fit(builders.state(builders.network(), rate=0.05), plan))
+
+    network = builders.network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+    criterion = nn.CrossEntropyLoss()
+    for epoch in range(3):
+        network.train()
+        running_loss, running_correct = 0.0, 0
+        for positions in batch_positions(22, 5, seed=0, epoch=epoch):
+            inputs = _tensors(plan.train, positions)
+            labels = torch.from_numpy(plan.train.labels[positions])
+            optimizer.zero_grad()
+            outputs = network(inputs)
+            loss = criterion(outputs, labels)
+            loss.backward()
+            optimizer.step()
+            running_loss += loss.item() * len(labels)
+            running_correct += int((outputs.argmax(1) == labels).sum())
+        scheduler.step()
+        network.eval()
+        with torch.no_grad():
+            outputs = network(_tensors(plan.val, np.arange(12)))
+        assert ours[epoch].train_loss == pytest.approx(running_loss / 22, abs=1e-5)
+        assert ours[epoch].train_accuracy == pytest.approx(running_correct / 22)
+        assert ours[epoch].val_loss == pytest.approx(
+            criterion(outputs, torch.from_numpy(plan.val.labels)).item(), abs=1e-5
+        )
+
+
+def test_an_epochs_loss_is_the_mean_over_images_though_its_last_batch_is_smaller() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+    plan = builders.plan(augmentation="none", epochs=1)
+    images = _tensors(plan.train, np.arange(22))
+    expected = functional.cross_entropy(network(images), torch.from_numpy(plan.train.labels)).item()
+    # With a rate this small the weights stay where they are, and the mean over the epoch is one forward pass.
+    (result,) = fit(builders.state(network, rate=1e-12), plan)
+    assert result.train_loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("killed_after", [3, 5, 8])
+def test_a_run_killed_at_a_step_ends_with_the_weights_of_one_that_was_not(
+    optimizer: str, killed_after: int, storage: LocalStorage
+) -> None:
+    plan = builders.plan(epochs=3, mixup=0.2, label_smoothing=0.1)
+
+    def begin() -> LoopState:
+        return builders.state(builders.network(dropout=0.3), optimizer=optimizer, rate=0.01, ema=0.9)
+
+    undisturbed = begin()
+    expected = list(fit(undisturbed, plan))
+
+    killed = begin()
+    checkpoints = Checkpoints(storage, job_id="job_1", fence=1)
+    _run_until_step(killed, plan, killed_after)
+    checkpoints.save(killed.tensors(), killed.numbers())
+
+    resumed = begin()
+    found = Checkpoints(storage, job_id="job_1", fence=2).newest()
+    assert found is not None
+    resumed.restore(found.tensors, found.numbers)
+    assert resumed.total_steps == killed_after
+    rest = list(fit(resumed, plan))
+
+    assert builders.same(builders.weights(resumed.network), builders.weights(undisturbed.network))
+    assert resumed.ema is not None
+    assert undisturbed.ema is not None
+    assert builders.same(resumed.ema, undisturbed.ema)
+    assert resumed.best is not None
+    assert undisturbed.best is not None
+    assert builders.same(resumed.best.weights, undisturbed.best.weights)
+    assert [r.train_loss for r in rest] == [r.train_loss for r in expected][-len(rest) :]
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another() -> None:
+    def train(seed: int) -> dict[str, Tensor]:
+        state = builders.state(builders.network())
+        list(fit(state, builders.plan(seed=seed)))
+        return builders.weights(state.network)
+
+    assert builders.same(train(0), train(0))
+    assert not builders.same(train(0), train(1))
+
+
+def test_gradients_computed_in_parts_move_the_weights_as_the_whole_batch_does() -> None:
+    # Without batch-norm, whose statistics are of each part.
+    def train(parts: int) -> LoopState:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        state = builders.state(network)
+        state.micro_batches = parts
+        list(fit(state, builders.plan(batch_size=11, class_weights=(1.0, 2.0, 0.5))))
+        return state
+
+    whole, parts = train(1), train(4)
+    for name, tensor in whole.network.state_dict().items():
+        torch.testing.assert_close(parts.network.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+class FullUntilHalved(nn.Module):
+    """A network that runs out of memory on more than `limit` images at once while training."""
+
+    def __init__(self, limit: int, error: Exception) -> None:
+        super().__init__()
+        self.inner = builders.network()
+        self._limit = limit
+        self._error = error
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and len(images) > self._limit:
+            raise self._error
+        return self.inner(images)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_halves_the_batch_says_so_and_trains_on(error: Exception) -> None:
+    told: list[str] = []
+    state = builders.state(FullUntilHalved(4, error))
+    plan = builders.plan(batch_size=16, epochs=1)
+    (result,) = fit(state, plan, Hooks(log=lambda message, _details: told.append(message)))
+    assert state.micro_batches == 4
+    assert [message.split(";")[0] for message in told] == [
+        "Out of memory: batches of 16 are now computed in 2 parts",
+        "Out of memory: batches of 16 are now computed in 4 parts",
+    ]
+    assert result.step == 2
+
+
+def test_out_of_memory_at_the_smallest_parts_fails_with_advice() -> None:
+    state = builders.state(FullUntilHalved(0, MemoryError()))
+    with pytest.raises(JobFailed, match="smaller batch_size") as failure:
+        list(fit(state, builders.plan(batch_size=16)))
+    assert failure.value.code == "out_of_memory"
+
+
+def test_another_runtime_error_passes_as_it_is() -> None:
+    state = builders.state(FullUntilHalved(0, RuntimeError("shapes do not fit")))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        list(fit(state, builders.plan()))
+
+
+def test_a_loss_that_is_no_number_fails_as_diverged() -> None:
+    state = builders.state(builders.network(), rate=1e30)
+    with pytest.raises(JobFailed, match="learning_rate") as failure:
+        list(fit(state, builders.plan(epochs=4)))
+    assert failure.value.code == "diverged"
+
+
+def test_a_last_batch_of_one_joins_the_batch_before_it_where_batch_norm_trains() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    assert trains_batch_norm(network)
+    plan = builders.plan(train=builders.split(21), epochs=1, merge_single=True)
+    (result,) = fit(builders.state(network), plan)
+    assert result.step == 4
+
+
+def test_the_best_epoch_is_the_most_accurate_one_and_among_equals_the_one_of_least_loss() -> None:
+    state = builders.state(builders.network())
+    results = list(fit(state, builders.plan(epochs=6)))
+    best = max(results, key=lambda r: (r.val_accuracy, -r.val_loss))
+    assert state.best is not None
+    assert (state.best.epoch, state.best.val_loss) == (best.epoch, best.val_loss)
+    state.load_best()
+    plan = builders.plan()
+    logits = predict_logits(
+        state.network, plan.val, prepare=builders.prepare, normalise=plan.normalise, device=torch.device("cpu")
+    )
+    assert functional.cross_entropy(logits, torch.from_numpy(plan.val.labels)).item() == best.val_loss
+
+
+def test_patience_ends_the_run_after_that_many_epochs_without_gain() -> None:
+    state = builders.state(builders.network(), rate=1e-12)
+    frozen_statistics = builders.plan(epochs=50, early_stopping_patience=3, augmentation="none")
+    state.network[1].momentum = 0.0  # type: ignore[union-attr,index]
+    results = list(fit(state, frozen_statistics))
+    assert results[-1].epoch - results[-1].best_epoch == 3
+    assert len(results) < 50
+
+
+def test_the_budget_ends_the_run_after_the_epoch_that_spends_it() -> None:
+    assert len(list(fit(builders.state(builders.network()), builders.plan(epochs=9, budget_seconds=1e-9)))) == 1
+
+
+def test_a_stop_within_the_first_epoch_validates_the_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.training.loop.TICK_SECONDS", 0.0)
+    state = builders.state(builders.network())
+    (result,) = fit(state, builders.plan(epochs=9), Hooks(on_progress=lambda _progress: True))
+    assert (result.epoch, result.step, result.is_best) == (1, 1, True)
+    assert state.is_finished
+
+
+def test_a_stop_later_keeps_the_best_epoch_and_yields_no_part_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.training.loop.TICK_SECONDS", 0.0)
+    state = builders.state(builders.network())
+    results = list(fit(state, builders.plan(epochs=9), Hooks(on_progress=lambda progress: progress.epoch == 3)))
+    assert [result.epoch for result in results] == [1, 2]
+    assert state.best is not None
+
+
+def test_a_checkpoint_is_due_at_each_epochs_end_and_after_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.training.loop.TICK_SECONDS", 0.0)
+    saved: list[tuple[int, int]] = []
+    hooks = Hooks(save=lambda state: saved.append((state.epoch, state.step)), checkpoint_seconds=0.0)
+    list(fit(builders.state(builders.network()), builders.plan(), hooks))
+    assert saved == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (1, 5), (2, 0)]
+
+
+def test_batch_norm_of_a_frozen_part_keeps_its_statistics() -> None:
+    network = builders.network()
+    frozen = network[1]
+    for parameter in frozen.parameters():
+        parameter.requires_grad = False
+    frozen.train = lambda mode=True: frozen  # type: ignore[method-assign]
+    nn.Module.train(frozen, False)
+    state = builders.state(network)
+    before = builders.weights(frozen)
+    list(fit(state, builders.plan()))
+    assert builders.same(builders.weights(frozen), before)
+    assert not any(name.startswith("1.") for name in state.changing)
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept() -> None:
+    state = builders.state(builders.network(), ema=0.5)
+    list(fit(state, builders.plan(epochs=1)))
+    assert state.best is not None
+    assert state.ema is not None
+    assert builders.same(state.best.weights, {name: t.contiguous() for name, t in state.ema.items()})
+    assert not builders.same(state.best.weights, builders.weights(state.network))
+
+
+def test_progress_tells_the_share_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.training.loop.TICK_SECONDS", 0.0)
+    seen: list[StepProgress] = []
+
+    def watch(progress: StepProgress) -> bool:
+        seen.append(progress)
+        return False
+
+    list(fit(builders.state(builders.network()), builders.plan(), Hooks(on_progress=watch)))
+    assert [round(p.fraction, 6) for p in seen] == sorted(round(p.fraction, 6) for p in seen)
+    assert (seen[0].fraction, seen[-1].fraction) == (pytest.approx(0.1), 1.0)
+    assert all(p.images_per_second is None or math.isfinite(p.images_per_second) for p in seen)
+
+
+def _run_until_step(state: LoopState, plan: object, steps: int) -> None:
+    """Leaves the run after that many steps, by an exception from its own report, as a shutdown does."""
+
+    class Left(Exception):
+        pass
+
+    def leave(_progress: StepProgress) -> bool:
+        if state.total_steps == steps:
+            raise Left
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("worker.training.loop.TICK_SECONDS", 0.0)
+        with pytest.raises(Left):
+            list(fit(state, plan, Hooks(on_progress=leave)))  # type: ignore[arg-type]
+
+
+def _tensors(split: Split, positions: np.ndarray) -> Tensor:
+    plan = builders.plan()
+    images = [builders.prepare(torch.from_numpy(split.images[int(p)].copy())) for p in positions]
+    return plan.normalise(torch.stack(images))
+
+
+def test_plans_are_replaced_not_changed() -> None:
+    plan = builders.plan()
+    assert replace(plan, epochs=9).epochs == 9
+    assert plan.epochs == 2
