@@ -135,7 +135,7 @@ def describe_dataset(dataset: JsonObject) -> None:
         f"Data set {dataset['id']}: {dataset['num_images']} pictures of {len(dataset['classes'])} classes, "
         f"{splits['train']} to train on, {splits['val']} to validate with"
         + (f", {splits['test']} for testing" if splits.get("test") else "")
-        + (f"; {dataset['num_rejected']} files were rejected" if dataset["num_rejected"] else "")
+        + (f"; rejected files: {dataset['num_rejected']}" if dataset["num_rejected"] else "")
         + "."
     )
     for warning in dataset["warnings"]:

@@ -1,0 +1,109 @@
+"""settings, migrate, keys, and what `graft up` refuses; against real databases."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scripted_server import Result
+
+from app.settings import Settings
+
+Graft = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRAFT_DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def test_settings_shows_every_setting_with_its_meaning(graft: Graft) -> None:
+    result = graft("settings")
+
+    shown = [line.split()[0] for line in result.output.splitlines()[1:] if line.startswith("GRAFT_")]
+    assert shown == [f"GRAFT_{name.upper()}" for name in Settings.model_fields]
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_settings_shows_value_and_default(graft: Graft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_PORT", "8123")
+
+    line = next(line for line in graft("settings").output.splitlines() if line.startswith("GRAFT_PORT"))
+
+    assert line.split()[:3] == ["GRAFT_PORT", "8123", "8000"]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://graft:s3cret@db/graft", "postgresql://graft:***@db/graft"),
+        ("postgresql://graft:s3@cret@db/graft", "postgresql://graft:***@db/graft"),
+        ("postgresql://db/graft?user=graft&password=s3cret", "postgresql://db/graft?user=graft&password=***"),
+    ],
+)
+def test_settings_masks_passwords(graft: Graft, monkeypatch: pytest.MonkeyPatch, url: str, shown: str) -> None:
+    monkeypatch.setenv("GRAFT_DATABASE_URL", url)
+
+    result = graft("settings")
+
+    assert shown in result.output
+    assert "cret" not in result.output
+
+
+def test_a_wrong_setting_is_named(graft: Graft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_PORT", "70000")
+
+    result = graft("settings")
+
+    assert result.exit_code == 2
+    assert result.errors == ("The settings are not valid:\n  GRAFT_PORT: Input should be less than or equal to 65535\n")
+
+
+def test_migrate_makes_the_database_and_may_be_repeated(graft: Graft, data_folder: Path) -> None:
+    first, second = graft("migrate"), graft("migrate")
+
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert (data_folder / "graft.db").exists()
+
+
+def test_a_key_is_shown_once_and_can_be_revoked(graft: Graft) -> None:
+    created = graft("keys", "create", "--scope", "predict", "--scope", "train", "--name", "lab", "--expires-days", "30")
+    token = created.output.strip()
+    key_id = f"key_{token.split('_')[1]}"
+
+    assert created.exit_code == 0
+    assert token not in graft("keys", "list").output
+    row = graft("keys", "list").output.splitlines()[1].split()
+    assert row[:4] == [key_id, "lab", "predict", "train"]
+    assert graft("keys", "revoke", key_id).output == f"Revoked {key_id}.\n"
+    assert "revoked" in graft("keys", "list").output
+    again = graft("keys", "revoke", key_id)
+    assert again.exit_code == 1
+
+
+def test_without_keys_the_list_says_how_to_make_one(graft: Graft) -> None:
+    assert graft("keys", "list").output == "There are no keys; `graft keys create --scope admin` makes one.\n"
+
+
+def test_an_unknown_scope_is_refused(graft: Graft) -> None:
+    assert graft("keys", "create", "--scope", "everything").exit_code == 2
+
+
+def test_up_refuses_a_port_that_is_taken(graft: Graft) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        result = graft("up", "--port", str(port))
+
+    assert result.exit_code == 1
+    assert result.errors == (
+        f"Port {port} of 127.0.0.1 is in use. Stop what listens there, or choose another with --port; "
+        "--port 0 picks a free one.\n"
+    )
+
+
+def test_up_refuses_an_address_that_is_not_this_machines(graft: Graft) -> None:
+    result = graft("up", "--host", "192.0.2.1")
+
+    assert (result.exit_code, result.errors) == (1, "Cannot listen on 192.0.2.1: Cannot assign requested address.\n")

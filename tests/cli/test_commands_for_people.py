@@ -1,0 +1,331 @@
+"""train, predict, jobs, datasets and models against a scripted server."""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_server import Result, ScriptedServer
+
+Graft = Callable[..., Result]
+
+DATASET = {
+    "id": "ds_1",
+    "name": "flowers",
+    "status": "ready",
+    "num_images": 300,
+    "num_rejected": 1,
+    "splits": {"train": 240, "val": 60, "test": 0},
+    "classes": [{"name": "daisy"}, {"name": "rose"}],
+    "warnings": [{"code": "duplicate_across_splits", "detail": "Two pictures are the same.", "paths": []}],
+    "error": None,
+    "created_at": "2026-11-01T10:00:00Z",
+}
+MODEL = {
+    "id": "mdl_1",
+    "method": "fine_tuning",
+    "backbone": {"name": "resnet50", "weights": "IMAGENET1K_V2"},
+    "classes": ["daisy", "rose"],
+    "aliases": ["default"],
+    "metrics": {"val_accuracy": 0.95, "val_accuracy_ci95": [0.89, 0.98], "macro_f1": 0.9512},
+    "created_at": "2026-11-01T10:00:00Z",
+}
+EPOCH = {"epoch": 1, "train_loss": 0.5, "train_accuracy": 0.8, "val_loss": 0.4, "val_accuracy": 0.95}
+
+
+def job(status: str, **other: Any) -> dict[str, Any]:
+    fixed = {
+        "id": "job_1",
+        "status": status,
+        "method": "fine_tuning",
+        "backbone": {"name": "resnet50"},
+        "progress": {"fraction": 0.5},
+        "metrics": None,
+        "model": None,
+        "error": None,
+        "created_at": "2026-11-01T10:00:00Z",
+    }
+    return fixed | other
+
+
+def stream(*events: tuple[str, dict[str, Any]]) -> bytes:
+    lines = [f"id: {index}\nevent: {event}\ndata: {json.dumps(data)}\n" for index, (event, data) in enumerate(events)]
+    return "\n".join([*lines, "event: done\ndata: {}\n\n"]).encode()
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    path = tmp_path / "flowers.zip"
+    path.write_bytes(b"an archive")
+    return path
+
+
+@pytest.fixture
+def training(server: ScriptedServer) -> ScriptedServer:
+    """A server on which a job on the data set ds_1 succeeds."""
+    server.answers = {
+        ("PUT", "/v1/datasets"): (201, DATASET | {"status": "processing"}),
+        ("GET", "/v1/datasets/ds_1"): (200, DATASET),
+        ("POST", "/v1/jobs"): (201, job("queued")),
+        ("GET", "/v1/jobs/job_1/events"): (
+            200,
+            stream(("status", {"status": "running"}), ("epoch", EPOCH), ("log", {"message": "Halved the batch."})),
+        ),
+        ("GET", "/v1/jobs/job_1"): (200, job("succeeded", model="mdl_1")),
+        ("GET", "/v1/models/mdl_1"): (200, MODEL),
+    }
+    return server
+
+
+def test_train_goes_from_an_archive_to_the_figures_and_the_curl_line(
+    training: ScriptedServer, graft: Graft, archive: Path
+) -> None:
+    result = graft("train", str(archive))
+
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [
+        "Model mdl_1: fine_tuning on resnet50",
+        "  validation accuracy 95.0% (95 % interval 89.0% to 98.0%)",
+        "  macro F1            0.951",
+        f"  curl -F file=@picture.jpg {training.url}/predict",
+    ]
+    assert result.errors.splitlines() == [
+        "The server checks the pictures …",
+        "Data set ds_1: 300 pictures of 2 classes, 240 to train on, 60 to validate with; rejected files: 1.",
+        "Warning: Two pictures are the same.",
+        "Job job_1",
+        "epoch   1   train loss 0.5000 accuracy 80.0%   validation loss 0.4000 accuracy 95.0%",
+        "Halved the batch.",
+    ]
+    [upload] = training.sent("PUT", "/v1/datasets")
+    assert (upload.path, upload.body) == ("/v1/datasets?name=flowers", b"an archive")
+
+
+def test_train_passes_on_what_was_asked_for(training: ScriptedServer, graft: Graft, archive: Path) -> None:
+    options = "--method fine_tuning --recipe classic --epochs 3 --seed 7 -H optimizer=adamw -H mixup=0.2 -H ema=true"
+    graft("train", str(archive), *options.split())
+
+    [submitted] = training.sent("POST", "/v1/jobs")
+    assert submitted.json() == {
+        "dataset": "ds_1",
+        "method": "fine_tuning",
+        "backbone": "auto",
+        "recipe": "classic",
+        "seed": 7,
+        "promote": "if_better",
+        "hyperparameters": {"epochs": 3, "optimizer": "adamw", "mixup": 0.2, "ema": True},
+    }
+
+
+def test_train_packs_a_folder_without_its_hidden_files(training: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
+    folder = tmp_path / "pets"
+    for name in ("cat/1.jpg", "dog/2.jpg", ".cache/3.jpg", "dog/.DS_Store"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+    result = graft("train", str(folder))
+
+    assert result.exit_code == 0
+    [upload] = training.sent("PUT", "/v1/datasets")
+    assert upload.path == "/v1/datasets?name=pets"
+    with zipfile.ZipFile(io.BytesIO(upload.body)) as packed:
+        assert packed.namelist() == ["cat/1.jpg", "dog/2.jpg"]
+        assert packed.read("dog/2.jpg") == b"dog/2.jpg"
+
+
+def test_train_takes_a_data_set_that_is_there(training: ScriptedServer, graft: Graft) -> None:
+    assert graft("train", "ds_1").exit_code == 0
+
+    assert training.sent("PUT", "/v1/datasets") == []
+
+
+def test_train_prints_nothing_but_json_where_asked(training: ScriptedServer, graft: Graft, archive: Path) -> None:
+    printed = json.loads(graft("train", str(archive), "--json").output)
+
+    assert (printed["dataset"]["id"], printed["job"]["id"], printed["model"]["id"]) == ("ds_1", "job_1", "mdl_1")
+
+
+def test_train_on_a_refused_data_set_says_why(training: ScriptedServer, graft: Graft, archive: Path) -> None:
+    failed = DATASET | {"status": "failed", "error": {"detail": "Class rose lost all its pictures."}}
+    training.answers["GET", "/v1/datasets/ds_1"] = (200, failed)
+
+    result = graft("train", str(archive))
+
+    assert result.exit_code == 1
+    assert result.errors.splitlines()[-1] == "Data set ds_1 failed: Class rose lost all its pictures."
+
+
+def test_a_wrong_hyperparameter_is_named(training: ScriptedServer, graft: Graft, archive: Path) -> None:
+    training.answers["POST", "/v1/jobs"] = (
+        422,
+        {
+            "type": "/problems/invalid-hyperparameter",
+            "detail": "A hyperparameter is not valid.",
+            "errors": [{"pointer": "#/hyperparameters/epochs", "detail": "must be at least 1"}],
+        },
+    )
+
+    result = graft("train", str(archive), "--epochs", "0")
+
+    assert result.exit_code == 1
+    assert result.errors.splitlines()[-2:] == [
+        "A hyperparameter is not valid.",
+        "  #/hyperparameters/epochs: must be at least 1",
+    ]
+
+
+def test_a_failed_job_ends_the_watching_with_its_reason(training: ScriptedServer, graft: Graft) -> None:
+    training.answers["GET", "/v1/jobs/job_1"] = (200, job("failed", error={"detail": "The loss became NaN."}))
+
+    result = graft("jobs", "watch", "job_1")
+
+    assert (result.exit_code, result.output) == (1, "")
+    assert result.errors.splitlines()[-1] == "Job job_1 failed: The loss became NaN."
+
+
+def test_a_cancelled_job_is_not_a_success(training: ScriptedServer, graft: Graft) -> None:
+    training.answers["GET", "/v1/jobs/job_1"] = (200, job("cancelled"))
+
+    result = graft("jobs", "watch", "job_1")
+
+    assert (result.exit_code, result.errors.splitlines()[-1]) == (1, "Job job_1 is cancelled.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.zip"], "There is no file or folder nowhere.zip."),
+        (["predict", "nowhere.jpg"], "There is no file nowhere.jpg."),
+        (["train", "ds_1", "-H", "epochs"], "-H takes NAME=VALUE, not 'epochs'."),
+    ],
+)
+def test_wrong_usage_is_told_before_anything_is_sent(
+    server: ScriptedServer, graft: Graft, arguments: list[str], message: str
+) -> None:
+    result = graft(*arguments)
+
+    assert (result.exit_code, result.errors) == (2, f"{message}\n")
+    assert server.requests == []
+
+
+def test_predict_prints_a_row_for_each_picture(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
+    good, broken = tmp_path / "good.jpg", tmp_path / "broken.jpg"
+    good.write_bytes(b"1")
+    broken.write_bytes(b"2")
+    top = [{"label": "cat", "score": 0.97}, {"label": "dog", "score": 0.03}]
+    server.answers["POST", "/predict"] = (
+        200,
+        {
+            "model": "mdl_1",
+            "predictions": [
+                {"filename": "good.jpg", "label": "cat", "score": 0.97, "top": top},
+                {"filename": "broken.jpg", "error": {"detail": "truncated JPEG"}},
+            ],
+        },
+    )
+
+    result = graft("predict", str(good), str(broken), "--model", "mdl_1", "--top-k", "2")
+
+    assert result.exit_code == 1
+    assert [line.split() for line in result.output.splitlines()] == [
+        ["picture", "label", "score", "next"],
+        [str(good), "cat", "97.0%", "dog", "3.0%"],
+        [str(broken), "–", "truncated", "JPEG"],
+    ]
+    assert server.requests[0].path == "/predict?top_k=2&model=mdl_1"
+
+
+def test_without_a_server_the_advice_is_graft_up(graft: Graft) -> None:
+    result = graft("jobs", "list", "--url", "http://127.0.0.1:1")
+
+    assert result.exit_code == 3
+    assert result.errors.startswith("No Graft server answers at http://127.0.0.1:1 (")
+    assert result.errors.endswith("). Start one with `graft up`, or name another with --url or GRAFT_URL.\n")
+
+
+def test_a_missing_key_is_explained(server: ScriptedServer, graft: Graft) -> None:
+    server.answers["GET", "/v1/models"] = (401, {"detail": "Send your API key."})
+
+    result = graft("models", "list")
+
+    assert result.exit_code == 1
+    assert result.errors == "Send your API key.\nSet GRAFT_API_KEY to a key that may do this.\n"
+
+
+def test_the_key_comes_from_the_environment(
+    server: ScriptedServer, graft: Graft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFT_API_KEY", "ft_1")
+    server.answers["GET", "/v1/models"] = (200, {"data": []})
+
+    result = graft("models", "list")
+
+    assert result.output == "There are no models; `graft train ARCHIVE_OR_FOLDER` makes one.\n"
+    assert server.requests[0].headers["Authorization"] == "Bearer ft_1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "entry", "row"),
+    [
+        (
+            ["jobs", "list"],
+            job("running", metrics={"val_accuracy": 0.9}),
+            ["job_1", "running", "fine_tuning", "resnet50", "50.0%", "90.0%", "2026-11-01T10:00:00Z"],
+        ),
+        (["datasets", "list"], DATASET, ["ds_1", "flowers", "ready", "300", "2", "2026-11-01T10:00:00Z"]),
+        (
+            ["models", "list"],
+            MODEL,
+            ["mdl_1", "default", "fine_tuning", "resnet50", "2", "95.0%", "2026-11-01T10:00:00Z"],
+        ),
+    ],
+)
+def test_lists_are_tables(
+    server: ScriptedServer, graft: Graft, arguments: list[str], entry: dict[str, Any], row: list[str]
+) -> None:
+    server.answers["GET", f"/v1/{arguments[0]}"] = (200, {"data": [entry]})
+
+    result = graft(*arguments, "--limit", "5")
+
+    assert result.output.splitlines()[1].split() == row
+    assert server.requests[0].path == f"/v1/{arguments[0]}?limit=5"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "request_line", "answer", "printed"),
+    [
+        (["jobs", "cancel", "job_1"], ("POST", "/v1/jobs/job_1/cancel"), job("cancelled"), "Job job_1 is cancelled."),
+        (
+            ["jobs", "cancel", "job_1"],
+            ("POST", "/v1/jobs/job_1/cancel"),
+            job("running"),
+            "Job job_1 is being cancelled.",
+        ),
+        (
+            ["jobs", "stop", "job_1"],
+            ("POST", "/v1/jobs/job_1/stop"),
+            job("running"),
+            "Job job_1 ends after this step and registers its best epoch.",
+        ),
+        (["datasets", "delete", "ds_1"], ("DELETE", "/v1/datasets/ds_1"), {}, "Deleted ds_1."),
+        (["models", "delete", "mdl_1"], ("DELETE", "/v1/models/mdl_1"), {}, "Deleted mdl_1."),
+        (["models", "promote", "mdl_1"], ("PUT", "/v1/aliases/default"), {}, "default is now mdl_1."),
+    ],
+)
+def test_commands_that_change_something_say_what(
+    server: ScriptedServer,
+    graft: Graft,
+    arguments: list[str],
+    request_line: tuple[str, str],
+    answer: dict[str, Any],
+    printed: str,
+) -> None:
+    server.answers[request_line] = (200, answer)
+
+    result = graft(*arguments)
+
+    assert (result.exit_code, result.output) == (0, f"{printed}\n")
+    assert len(server.sent(*request_line)) == 1
