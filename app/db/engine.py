@@ -46,6 +46,7 @@ class Database:
         """A transaction that only reads, from one consistent state, and never waits for writers."""
         with self._session("BEGIN") as session, _locked_means_overloaded(), session.begin():
             yield session
+            session.expunge_all()  # so that rows stay readable after the rollback, which would expire them
             session.rollback()
 
     @contextmanager

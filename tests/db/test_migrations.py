@@ -59,9 +59,9 @@ def test_database_of_a_newer_version_is_refused_and_left_alone(database: Databas
     with database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
 
-    with pytest.raises(DatabaseMismatch, match="9999.*newer"):
+    with pytest.raises(DatabaseMismatch, match=r"9999.*newer"):
         check_is_current(database)
-    with pytest.raises(DatabaseMismatch, match="9999.*newer"):
+    with pytest.raises(DatabaseMismatch, match=r"9999.*newer"):
         upgrade(str(database.engine.url))
     with database.read() as session:
         assert session.scalar(text("SELECT version_num FROM alembic_version")) == "9999"
