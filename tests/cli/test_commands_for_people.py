@@ -93,7 +93,6 @@ def test_train_goes_from_an_archive_to_the_figures_and_the_curl_line(
         f"  curl -F file=@picture.jpg {training.url}/predict",
     ]
     assert result.errors.splitlines() == [
-        "The server checks the pictures …",
         "Data set ds_1: 300 pictures of 2 classes, 240 to train on, 60 to validate with; rejected files: 1.",
         "Warning: Two pictures are the same.",
         "Job job_1",
