@@ -1,0 +1,211 @@
+"""Trained models and the aliases that point at them. The worker registers; the API finds, lists and deletes.
+
+Every function works in the caller's transaction. Knows rows; not files, not networks.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import delete as delete_from
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.db.tables import AliasRow, ModelRow, utc_now
+from app.errors import Conflict, FieldError, InvalidRequest, NotFound
+
+DEFAULT_ALIAS = "default"
+
+PromotePolicy = Literal["if_better", "always", "never"]
+
+_ALIAS_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_ID_PREFIXES = ("mdl_", "ds_", "job_", "key_")
+
+
+class Promotion(NamedTuple):
+    """Whether a new model becomes the default, and why, for the job's events."""
+
+    is_due: bool
+    reason: str
+
+
+def register(
+    session: Session,
+    *,
+    model_id: str,
+    job_id: str,
+    dataset_id: str,
+    method: str,
+    backbone: Mapping[str, Any],
+    classes: Sequence[str],
+    metrics: Mapping[str, Any],
+    size_bytes: int,
+    sha256: str,
+) -> ModelRow:
+    """Records a model whose artifact is published. Raises sqlalchemy's IntegrityError if the job has one already."""
+    model = ModelRow(
+        id=model_id,
+        job_id=job_id,
+        dataset_id=dataset_id,
+        method=method,
+        backbone=dict(backbone),
+        classes=list(classes),
+        metrics=dict(metrics),
+        size_bytes=size_bytes,
+        sha256=sha256,
+    )
+    session.add(model)
+    session.flush()
+    return model
+
+
+def find(session: Session, name_or_id: str) -> ModelRow:
+    """The model of this id or alias. Raises NotFound, which says how to get one where there is none yet."""
+    model = session.scalar(select(ModelRow).where(ModelRow.id == name_or_id)) or session.scalar(
+        select(ModelRow).join(AliasRow, AliasRow.model_id == ModelRow.id).where(AliasRow.name == name_or_id)
+    )
+    if model is not None:
+        return model
+    if session.scalar(select(ModelRow.seq).limit(1)) is None:
+        raise NotFound(
+            "There is no model yet. Train one: POST an archive of class folders to /v1/datasets, then "
+            '{"dataset": "<its id>"} to /v1/jobs.',
+            code="model-not-found",
+        )
+    if name_or_id == DEFAULT_ALIAS:
+        raise NotFound(
+            "No model is the default. Choose one of GET /v1/models: PUT /v1/aliases/default with "
+            '{"model": "<its id>"}, or name it in the request.',
+            code="model-not-found",
+        )
+    raise NotFound(
+        "There is no model with this id or alias; GET /v1/models lists the models, GET /v1/aliases the aliases.",
+        code="model-not-found",
+    )
+
+
+def list_models(
+    session: Session,
+    *,
+    limit: int,
+    after: str | None = None,
+    dataset: str | None = None,
+    method: str | None = None,
+) -> list[ModelRow]:
+    """Up to `limit` models, newest first, that come after the model `after`. Raises InvalidRequest if it is unknown."""
+    models = select(ModelRow).order_by(ModelRow.seq.desc()).limit(limit)
+    if dataset is not None:
+        models = models.where(ModelRow.dataset_id == dataset)
+    if method is not None:
+        models = models.where(ModelRow.method == method)
+    if after is not None:
+        seq = session.scalar(select(ModelRow.seq).where(ModelRow.id == after))
+        if seq is None:
+            raise InvalidRequest("There is no model with the id given as `after`; start from the first page.")
+        models = models.where(ModelRow.seq < seq)
+    return list(session.scalars(models))
+
+
+def delete(session: Session, model_id: str) -> None:
+    """Forgets a model; its files are the caller's to remove, once this is committed.
+
+    Raises NotFound, or Conflict while an alias points at it.
+    """
+    model = _by_id(session, model_id)
+    names = list(session.scalars(select(AliasRow.name).where(AliasRow.model_id == model.id).order_by(AliasRow.name)))
+    if names:
+        raise Conflict(
+            f"The model is in use as {', '.join(names)}. Point the alias at another model "
+            "(PUT /v1/aliases/{name}) or delete the alias first.",
+            code="model-in-use",
+        )
+    session.delete(model)
+    session.flush()
+
+
+def aliases(session: Session) -> list[AliasRow]:
+    """All aliases, by name."""
+    return list(session.scalars(select(AliasRow).order_by(AliasRow.name)))
+
+
+def aliases_of(session: Session) -> dict[str, list[str]]:
+    """Alias names by the id of the model they point at."""
+    names: dict[str, list[str]] = {}
+    for alias in aliases(session):
+        names.setdefault(alias.model_id, []).append(alias.name)
+    return names
+
+
+def default_model_id(session: Session) -> str | None:
+    """The model that /predict uses where none is named."""
+    return session.scalar(select(AliasRow.model_id).where(AliasRow.name == DEFAULT_ALIAS))
+
+
+def point_alias(session: Session, name: str, model_id: str) -> AliasRow:
+    """Makes `name` mean this model from now on. Raises InvalidRequest for a bad name, NotFound for an unknown model."""
+    if not _ALIAS_NAME.fullmatch(name) or name.startswith(_ID_PREFIXES):
+        raise InvalidRequest(
+            "An alias has 1 to 63 characters: small letters, digits, '.', '_' and '-', the first a letter or digit; "
+            "and it does not begin as an id does (mdl_, ds_, job_, key_).",
+            errors=[FieldError("#/name", "not a valid name for an alias")],
+        )
+    model = _by_id(session, model_id)
+    alias = session.get(AliasRow, name)
+    if alias is None:
+        alias = AliasRow(name=name, model_id=model.id)
+        session.add(alias)
+    else:
+        alias.model_id = model.id
+        alias.updated_at = utc_now()
+    session.flush()
+    return alias
+
+
+def remove_alias(session: Session, name: str) -> None:
+    """Raises NotFound if there is none of this name."""
+    removed = session.scalar(delete_from(AliasRow).where(AliasRow.name == name).returning(AliasRow.name))
+    if removed is None:
+        raise NotFound("There is no alias of this name; GET /v1/aliases lists them.", code="alias-not-found")
+
+
+def should_promote(
+    session: Session, *, candidate_metrics: Mapping[str, Any], dataset_id: str, policy: PromotePolicy
+) -> Promotion:
+    """Whether a model with these metrics, not yet pointed at, is to become the default.
+
+    if_better compares only what can be compared: models of one data set, whose validation images are the same. A
+    model of another data set is promoted, since somebody who trains on new data wants it served; `promote: never`
+    says otherwise.
+    """
+    if policy == "always":
+        return Promotion(True, "The model becomes the default, as the job asked for (promote: always).")
+    if policy == "never":
+        return Promotion(False, "The default model stays, as the job asked for (promote: never).")
+    default = session.scalar(
+        select(ModelRow).join(AliasRow, AliasRow.model_id == ModelRow.id).where(AliasRow.name == DEFAULT_ALIAS)
+    )
+    if default is None:
+        return Promotion(True, "The model becomes the default: there was none.")
+    if default.dataset_id != dataset_id:
+        return Promotion(
+            True,
+            f"The model becomes the default: {default.id}, the one before, was trained on another data set, so that "
+            "their accuracies cannot be compared.",
+        )
+    accuracy, best = candidate_metrics["val_accuracy"], default.metrics["val_accuracy"]
+    if accuracy > best:
+        return Promotion(
+            True,
+            f"The model becomes the default: validation accuracy {accuracy:.4f}, before {best:.4f} ({default.id}).",
+        )
+    return Promotion(
+        False,
+        f"The default model stays {default.id}: its validation accuracy is {best:.4f}, the new one's {accuracy:.4f}.",
+    )
+
+
+def _by_id(session: Session, model_id: str) -> ModelRow:
+    model = session.scalar(select(ModelRow).where(ModelRow.id == model_id))
+    if model is None:
+        raise NotFound("There is no model with this id; GET /v1/models lists them.", code="model-not-found")
+    return model
