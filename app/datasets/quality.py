@@ -8,7 +8,7 @@ pair is compared as thumbnails, cell by cell.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,16 +60,18 @@ class Fingerprints:
     """Those of many pictures, as columns."""
 
     thumbnails: Thumbnails  # may be memory-mapped
+    rows: NDArray[np.int64]  # where in `thumbnails` each picture's is
     hashes: NDArray[np.uint64]
     log_ratios: NDArray[np.float64]
     are_tiny: NDArray[np.bool_]
     digests: Sequence[bytes]
 
     @classmethod
-    def of(cls, fingerprints: Sequence[Fingerprint], *, thumbnails: Thumbnails | None = None) -> "Fingerprints":
-        """thumbnails: where they are kept, if not in the fingerprints."""
+    def of(cls, fingerprints: Sequence[Fingerprint], *, thumbnails: Thumbnails, rows: NDArray[np.int64]) -> Self:
+        """thumbnails: as kept elsewhere, since a million of them are too many for memory; rows: where each is."""
         return cls(
-            np.stack([each.thumbnail for each in fingerprints]) if thumbnails is None else thumbnails,
+            thumbnails,
+            rows,
             np.array([each.perceptual_hash for each in fingerprints], dtype=np.uint64),
             np.array([each.log_ratio for each in fingerprints], dtype=np.float64),
             np.array([each.is_tiny for each in fingerprints], dtype=np.bool_),
@@ -110,7 +112,9 @@ def group_near_copies(pictures: Fingerprints) -> NDArray[np.int64]:
         is_alike = np.abs(pictures.log_ratios[a] - pictures.log_ratios[b]) < MAX_RATIO_DIFFERENCE
         a, b = a[is_alike], b[is_alike]
         are_tiny = pictures.are_tiny[a] | pictures.are_tiny[b]
-        is_copy = _are_copies(pictures.thumbnails[a], pictures.thumbnails[b], are_tiny=are_tiny)
+        is_copy = _are_copies(
+            pictures.thumbnails[pictures.rows[a]], pictures.thumbnails[pictures.rows[b]], are_tiny=are_tiny
+        )
         for i, j in zip(a[is_copy].tolist(), b[is_copy].tolist(), strict=True):
             groups.join(i, j)
     return groups.roots()

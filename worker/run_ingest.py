@@ -1,0 +1,56 @@
+"""The story of one ingest: the data set's row, the work in `app/datasets/ingest.py`, and the row again."""
+
+from sqlalchemy.orm import Session
+
+from app.datasets import catalog
+from app.datasets.ingest import IngestLimits, IngestOptions, archive_key, ingest
+from app.datasets.report import IngestReport
+from app.db.engine import Database
+from app.errors import NotFound
+from app.jobs import queue
+from app.jobs.queue import Claim
+from app.settings import Settings
+from app.storage import LocalStorage
+from worker.reporter import Reporter
+
+
+def run_ingest(
+    claim: Claim, *, settings: Settings, database: Database, storage: LocalStorage, reporter: Reporter
+) -> None:
+    """Leaves the data set ready, or failed with its report, and ends the job in the same transaction.
+
+    Raises what the reporter does, and GraftError for an archive that cannot be used at all.
+    """
+    with database.read() as session:
+        dataset = catalog.find(session, claim.dataset_id)
+    try:
+        report = ingest(
+            storage.path(archive_key(dataset.id)),
+            storage=storage,
+            dataset_id=dataset.id,
+            options=IngestOptions(val_fraction=dataset.options["val_fraction"], seed=dataset.options["seed"]),
+            limits=IngestLimits.from_settings(settings),
+            tick=lambda fraction: reporter.progress("ingest", fraction=fraction),
+        )
+        reporter.transaction(lambda session: _settle(session, claim, report))
+    finally:
+        _delete_if_unowned(claim.dataset_id, database=database, storage=storage)
+
+
+def _settle(session: Session, claim: Claim, report: IngestReport) -> None:
+    if report.error is None:
+        queue.succeed(session, claim)
+        catalog.mark_ready(session, claim.dataset_id, report)
+    else:
+        error = report.error.as_record()
+        queue.fail(session, claim, error)
+        catalog.mark_failed(session, claim.dataset_id, error, report=report)
+
+
+def _delete_if_unowned(dataset_id: str, *, database: Database, storage: LocalStorage) -> None:
+    """What was published after the data set was deleted belongs to nobody."""
+    with database.read() as session:
+        try:
+            catalog.find(session, dataset_id)
+        except NotFound:
+            storage.delete(f"datasets/{dataset_id}")
