@@ -1,0 +1,199 @@
+"""How long a job will take and how much memory it will need, before it runs.
+
+An estimate from first principles, replaced by experience where there is some. A stage's time is its arithmetic over the
+device's measured speed plus its activations over the measured memory bandwidth; a job that was run before with the same
+backbone, method and image size gives its images per second instead. Right within a factor of about two where nothing
+was run before: other work on the machine, and how well a network's convolutions suit the device, are not known here.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from app.db.tables import JobRow
+from app.jobs.spec import DatasetFacts, TrainingSpec
+from app.jobs.states import JobKind, JobStatus
+from app.vision import backbones
+
+FLOAT_BYTES = 4
+# A process with torch imported and a data loader running; on cuda its context besides, on the card.
+PROCESS_BYTES = 450 * 1024**2
+CUDA_CONTEXT_BYTES = 600 * 1024**2
+# Building, opening data, calibrating, saving: measured for small networks on two cores.
+FIXED_SECONDS = 3.0
+# Decoding is done; a random crop and resize of packed pixels, per image, on one core.
+AUGMENT_SECONDS = 0.0005
+BACKWARD_OVER_FORWARD = 2.0
+# Activations are written once and read about twice on the way forward.
+ACTIVATION_PASSES = 3.0
+PAST_JOBS = 100
+
+
+@dataclass(frozen=True)
+class Estimate:
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class PastSpeed:
+    """How fast an earlier job trained."""
+
+    backbone: str
+    method: str
+    image_size: int
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """What a device did in a measurement of some milliseconds."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage on one image: floating-point operations, and bytes of activations that training keeps."""
+
+    flops: float
+    activation_bytes: float
+
+
+def estimate(
+    spec: TrainingSpec, *, dataset: DatasetFacts, speed: DeviceSpeed, device_type: str, past: Sequence[PastSpeed] = ()
+) -> Estimate:
+    """past: newest first; the first that matches is believed."""
+    costs = stage_costs(spec.backbone.name, spec.hyperparameters.image_size)
+    trainable = _trainable_stages(spec, len(costs))
+    frozen, trained = costs[: len(costs) - trainable], costs[len(costs) - trainable :]
+    forward = sum(_forward_seconds(cost, speed) for cost in costs)
+    backward = BACKWARD_OVER_FORWARD * sum(_forward_seconds(cost, speed) for cost in trained)
+    train_seconds_per_image = max(forward + backward, AUGMENT_SECONDS)
+    values = spec.hyperparameters
+    known = next(
+        (p for p in past if (p.backbone, p.method, p.image_size) == _kind(spec) and p.images_per_second > 0), None
+    )
+    if known is not None:
+        factor = 1 / known.images_per_second / train_seconds_per_image
+        train_seconds_per_image, forward = train_seconds_per_image * factor, forward * factor
+    seconds = FIXED_SECONDS + values.epochs * (dataset.train * train_seconds_per_image + dataset.val * forward)
+    if spec.budget_seconds is not None:
+        seconds = min(seconds, spec.budget_seconds + FIXED_SECONDS)
+    return Estimate(
+        seconds=seconds,
+        peak_memory_bytes=_peak_bytes(spec, frozen=frozen, trained=trained, device_type=device_type),
+    )
+
+
+def past_speeds(session: Session) -> list[PastSpeed]:
+    """Of the latest jobs that succeeded here, newest first."""
+    rows = session.scalars(
+        select(JobRow)
+        .where(JobRow.kind == JobKind.training, JobRow.status == JobStatus.succeeded)
+        .order_by(JobRow.seq.desc())
+        .limit(PAST_JOBS)
+    )
+    found = []
+    for row in rows:
+        images_per_second = (row.progress or {}).get("images_per_second")
+        if images_per_second:
+            backbone, method, image_size = _kind(TrainingSpec.model_validate(row.spec))
+            found.append(PastSpeed(backbone, method, image_size, images_per_second))
+    return found
+
+
+@lru_cache(maxsize=8)
+def measure(device: torch.device) -> DeviceSpeed:
+    """The device's speed, measured once per process in a few hundredths of a second."""
+    images = torch.randn(8, 64, 56, 56, device=device).to(memory_format=torch.channels_last)
+    weights = torch.randn(64, 64, 3, 3, device=device).to(memory_format=torch.channels_last)
+    flops = 2 * 8 * 64 * 64 * 9 * 56 * 56
+    values = torch.randn(8 * 1024**2, device=device)
+    with torch.inference_mode():
+        convolution = _best_seconds(lambda: functional.conv2d(images, weights, padding=1), device)
+        copy = _best_seconds(lambda: values.relu(), device)
+    return DeviceSpeed(flops / convolution, 2 * FLOAT_BYTES * values.numel() / copy)
+
+
+@lru_cache(maxsize=256)
+def stage_costs(backbone_name: str, image_size: int) -> tuple[StageCost, ...]:
+    """Each stage's cost for one image, counted on a network without memory of its own."""
+    backbone = backbones.rewrap(backbone_name, backbones.hollow(backbone_name)).to("meta").eval()
+    activations = torch.empty(1, 3, image_size, image_size, device="meta")
+    costs = []
+    with torch.no_grad():
+        for stage in backbone.stages:
+            kept = _KeptActivations(stage)
+            with FlopCounterMode(display=False) as counter:
+                activations = stage(activations)
+            costs.append(StageCost(float(counter.get_total_flops()), float(kept.bytes)))
+    return tuple(costs)
+
+
+class _KeptActivations:
+    """Adds up what the layers of a stage put into memory; layers that work in place add nothing."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        self.bytes = 0
+        for layer in stage.modules():
+            if not any(layer.children()) and not getattr(layer, "inplace", False):
+                layer.register_forward_hook(self._count)
+
+    def _count(self, _layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.bytes += output.numel() * FLOAT_BYTES
+
+
+def _forward_seconds(cost: StageCost, speed: DeviceSpeed) -> float:
+    return cost.flops / speed.flops_per_second + ACTIVATION_PASSES * cost.activation_bytes / speed.bytes_per_second
+
+
+def _peak_bytes(
+    spec: TrainingSpec, *, frozen: Sequence[StageCost], trained: Sequence[StageCost], device_type: str
+) -> int:
+    values = spec.hyperparameters
+    parameters = backbones.BACKBONES[spec.backbone.name].parameters
+    # Stages are of unequal size; the later ones, which are trained, hold most parameters.
+    share = 1.0 if not frozen else min(1.0, len(trained) / max(1, len(frozen) + len(trained)) * 3)
+    states = 2 if values.optimizer == "adamw" else 1
+    # Gradient, optimiser's state, best epoch's copy, moving average, and a copy while a checkpoint is written.
+    per_trained = 1 + states + 1 + (values.ema > 0) + (1 + states)
+    weights = parameters * FLOAT_BYTES * (1 + share * per_trained)
+    # Frozen stages keep one layer's activations at a time, a fraction of what they make in all.
+    activations = sum(c.activation_bytes for c in trained) + max((c.activation_bytes for c in frozen), default=0.0) / 4
+    batch = values.batch_size * (activations + 4 * 3 * values.image_size**2 * FLOAT_BYTES)
+    context = CUDA_CONTEXT_BYTES if device_type == "cuda" else 0
+    return math.ceil(PROCESS_BYTES + context + weights + batch)
+
+
+def _trainable_stages(spec: TrainingSpec, stages: int) -> int:
+    if spec.method == "feature_extraction":
+        return 0
+    return min(spec.hyperparameters.unfreeze or 1, stages) if spec.method == "fine_tuning" else stages
+
+
+def _kind(spec: TrainingSpec) -> tuple[str, str, int]:
+    return spec.backbone.name, spec.method, spec.hyperparameters.image_size
+
+
+def _best_seconds(work: Callable[[], Tensor], device: torch.device) -> float:
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
