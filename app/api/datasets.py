@@ -1,0 +1,311 @@
+"""/v1/datasets: upload, list, look at, delete."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
+
+import anyio.to_thread
+from fastapi import APIRouter, Header, Path, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response
+
+from app.api import idempotency
+from app.api.deps import (
+    After,
+    CallerDep,
+    Limit,
+    ServicesDep,
+    Wait,
+    parse_as,
+    refuse_declared_size,
+    wait_until,
+)
+from app.api.idempotency import Claim
+from app.api.openapi import problems
+from app.api.schemas import Dataset, DatasetImage, Deleted, Listing
+from app.api.services import Services
+from app.datasets import catalog
+from app.datasets.archive import ArchiveLimits
+from app.datasets.inventory import inspect
+from app.datasets.manifest import Split
+from app.datasets.upload import MAX_OVERHEAD_BYTES, StagedUpload, receive
+from app.db.tables import DatasetRow, new_id
+from app.errors import Conflict, Overloaded
+from app.jobs import queue
+from app.jobs.states import JobKind
+from app.settings import Settings
+from app.vision.images import ImageLimits
+
+DEFAULT_NAME = "dataset"
+
+_ARCHIVE_SUFFIX = re.compile(r"(\.zip|\.tar|\.tar\.gz|\.tgz)$", re.IGNORECASE)
+
+router = APIRouter(tags=["data sets"])
+
+DatasetId = Annotated[str, Path(max_length=100)]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+ValFraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+# 2^53 - 1 is the largest integer that every JSON reader keeps exactly.
+Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]
+
+
+class UploadOptions(BaseModel):
+    """What an upload may say besides the archive, in its query or its form."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: Name | None = None
+    val_fraction: ValFraction | None = None
+    seed: Seed | None = None
+
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_UPLOAD: dict[str, Any] = {
+    "response_model": Dataset,
+    "status_code": 201,
+    "responses": problems(408, 409, 413, 507),
+    "description": "A zip, tar or tar.gz of images in class folders, with or without train and val folders around "
+    "them, or beside a labels.csv, metadata.csv or metadata.jsonl. Structural faults are refused at once and leave "
+    "nothing; the images are then checked in the background.",
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "description": "A form with the archive as `file`, or the archive as it is, under any Content-Type.",
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["file"],
+                        "properties": {
+                            "file": {"type": "string", "format": "binary"},
+                            "name": {"type": "string", "minLength": 1, "maxLength": 200},
+                            "val_fraction": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                            "seed": {"type": "integer", "minimum": 0},
+                        },
+                    }
+                },
+                "application/zip": _BINARY,
+                "application/x-tar": _BINARY,
+                "application/gzip": _BINARY,
+                "application/octet-stream": _BINARY,
+            },
+        }
+    },
+}
+
+
+@router.post("/v1/datasets", summary="Upload a data set", **_UPLOAD)
+@router.put("/v1/datasets", summary="Upload a data set, as `curl -T` does", **_UPLOAD)
+async def upload_dataset(
+    request: Request,
+    services: ServicesDep,
+    caller: CallerDep,
+    name: Annotated[Name | None, Query(description="A name for people; the file's if left out.")] = None,
+    val_fraction: Annotated[
+        ValFraction | None, Query(description="Share of each class for validation, where the archive has no split.")
+    ] = None,
+    seed: Annotated[Seed | None, Query(description="Of the split.")] = None,
+    idempotency_key: Annotated[
+        str | None, Header(description="Same key and request, same data set; kept 24 hours.")
+    ] = None,
+) -> Response:
+    _refuse_declared_size(request, services.settings)
+    key = idempotency.parse_key(idempotency_key)
+    in_query = {"name": name, "val_fraction": val_fraction, "seed": seed}
+    scope = f"{caller.key_id} {request.method} {request.url.path}"
+    claim = None if key is None else await run_in_threadpool(idempotency.begin, services.database, scope=scope, key=key)
+    try:
+        return await _receive(request, services, in_query, claim)
+    except BaseException:
+        if claim is not None:
+            await run_in_threadpool(idempotency.release, services.database, claim)
+        raise
+
+
+@router.get(
+    "/v1/datasets", response_model=Listing[Dataset], summary="List data sets, newest first", responses=problems(404)
+)
+def list_datasets(
+    services: ServicesDep,
+    limit: Limit = 50,
+    after: After = None,
+    status: Literal["processing", "ready", "failed"] | None = None,
+) -> Listing[Dataset]:
+    with services.database.read() as session:
+        if after:
+            catalog.find(session, after)
+        rows = catalog.list_datasets(session, limit=limit + 1, after=after or None, status=status)
+        return Listing[Dataset].of(rows, limit=limit, render=Dataset.of, id_of=lambda dataset: dataset.id)
+
+
+@router.get("/v1/datasets/{dataset_id}", response_model=Dataset, summary="One data set", responses=problems(404))
+async def get_dataset(request: Request, services: ServicesDep, dataset_id: DatasetId, wait: Wait = 0) -> Dataset:
+    def read() -> Dataset:
+        with services.database.read() as session:
+            return Dataset.of(catalog.find(session, dataset_id))
+
+    return await wait_until(
+        read, is_final=lambda dataset: dataset.status != "processing", seconds=wait, request=request
+    )
+
+
+@router.delete(
+    "/v1/datasets/{dataset_id}",
+    response_model=Deleted,
+    summary="Delete a data set that no unfinished job needs",
+    responses=problems(404, 409),
+)
+def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Deleted:
+    with services.database.write() as session:
+        catalog.find(session, dataset_id)
+        if queue.needs_dataset(session, dataset_id):
+            raise Conflict("A job that has not ended needs this data set; cancel it, or wait for its end.")
+        queue.cancel_ingest(session, dataset_id)
+        catalog.delete(session, dataset_id)
+    services.pictures.forget(dataset_id)
+    services.storage.delete(f"datasets/{dataset_id}")
+    return Deleted(id=dataset_id, object="dataset")
+
+
+@router.get(
+    "/v1/datasets/{dataset_id}/images",
+    response_model=Listing[DatasetImage],
+    summary="A page of its images",
+    responses=problems(404, 409),
+)
+def list_images(
+    services: ServicesDep,
+    dataset_id: DatasetId,
+    class_name: Annotated[str | None, Query(alias="class", max_length=1000)] = None,
+    split: Split | None = None,
+    limit: Limit = 50,
+    after: After = None,
+) -> Listing[DatasetImage]:
+    _check_has_images(services, dataset_id)
+    found, has_more = services.pictures.page(
+        dataset_id, class_name=class_name, split=split, limit=limit, after=after or None
+    )
+    images = [DatasetImage.of(record, name, dataset_id=dataset_id) for record, name in found]
+    return Listing[DatasetImage](
+        data=images,
+        has_more=has_more,
+        first_id=images[0].id if images else None,
+        last_id=images[-1].id if images else None,
+    )
+
+
+@router.get(
+    "/v1/datasets/{dataset_id}/images/{image_id}/thumbnail",
+    response_class=Response,
+    summary="A small JPEG of one image",
+    responses={200: {"content": {"image/jpeg": _BINARY}}, **problems(404, 409)},
+)
+def get_thumbnail(services: ServicesDep, dataset_id: DatasetId, image_id: DatasetId) -> Response:
+    _check_has_images(services, dataset_id)
+    # Pixels never change under an image's id.
+    headers = {"Cache-Control": "private, max-age=86400, immutable", "Content-Security-Policy": "default-src 'none'"}
+    return Response(services.pictures.thumbnail(dataset_id, image_id), media_type="image/jpeg", headers=headers)
+
+
+async def _receive(request: Request, services: Services, in_query: Mapping[str, Any], claim: Claim | None) -> Response:
+    settings = services.settings
+    with services.storage.staging() as staged:
+        upload = await receive(
+            request.stream(),
+            content_type=request.headers.get("content-type"),
+            staged=staged,
+            max_bytes=settings.max_upload_bytes,
+            idle_timeout_seconds=settings.body_idle_timeout_seconds,
+            check_room=services.storage.check_room,
+        )
+        options = _options(in_query, upload, settings)
+        print_of_request = idempotency.fingerprint(upload.sha256, options)
+        if claim is not None and claim.answered is not None:
+            idempotency.check_same(claim, print_of_request)
+            return _created(claim.answered, is_replay=True)
+        # Reading a large archive through takes long: only a few at a time, beside the threads that answer others.
+        await anyio.to_thread.run_sync(_inspect, staged, services, limiter=services.inspections)
+        answer = await run_in_threadpool(_keep, services, upload, options, claim, print_of_request)
+    return _created(answer)
+
+
+def _inspect(staged: FilePath, services: Services) -> None:
+    def tick(_fraction: float) -> None:
+        if services.stopping.is_set():
+            raise Overloaded("The server is shutting down; send the upload again.", retry_after_seconds=5)
+
+    inspect(
+        staged,
+        limits=ArchiveLimits.from_settings(services.settings),
+        image_limits=ImageLimits.from_settings(services.settings),
+        tick=tick,
+    )
+
+
+def _keep(
+    services: Services, upload: StagedUpload, options: Mapping[str, Any], claim: Claim | None, print_of_request: str
+) -> Mapping[str, Any]:
+    """Publishes the archive, then makes its data set, its ingest and its answer in one transaction."""
+    dataset_id = new_id("ds")
+    services.storage.publish(upload.path, f"datasets/{dataset_id}/archive")
+    try:
+        with services.database.write() as session:
+            row = catalog.create(
+                session,
+                dataset_id=dataset_id,
+                name=options["name"],
+                size_bytes=upload.size_bytes,
+                sha256=upload.sha256,
+                options={"val_fraction": options["val_fraction"], "seed": options["seed"]},
+            )
+            queue.submit(session, kind=JobKind.ingest, dataset_id=dataset_id, spec=row.options)
+            answer = Dataset.of(row).model_dump(mode="json")
+            if claim is not None:
+                idempotency.finish(
+                    session, claim, fingerprint=print_of_request, resource_id=dataset_id, response=answer
+                )
+    except BaseException:
+        services.storage.delete(f"datasets/{dataset_id}")
+        raise
+    return answer
+
+
+def _options(in_query: Mapping[str, Any], upload: StagedUpload, settings: Settings) -> dict[str, Any]:
+    """Everything the upload says besides the archive, with defaults; a form's fields go before the query's."""
+    in_form = {name: text for name, text in upload.fields.items() if text and name in UploadOptions.model_fields}
+    asked = parse_as(UploadOptions, {**in_query, **in_form})
+    return {
+        "name": asked.name or _name_of_file(upload.filename),
+        "val_fraction": settings.val_fraction if asked.val_fraction is None else asked.val_fraction,
+        "seed": asked.seed or 0,
+    }
+
+
+def _name_of_file(filename: str | None) -> str:
+    base = re.split(r"[/\\]", filename or "")[-1]
+    printable = "".join(character for character in _ARCHIVE_SUFFIX.sub("", base) if character.isprintable())
+    return printable[:200] or DEFAULT_NAME
+
+
+def _refuse_declared_size(request: Request, settings: Settings) -> None:
+    is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+    refuse_declared_size(request, max_bytes=settings.max_upload_bytes + (MAX_OVERHEAD_BYTES if is_form else 0))
+
+
+def _created(answer: Mapping[str, Any], *, is_replay: bool = False) -> Response:
+    headers = {"Location": f"/v1/datasets/{answer['id']}"}
+    if is_replay:
+        headers["Idempotent-Replayed"] = "true"
+    return JSONResponse(dict(answer), status_code=201, headers=headers)
+
+
+def _check_has_images(services: Services, dataset_id: str) -> DatasetRow:
+    with services.database.read() as session:
+        row = catalog.find(session, dataset_id)
+    if row.status == "processing":
+        raise Conflict("The data set is still being processed.", code="dataset-processing", retry_after_seconds=2)
+    if row.status == "failed":
+        raise Conflict("The data set could not be processed; its `error` says why.", code="dataset-failed")
+    return row

@@ -1,0 +1,230 @@
+"""What routes are given: the services they call, and requests read strictly.
+
+Bodies are parsed here from their bytes, whatever the Content-Type says: `curl -d` names JSON a form, and stock clients
+of the inference protocols name it nothing at all.
+"""
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Query, Request
+from fastapi.dependencies.utils import get_flat_params
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from app.access import Caller
+from app.api.problems import invalid_fields
+from app.api.services import Services
+from app.errors import FieldError, InvalidRequest, TooLarge
+
+MAX_JSON_BYTES = 64 * 1024
+MAX_JSON_DEPTH = 32
+
+# Between two looks at a row that somebody waits for: short at first, since small jobs end soon.
+FIRST_POLL_SECONDS = 0.05
+LONGEST_POLL_SECONDS = 0.5
+
+T = TypeVar("T")
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+async def _services_dependency(request: Request) -> Services:  # async: FastAPI would give a plain function a thread
+    return _services(request)
+
+
+async def _caller_dependency(request: Request) -> Caller:
+    return _caller(request)
+
+
+ServicesDep = Annotated[Services, Depends(_services_dependency)]
+CallerDep = Annotated[Caller, Depends(_caller_dependency)]
+
+Limit = Annotated[int, Query(ge=1, le=200, description="Most entries in one page.")]
+After = Annotated[
+    str | None, Query(max_length=200, description="`last_id` of the page before; the list goes on after it.")
+]
+Wait = Annotated[
+    float, Query(ge=0, le=60, description="Hold the answer until a final state, for so many seconds at most.")
+]
+
+
+async def refuse_unknown_query(request: Request) -> None:
+    """A mistyped parameter that is ignored does something else than was meant; so it is refused, naming those known."""
+    route = request.scope.get("route")
+    if not isinstance(route, APIRoute) or not request.query_params:
+        return
+    known = sorted(name for name in (_query_name(f) for f in get_flat_params(route.dependant)) if name)
+    unknown = [name for name in request.query_params if name not in known]
+    if unknown:
+        advice = f"known are: {', '.join(known)}" if known else "it takes none"
+        raise InvalidRequest(
+            f"There is no query parameter {', '.join(repr(name) for name in unknown)} here; {advice}.",
+            errors=[FieldError(f"#/{name}", "there is no such query parameter") for name in unknown],
+        )
+
+
+def _query_name(parameter: Any) -> str | None:
+    return parameter.alias if parameter.field_info.in_.value == "query" else None
+
+
+async def read_body(request: Request, *, max_bytes: int) -> bytes:
+    """The whole body. Raises TooLarge as soon as it is known to be larger."""
+    refuse_declared_size(request, max_bytes=max_bytes)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+    return bytes(body)
+
+
+def refuse_declared_size(request: Request, *, max_bytes: int) -> None:
+    """Raises TooLarge where Content-Length says more, before any of the body is asked for."""
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length) > max_bytes:
+        raise _too_large(max_bytes)
+
+
+def _too_large(max_bytes: int) -> TooLarge:
+    return TooLarge(f"The request's body is larger than the {max_bytes:,} bytes that are read here.")
+
+
+def json_body(parse: type[Body] | Callable[[Any], Body]) -> Callable[[Request], Awaitable[Body]]:
+    """A dependency that reads, checks and parses a JSON body. parse: a pydantic class, or a function of its own."""
+
+    async def dependency(request: Request) -> Body:
+        content = strict_json(await read_body(request, max_bytes=MAX_JSON_BYTES))
+        return parse_as(parse, content) if isinstance(parse, type) else parse(content)
+
+    dependency.__annotations__["request"] = Request
+    return dependency
+
+
+def parse_as(model: type[Body], content: Any) -> Body:
+    """Raises InvalidRequest that points at each wrong field."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise invalid_fields(error.errors(include_url=False, include_input=False)) from None
+
+
+def strict_json(body: bytes) -> dict[str, Any]:
+    """A JSON object, and nothing that readers disagree about or that cannot be stored.
+
+    Raises InvalidRequest for invalid UTF-8, duplicate names, NaN and infinities, lone surrogates, NUL, nesting beyond
+    32, and everything that is not an object.
+    """
+    if not body.strip():
+        raise InvalidRequest("The request has no body; send a JSON object.")
+    try:
+        content = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_object_without_duplicates,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+        )
+    except UnicodeDecodeError:
+        raise InvalidRequest("The body is not valid UTF-8.") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"The body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from None
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {_number_trouble(error)}.") from None
+    if not isinstance(content, dict):
+        raise InvalidRequest("The body must be a JSON object, such as {…}.")
+    _check_values(content, depth=1, pointer="#")
+    return content
+
+
+class _RefusedNumber(ValueError):
+    pass
+
+
+def _number_trouble(error: ValueError) -> str:
+    return str(error) if isinstance(error, _RefusedNumber) else "a number in it is too long"
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequest(
+            f"The name {json.dumps(twice)} occurs twice in one object.",
+            errors=[FieldError(f"#/{_printable(twice)}", "occurs twice")],
+        )
+    return members
+
+
+def _refuse_constant(constant: str) -> float:
+    raise _RefusedNumber(f"{constant} is not a JSON number")
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise _RefusedNumber(f"the number {digits[:20]} is too large")
+    return number
+
+
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+def _check_values(value: Any, *, depth: int, pointer: str) -> None:
+    if isinstance(value, dict | list):
+        if depth > MAX_JSON_DEPTH:
+            raise _too_deep()
+        members = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, member in members:
+            _check_values(name, depth=depth, pointer=pointer)
+            inner = f"{pointer}/{str(name).replace('~', '~0').replace('/', '~1')}" if depth < 8 else pointer
+            _check_values(member, depth=depth + 1, pointer=inner)
+    elif isinstance(value, str) and _UNSTORABLE.search(value):
+        raise InvalidRequest(
+            "A text in the body holds a NUL character or half of a surrogate pair.",
+            errors=[FieldError(_printable(pointer), "holds a character that cannot be stored")],
+        )
+
+
+def _too_deep() -> InvalidRequest:
+    return InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
+
+
+def _printable(text: str) -> str:
+    return _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+async def wait_until(read: Callable[[], T], *, is_final: Callable[[T], bool], seconds: float, request: Request) -> T:
+    """Reads until the answer is final, the time is up, the client has left or the server stops.
+
+    Between two looks it holds neither a thread nor a database connection. read: blocking, runs in a thread.
+    """
+    services = _services(request)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    pause = FIRST_POLL_SECONDS
+    while True:
+        found = await run_in_threadpool(read)
+        left = deadline - loop.time()
+        if is_final(found) or left <= 0 or services.stopping.is_set() or await request.is_disconnected():
+            return found
+        await asyncio.sleep(min(pause, left))
+        pause = min(pause * 1.5, LONGEST_POLL_SECONDS)

@@ -1,0 +1,28 @@
+"""A model's evaluation, as the worker left it beside the weights, for callers."""
+
+import json
+from typing import Any
+
+from app.api.schemas import Evaluation, thumbnail_path
+from app.db.tables import ModelRow
+from app.errors import ModelUnavailable
+from app.storage import LocalStorage
+
+
+def read_evaluation(model: ModelRow, storage: LocalStorage) -> Evaluation:
+    """Raises ModelUnavailable if it is missing or damaged."""
+    try:
+        stored = json.loads(storage.path(f"models/{model.id}/evaluation.json").read_bytes())
+        record = _with_thumbnails(stored, model.dataset_id)
+        if stored.get("test"):
+            record["test"] = _with_thumbnails(stored["test"], model.dataset_id)
+        return Evaluation.model_validate({**record, "model": model.id, "dataset": model.dataset_id})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelUnavailable("The model's evaluation is missing or damaged; train it again.") from error
+
+
+def _with_thumbnails(record: dict[str, Any], dataset_id: str) -> dict[str, Any]:
+    mistakes = [
+        {**mistake, "thumbnail": thumbnail_path(dataset_id, mistake["image_id"])} for mistake in record["mistakes"]
+    ]
+    return {**record, "mistakes": mistakes}

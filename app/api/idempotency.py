@@ -1,0 +1,123 @@
+"""Requests that may be sent twice: `Idempotency-Key`, kept for 24 hours in the database, across restarts.
+
+A request first claims its key; what it makes and the end of the claim are one transaction. So a key is either free,
+being worked on by one process, or has exactly one resource, whenever a process is killed.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import delete, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from app.db.engine import Database
+from app.db.tables import IdempotencyRow, utc_now
+from app.errors import Conflict, InvalidRequest
+from app.jobs.owner import current_process, is_gone
+
+KEPT_FOR = timedelta(hours=24)
+
+_KEY = re.compile(r"[\x21-\x7e]{1,255}", re.ASCII)
+
+
+class KeyReused(InvalidRequest):
+    code = "idempotency-key-reused"
+    title = "The Idempotency-Key belongs to another request"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A key that this request works under; `answered` if an earlier one has finished under it."""
+
+    scope: str
+    key: str
+    answered: dict[str, Any] | None = None  # the body first answered
+    fingerprint: str | None = None  # of the request that was answered
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 of what makes two requests the same. parts: JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def parse_key(header: str | None) -> str | None:
+    """The key in a header, which may be quoted (it is a structured-field string) or bare. Raises InvalidRequest."""
+    if header is None:
+        return None
+    key = header.strip()
+    if len(key) >= 2 and key[0] == key[-1] == '"':
+        key = key[1:-1]
+    if not _KEY.fullmatch(key):
+        raise InvalidRequest("Idempotency-Key must be 1 to 255 visible ASCII characters, quoted or bare.")
+    return key
+
+
+def begin(database: Database, *, scope: str, key: str) -> Claim:
+    """Claims the key, or finds what was answered under it.
+
+    scope: what keys are unique within: API key, method and path.
+    Raises Conflict while another living request works under the key; a dead one's claim is taken over.
+    """
+    try:
+        with database.write() as session:
+            session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < utc_now() - KEPT_FOR))
+            row = session.get(IdempotencyRow, (scope, key), with_for_update=True)
+            if row is None:
+                session.add(IdempotencyRow(scope=scope, key=key, owner=current_process()))
+            elif row.response is not None:
+                return Claim(scope, key, answered=row.response, fingerprint=row.fingerprint)
+            elif is_gone(row.owner):
+                row.owner = current_process()
+            else:
+                raise _in_progress()
+    except IntegrityError:  # another request inserted the same key between our look and our insert
+        raise _in_progress() from None
+    return Claim(scope, key)
+
+
+def check_same(claim: Claim, fingerprint: str) -> None:
+    """Raises KeyReused if the key was answered for another request."""
+    if claim.answered is not None and claim.fingerprint != fingerprint:
+        raise KeyReused(
+            "This Idempotency-Key was used for another request within the last 24 hours; use a new key for a new "
+            "request, or repeat the first one unchanged."
+        )
+
+
+def finish(session: Session, claim: Claim, *, fingerprint: str, resource_id: str, response: dict[str, Any]) -> None:
+    """Stores the answer, in the transaction that makes the resource."""
+    changed = session.scalars(
+        update(IdempotencyRow)
+        .where(
+            IdempotencyRow.scope == claim.scope, IdempotencyRow.key == claim.key, IdempotencyRow.resource_id.is_(None)
+        )
+        .values(fingerprint=fingerprint, resource_id=resource_id, response=response)
+        .returning(IdempotencyRow.key)
+    ).all()
+    if not changed:
+        raise Conflict("The request took longer than its Idempotency-Key is kept; send it again.")
+
+
+def release(database: Database, claim: Claim) -> None:
+    """Frees the key of a request that made nothing, so that it can be sent again."""
+    with database.write() as session:
+        session.execute(
+            delete(IdempotencyRow).where(
+                IdempotencyRow.scope == claim.scope,
+                IdempotencyRow.key == claim.key,
+                IdempotencyRow.resource_id.is_(None),
+            )
+        )
+
+
+def _in_progress() -> Conflict:
+    return Conflict(
+        "A request with this Idempotency-Key is still being worked on; repeat it in a second to get its answer.",
+        code="request-in-progress",
+        retry_after_seconds=1,
+    )

@@ -1,0 +1,126 @@
+"""/v1/models, /v1/aliases, /v1/backbones: what was trained, what it is called, what training can start from."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Query
+from starlette.concurrency import run_in_threadpool
+
+from app import registry
+from app.api import training
+from app.api.deps import After, Limit, ServicesDep, json_body
+from app.api.evaluation import read_evaluation
+from app.api.openapi import json_request, problems
+from app.api.schemas import Alias, AliasRequest, Backbones, Deleted, Evaluation, Listing, Model
+from app.api.services import Services
+
+router = APIRouter(tags=["models"])
+
+ModelName = Annotated[str, Path(max_length=100, description="A model's id or alias.")]
+AliasName = Annotated[str, Path(max_length=100)]
+
+
+@router.get("/v1/models", response_model=Listing[Model], summary="List models, newest first", responses=problems(404))
+def list_models(
+    services: ServicesDep,
+    limit: Limit = 50,
+    after: After = None,
+    status: Annotated[str | None, Query(max_length=100, description="Every model is `ready`.")] = None,
+    dataset: Annotated[str | None, Query(max_length=100)] = None,
+    method: Annotated[str | None, Query(max_length=100)] = None,
+) -> Listing[Model]:
+    with services.database.read() as session:
+        if after:
+            registry.find(session, after)
+        rows = registry.list_models(session, limit=limit + 1, after=after or None, dataset=dataset, method=method)
+        names = registry.aliases_of(session)
+    return Listing[Model].of(
+        rows if status in (None, "ready") else [],
+        limit=limit,
+        render=lambda row: Model.of(row, aliases=names.get(row.id, [])),
+        id_of=lambda model: model.id,
+    )
+
+
+@router.get("/v1/models/{model}", response_model=Model, summary="One model, by id or alias", responses=problems(404))
+def get_model(services: ServicesDep, model: ModelName) -> Model:
+    with services.database.read() as session:
+        row = registry.find(session, model)
+        return Model.of(row, aliases=registry.aliases_of(session).get(row.id, []))
+
+
+@router.delete(
+    "/v1/models/{model}",
+    response_model=Deleted,
+    summary="Delete a model that no alias points at",
+    responses=problems(404, 409),
+)
+async def delete_model(services: ServicesDep, model: ModelName) -> Deleted:
+    model_id = await run_in_threadpool(_delete_model, services, model)
+    services.predictor.forget(model_id)
+    return Deleted(id=model_id, object="model")
+
+
+@router.get(
+    "/v1/models/{model}/evaluation",
+    response_model=Evaluation,
+    summary="How well it does on its validation images, and which it got wrong",
+    responses=problems(404),
+)
+def get_evaluation(services: ServicesDep, model: ModelName) -> Evaluation:
+    with services.database.read() as session:
+        row = registry.find(session, model)
+    return read_evaluation(row, services.storage)
+
+
+@router.get("/v1/aliases", response_model=Listing[Alias], summary="All aliases, by name")
+def list_aliases(services: ServicesDep) -> Listing[Alias]:
+    with services.database.read() as session:
+        rows = registry.aliases(session)
+    return Listing[Alias].of(rows, limit=len(rows), render=Alias.of, id_of=lambda alias: alias.name)
+
+
+@router.put(
+    "/v1/aliases/{name}",
+    response_model=Alias,
+    summary="Point an alias at a model",
+    description="The model is loaded and warm before the alias moves, so no request to /predict is lost or slow.",
+    responses=problems(404, 408, 413),
+    openapi_extra=json_request(AliasRequest),
+)
+async def put_alias(
+    services: ServicesDep, name: AliasName, body: Annotated[AliasRequest, Depends(json_body(AliasRequest))]
+) -> Alias:
+    model_id = await run_in_threadpool(_model_id, services, body.model)
+    # A model that cannot be loaded is refused here, with 503, instead of becoming what /predict answers with.
+    await services.predictor.load(model_id)
+    return await run_in_threadpool(_point_alias, services, name, model_id)
+
+
+@router.delete("/v1/aliases/{name}", response_model=Deleted, summary="Remove an alias", responses=problems(404))
+def delete_alias(services: ServicesDep, name: AliasName) -> Deleted:
+    with services.database.write() as session:
+        registry.remove_alias(session, name)
+    return Deleted(id=name, object="alias")
+
+
+@router.get("/v1/backbones", response_model=Backbones, summary="What training can start from")
+def list_backbones(services: ServicesDep) -> Backbones:
+    return Backbones(data=training.list_backbones(services.weights))
+
+
+def _model_id(services: Services, name: str) -> str:
+    with services.database.read() as session:
+        return registry.find(session, name).id
+
+
+def _point_alias(services: Services, name: str, model_id: str) -> Alias:
+    with services.database.write() as session:
+        return Alias.of(registry.point_alias(session, name, model_id))
+
+
+def _delete_model(services: Services, name: str) -> str:
+    with services.database.write() as session:
+        model_id = registry.find(session, name).id
+        registry.delete(session, model_id)
+    services.storage.delete(f"models/{model_id}")
+    return model_id

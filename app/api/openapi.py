@@ -1,0 +1,100 @@
+"""What the OpenAPI document says beyond what FastAPI sees: bodies that we parse ourselves, problems, the key."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from app.api.problems import PROBLEM_JSON
+from app.api.schemas import ProblemDocument
+
+_REFERENCE = "#/components/schemas/{model}"
+
+_MEANINGS = {
+    401: "A valid API key is needed.",
+    403: "The API key's scope does not allow this.",
+    404: "Not found.",
+    405: "The path does not take this method.",
+    408: "The request's body stopped coming.",
+    409: "Not possible in this state; with Retry-After where waiting helps.",
+    413: "Too large.",
+    415: "The body is compressed.",
+    422: "The request is not valid; `errors` points at each wrong field.",
+    429: "Too many requests; Retry-After says when to come back.",
+    500: "Something went wrong in the server.",
+    503: "Busy or not ready; Retry-After says when to come back.",
+    507: "The server's disk is full.",
+}
+
+# Any path may answer these.
+COMMON_STATUSES = (401, 403, 415, 422, 500, 503)
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def problems(*statuses: int) -> Responses:
+    """The `responses` of a route that can fail with these statuses, besides the common ones."""
+    content = {PROBLEM_JSON: {"schema": {"$ref": _REFERENCE.format(model=ProblemDocument.__name__)}}}
+    return {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
+
+
+def json_request(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
+    """The `openapi_extra` of a route whose JSON body we parse ourselves."""
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": _schema(model)}}}}
+
+
+def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """A replacement for `app.openapi`."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app)
+        return app.openapi_schema
+
+    return openapi
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    document = get_openapi(
+        title="Graft",
+        version=app.version,
+        summary="Turns a zip of images into a served classifier.",
+        description="Failures are RFC 9457 problem documents. Without any API key the server listens on this machine "
+        "alone and asks for none; once there is one, every path but /healthz and /readyz needs it.",
+        routes=app.routes,
+    )
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    schemas.update(_schemas(ProblemDocument))
+    document["components"]["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer", "description": "An API key: `Authorization: Bearer ft_…`."}
+    }
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            # An empty requirement says that a key is optional, as it is until the first one is created.
+            operation["security"] = [] if path in ("/healthz", "/readyz") else [{"key": []}, {}]
+            responses = operation["responses"]
+            for status, problem in problems(*COMMON_STATUSES).items():
+                if "application/json" in responses.get(str(status), {}).get("content", {}):
+                    responses.pop(str(status))  # FastAPI's own description of a 422
+                responses.setdefault(str(status), problem)
+            _collect_definitions(operation, schemas)
+    return document
+
+
+def _collect_definitions(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """Moves `$defs` of request bodies to where their references point."""
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        schemas.update(content.get("schema", {}).pop("$defs", {}))
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema(ref_template=_REFERENCE)
+
+
+def _schemas(model: type[BaseModel]) -> dict[str, Any]:
+    schema = model.model_json_schema(ref_template=_REFERENCE, mode="serialization")
+    return {**schema.pop("$defs", {}), model.__name__: schema}

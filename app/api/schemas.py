@@ -1,0 +1,451 @@
+"""Every body that the API answers with, and its own request bodies (a job's is `app.jobs.spec.JobRequest`).
+
+Tables are never answered as they are: what callers see is written down here, and made from rows by the `of` methods.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from app.datasets.manifest import Record
+from app.db.tables import AliasRow, DatasetRow, EpochRow, EventRow, JobRow, ModelRow
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: the loss of a run that diverged is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [_finite(member) for member in value]
+    return value
+
+
+FiniteFloat = Annotated[float | None, BeforeValidator(_finite)]
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_finite)]
+
+
+class Schema(BaseModel):
+    """An answer. Further members may be added at any time."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class FieldProblem(Schema):
+    pointer: str = Field(description="RFC 6901, into the body; a query parameter is shown like a top-level member.")
+    detail: str
+
+
+class ErrorObject(Schema):
+    """The same failure for clients that read a member `error` only, such as the OpenAI SDK."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ProblemDocument(Schema):
+    """RFC 9457. Every failure of every path looks like this."""
+
+    type: str = Field(description="Ends in a stable slug to switch on, such as /problems/not-found.")
+    title: str
+    status: int
+    detail: str = Field(description="What happened and what to do next.")
+    request_id: str = Field(description="The answer's X-Request-ID; the server's log has it too.")
+    errors: list[FieldProblem] | None = None
+    error: ErrorObject
+
+
+class Listing(Schema, Generic[T]):
+    """One page. The next one is asked for with `after=<last_id>`."""
+
+    object: Literal["list"] = "list"
+    data: list[T]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+    @classmethod
+    def of(cls, rows: Sequence[R], *, limit: int, render: Callable[[R], T], id_of: Callable[[T], str]) -> Self:
+        """rows: one more than `limit` where there are more."""
+        data = [render(row) for row in rows[:limit]]
+        return cls(
+            data=data,
+            has_more=len(rows) > limit,
+            first_id=id_of(data[0]) if data else None,
+            last_id=id_of(data[-1]) if data else None,
+        )
+
+
+class Deleted(Schema):
+    id: str
+    object: str
+    deleted: Literal[True] = True
+
+
+# Data sets
+
+
+class SplitCounts(Schema):
+    train: int
+    val: int
+    test: int
+
+
+class ClassCounts(SplitCounts):
+    name: str
+
+
+class RejectedFile(Schema):
+    path: str
+    reason: str
+
+
+class DatasetWarning(Schema):
+    code: str
+    detail: str
+    paths: list[str]
+
+
+class Dataset(Schema):
+    id: str
+    object: Literal["dataset"] = "dataset"
+    name: str
+    status: Literal["processing", "ready", "failed"]
+    created_at: datetime
+    size_bytes: int = Field(description="Of the archive.")
+    sha256: str = Field(description="Of the archive.")
+    val_fraction: float | None = Field(description="Share of each class that became validation, where Graft split.")
+    seed: int | None = Field(description="Of the split that Graft made.")
+    num_images: int
+    num_rejected: int
+    splits: SplitCounts
+    classes: list[ClassCounts]
+    rejected: list[RejectedFile] = Field(description="Files that were left out, with the reason for each.")
+    warnings: list[DatasetWarning]
+    error: JsonObject | None = Field(description="Why it failed, as a problem.")
+
+    @classmethod
+    def of(cls, row: DatasetRow) -> Self:
+        return cls(
+            id=row.id,
+            name=row.name,
+            status=row.status,
+            created_at=row.created_at,
+            size_bytes=row.size_bytes,
+            sha256=row.sha256,
+            val_fraction=row.options.get("val_fraction"),
+            seed=row.options.get("seed"),
+            num_images=row.num_images,
+            num_rejected=row.num_rejected,
+            splits=SplitCounts(**row.splits),
+            classes=row.classes,
+            rejected=row.rejected,
+            warnings=row.warnings,
+            error=row.error,
+        )
+
+
+class DatasetImage(Schema):
+    id: str
+    object: Literal["image"] = "image"
+    path: str = Field(description="Within the archive.")
+    class_name: str = Field(serialization_alias="class")
+    split: Literal["train", "val", "test"]
+    width: int = Field(description="Of the stored picture, in pixels; large ones are stored smaller.")
+    height: int
+    thumbnail: str = Field(description="Where a small JPEG of it can be had.")
+
+    @classmethod
+    def of(cls, record: Record, class_name: str, *, dataset_id: str) -> Self:
+        return cls(
+            id=record.image_id,
+            path=record.path,
+            class_name=class_name,
+            split=record.split,
+            width=record.width,
+            height=record.height,
+            thumbnail=thumbnail_path(dataset_id, record.image_id),
+        )
+
+
+def thumbnail_path(dataset_id: str, image_id: str) -> str:
+    return f"/v1/datasets/{dataset_id}/images/{image_id}/thumbnail"
+
+
+# Jobs
+
+
+class JobBackbone(Schema):
+    name: str
+    weights: str | None = Field(description="None when training starts from scratch, or from an earlier model.")
+
+
+class Job(Schema):
+    id: str
+    object: Literal["job"] = "job"
+    name: str | None
+    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    queue_position: int | None = Field(description="1 for the job that is taken next; null unless queued.")
+    dataset: str
+    method: str | None
+    backbone: JobBackbone | None
+    spec: JsonObject = Field(description="Every resolved value, with reasons for those that were chosen.")
+    progress: JsonObject | None = Field(
+        description="stage, epoch, epochs, fraction, images_per_second, eta_seconds; null before it starts."
+    )
+    metrics: JsonObject | None
+    model: str | None = Field(description="The model it made.")
+    attempt: int = Field(description="1 on the first run, one more for each time its worker died.")
+    cancel_requested: bool
+    stop_requested: bool
+    error: JsonObject | None = Field(description="Why it failed, as a problem.")
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @classmethod
+    def of(cls, row: JobRow, *, queue_position: int | None) -> Self:
+        return cls(
+            id=row.id,
+            name=row.name,
+            status=row.status,
+            queue_position=queue_position,
+            dataset=row.dataset_id,
+            method=row.method,
+            backbone=row.backbone,
+            spec=row.spec,
+            progress=row.progress,
+            metrics=row.metrics,
+            model=row.model_id,
+            attempt=row.attempt,
+            cancel_requested=row.cancel_requested,
+            stop_requested=row.stop_requested,
+            error=row.error,
+            created_at=row.created_at,
+            started_at=row.started_at,
+            finished_at=row.finished_at,
+        )
+
+
+class Estimate(Schema):
+    seconds: float
+    peak_memory_bytes: int
+
+
+class DryRun(Estimate):
+    """What a job would be. Nothing is queued."""
+
+    object: Literal["job.dry_run"] = "job.dry_run"
+    spec: JsonObject
+    estimate: Estimate
+
+
+class Epoch(Schema):
+    epoch: int
+    train_loss: FiniteFloat
+    train_accuracy: FiniteFloat
+    val_loss: FiniteFloat
+    val_accuracy: FiniteFloat
+    learning_rate: FiniteFloat
+    seconds: FiniteFloat
+
+    @classmethod
+    def of(cls, row: EpochRow) -> Self:
+        return cls(**{name: getattr(row, name) for name in cls.model_fields})
+
+
+class History(Schema):
+    object: Literal["list"] = "list"
+    data: list[Epoch]
+
+
+class Event(Schema):
+    id: str = Field(description="Grows with time; the same as in the event stream.")
+    object: Literal["event"] = "event"
+    event: Literal["status", "progress", "epoch", "log", "model"]
+    data: JsonObject
+    created_at: datetime
+
+    @classmethod
+    def of(cls, row: EventRow) -> Self:
+        return cls(id=str(row.id), event=row.event, data=row.data, created_at=row.at)
+
+
+# Models
+
+
+class Model(Schema):
+    id: str
+    object: Literal["model"] = "model"
+    job: str
+    dataset: str
+    method: str
+    backbone: JobBackbone
+    classes: list[str]
+    aliases: list[str]
+    metrics: JsonObject
+    size_bytes: int
+    sha256: str = Field(description="Of its weights file.")
+    created_at: datetime
+
+    @classmethod
+    def of(cls, row: ModelRow, *, aliases: Sequence[str]) -> Self:
+        return cls(
+            id=row.id,
+            job=row.job_id,
+            dataset=row.dataset_id,
+            method=row.method,
+            backbone=row.backbone,
+            classes=row.classes,
+            aliases=sorted(aliases),
+            metrics=row.metrics,
+            size_bytes=row.size_bytes,
+            sha256=row.sha256,
+            created_at=row.created_at,
+        )
+
+
+class ClassQuality(Schema):
+    """How well the model does on one class of the validation images; null where there is nothing to divide by."""
+
+    name: str
+    precision: FiniteFloat
+    recall: FiniteFloat
+    f1: FiniteFloat
+    support: int = Field(description="Validation images of this class.")
+
+
+class Mistake(Schema):
+    """An image that the model got wrong."""
+
+    image_id: str
+    path: str = Field(description="Within the archive.")
+    true: str = Field(description="The class it belongs to.")
+    predicted: str
+    score: FiniteFloat = Field(description="Calibrated, of the predicted class.")
+    thumbnail: str
+
+
+class SplitEvaluation(Schema):
+    """How well the model does on one split."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    classes: list[str]
+    images: int
+    accuracy: FiniteFloat
+    accuracy_ci95: tuple[FiniteFloat, FiniteFloat]
+    loss: FiniteFloat
+    macro_f1: FiniteFloat
+    expected_calibration_error: FiniteFloat
+    confusion_matrix: list[list[int]] = Field(description="Rows are true classes, columns predicted ones.")
+    per_class: list[ClassQuality]
+    mistakes: list[Mistake] = Field(description="What it got wrong, the most confident first.")
+
+
+class Evaluation(SplitEvaluation):
+    """Of the validation images; `test` too where the data set has a test split."""
+
+    object: Literal["evaluation"] = "evaluation"
+    model: str
+    dataset: str
+    test: SplitEvaluation | None = None
+
+
+class Alias(Schema):
+    name: str
+    object: Literal["alias"] = "alias"
+    model: str
+    updated_at: datetime
+
+    @classmethod
+    def of(cls, row: AliasRow) -> Self:
+        return cls(name=row.name, model=row.model_id, updated_at=row.updated_at)
+
+
+class AliasRequest(BaseModel):
+    """The body of PUT /v1/aliases/{name}."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: Annotated[str, Field(min_length=1, max_length=100, description="A model's id, or another alias of it.")]
+
+
+class Backbone(Schema):
+    name: str
+    object: Literal["backbone"] = "backbone"
+    parameters: int
+    image_size: int = Field(description="Side of the square it was trained on, in pixels.")
+    weights: list[str]
+    available: Literal["bundled", "local", "download"] | None = Field(
+        description="Where its weights come from; null where none can be had."
+    )
+    license: str
+
+
+class Backbones(Schema):
+    object: Literal["list"] = "list"
+    data: list[Backbone]
+
+
+# Prediction
+
+
+class EncodedPicture(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    b64: Annotated[str, Field(description="The picture in base64, or as a data URL.")]
+    filename: Annotated[str, Field(max_length=1024)] | None = None
+
+
+class PredictRequest(BaseModel):
+    """The JSON form of POST /predict."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    images: Annotated[list[EncodedPicture], Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
+
+
+class ClassScore(Schema):
+    label: str
+    score: float
+
+
+class Prediction(Schema):
+    filename: str | None
+    label: str
+    score: float
+    top: list[ClassScore] = Field(description="min(top_k, classes) rows, best first.")
+
+
+class FailedPrediction(Schema):
+    filename: str | None
+    error: ProblemDocument
+
+
+class Predictions(Schema):
+    model: str
+    predictions: list[Prediction | FailedPrediction]
+
+
+# Operations
+
+
+class Health(Schema):
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(Schema):
+    status: Literal["ready"] = "ready"
+    checks: dict[str, str]

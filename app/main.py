@@ -1,0 +1,78 @@
+"""The API's only wiring: settings in, an application out. `python -m app.main` serves it."""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+import structlog
+from fastapi import Depends, FastAPI
+from starlette.middleware import Middleware
+
+from app import access, logs
+from app.api import datasets, jobs, models, openapi, predict, system
+from app.api.deps import refuse_unknown_query
+from app.api.failures import handle_failures
+from app.api.middleware import MIDDLEWARE
+from app.api.server import make_server
+from app.api.services import follow_default_model, open_services, sweep_storage
+from app.db.engine import Database
+from app.db.migrate import check_is_current
+from app.errors import GraftError
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. What it works with is opened when it starts and closed when it ends."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = app.state.services = open_services(settings)
+        tasks = [asyncio.create_task(task(services)) for task in (follow_default_model, sweep_storage)]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            services.close()
+
+    app = FastAPI(
+        title="Graft",
+        version=version("graft"),
+        lifespan=lifespan,
+        middleware=[Middleware(middleware) for middleware in MIDDLEWARE],
+        dependencies=[Depends(refuse_unknown_query)],
+        redoc_url=None,
+        redirect_slashes=False,  # a redirected POST loses its body with many clients; a 404 says what is wrong
+    )
+    for router in (datasets.router, jobs.router, models.router, predict.router, system.router):
+        app.include_router(router)
+    handle_failures(app)
+    app.openapi = openapi.describe(app)  # type: ignore[method-assign]
+    return app
+
+
+def main() -> int:
+    """Serves until SIGINT or SIGTERM. Returns the exit status."""
+    settings = Settings()
+    logs.configure(settings)
+    database = Database(settings.resolved_database_url)
+    try:
+        check_is_current(database)
+        with database.read() as session:
+            access.check_listen_address(settings.host, has_keys=access.has_keys(session))
+    except (GraftError, ValueError) as error:
+        log.error("cannot start", reason=str(error))
+        return 1
+    finally:
+        database.dispose()
+    make_server(create_app(settings), settings).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

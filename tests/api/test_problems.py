@@ -1,0 +1,113 @@
+"""Every failure, from wherever it comes, is one kind of answer."""
+
+from typing import Any
+
+import httpx
+import pytest
+from api_builders import RunningServer
+
+
+def assert_is_problem(response: httpx.Response, status: int, slug: str) -> dict[str, Any]:
+    problem: dict[str, Any] = response.json()
+    assert (response.status_code, problem["type"].rpartition("/")[2]) == (status, slug)
+    assert response.headers["content-type"] == "application/problem+json"
+    assert problem["status"] == status
+    assert problem["request_id"] == response.headers["x-request-id"]
+    assert set(problem) >= {"type", "title", "status", "detail", "request_id", "error"}
+    return problem
+
+
+def test_unknown_path_is_a_problem(client: httpx.Client) -> None:
+    problem = assert_is_problem(client.get("/v1/nothing"), 404, "not-found")
+
+    assert problem["error"] == {
+        "message": problem["detail"],
+        "type": "not_found_error",
+        "param": None,
+        "code": "not-found",
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/v1/datasets", "HEAD, GET, POST, PUT"),
+        ("PATCH", "/v1/datasets/ds_1", "HEAD, GET, DELETE"),
+        ("GET", "/predict", "POST"),
+        ("POST", "/healthz", "HEAD, GET"),
+    ],
+)
+def test_wrong_method_names_all_that_the_path_takes(
+    client: httpx.Client, method: str, path: str, allowed: str
+) -> None:
+    response = client.request(method, path)
+
+    assert_is_problem(response, 405, "method-not-allowed")
+    assert response.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize("path", ["/v2/models/none", "/hf/none"])
+def test_inference_protocols_get_the_error_as_a_string(client: httpx.Client, path: str) -> None:
+    response = client.get(path)
+
+    assert response.json()["error"] == response.json()["detail"] == response.headers["x-error-message"]
+
+
+def test_mistyped_query_parameter_is_refused_with_the_known_ones(client: httpx.Client) -> None:
+    problem = assert_is_problem(client.post("/predict?topk=3"), 422, "invalid-request")
+
+    assert problem["errors"] == [{"pointer": "#/topk", "detail": "there is no such query parameter"}]
+    assert "known are: model, top_k" in problem["detail"]
+
+
+@pytest.mark.parametrize("value", ["0", "201", "x", "nan", ""])
+def test_limit_out_of_range_points_at_it(client: httpx.Client, value: str) -> None:
+    problem = assert_is_problem(client.get(f"/v1/datasets?limit={value}"), 422, "invalid-request")
+
+    assert problem["errors"][0]["pointer"] == "#/limit"
+    assert problem["error"]["param"] == "limit"
+
+
+@pytest.mark.parametrize("path", ["/v1/datasets?after=%00", "/v1/jobs/%00"])
+def test_nul_in_the_address_is_refused(client: httpx.Client, path: str) -> None:
+    assert_is_problem(client.get(path), 422, "invalid-request")
+
+
+def test_what_nobody_expected_is_a_problem_without_its_cause(
+    server: RunningServer, client: httpx.Client, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def broken() -> None:
+        raise RuntimeError("secret: /home/someone")
+
+    server.app.add_api_route("/v1/broken", broken)
+
+    response = client.get("/v1/broken")
+
+    assert_is_problem(response, 500, "internal-error")
+    assert "secret" not in response.text
+    assert "secret: /home/someone" in capfd.readouterr().out
+
+
+def test_compressed_bodies_are_refused(client: httpx.Client) -> None:
+    response = client.post("/v1/jobs", content=b"{}", headers={"Content-Encoding": "gzip"})
+
+    assert_is_problem(response, 415, "unsupported-media-type")
+
+
+def test_own_request_id_comes_back(client: httpx.Client) -> None:
+    response = client.get("/healthz", headers={"X-Request-ID": "Trace-1.a_b"})
+
+    assert response.headers["x-request-id"] == "Trace-1.a_b"
+
+
+@pytest.mark.parametrize("insane", ["", "a b", "x" * 129, "é".encode("latin-1")])
+def test_insane_request_id_is_replaced(client: httpx.Client, insane: str | bytes) -> None:
+    response = client.get("/healthz", headers=[("X-Request-ID", insane)])
+
+    assert len(response.headers["x-request-id"]) == 32
+
+
+def test_head_is_answered_like_get_without_a_body(client: httpx.Client) -> None:
+    response = client.head("/v1/datasets")
+
+    assert (response.status_code, response.content) == (200, b"")

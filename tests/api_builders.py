@@ -1,0 +1,197 @@
+"""A real server in this process, real archives, and a real model that nobody had to train."""
+
+import contextlib
+import io
+import json
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from app import registry
+from app.api.server import make_server
+from app.api.services import Services
+from app.db.engine import Database
+from app.db.migrate import upgrade
+from app.db.tables import DatasetRow, new_id
+from app.main import create_app
+from app.settings import Settings
+from app.vision import artifact
+from app.vision.artifact import Artifact
+from app.vision.classifier import Classifier
+from app.vision.preprocessing import Preprocessing
+
+CLASSES = ["blue", "red"]
+# Small enough for a forward pass of milliseconds.
+SMALL = Preprocessing(
+    resize=40, crop=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear"
+)
+
+# Loopback answers at once; what takes this long hangs.
+DEADLINE_SECONDS = 30.0
+
+
+class RunningServer:
+    """The API with its middleware, routes, lifespan and uvicorn, on a free port."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.app = create_app(settings)
+        self._server = make_server(self.app, settings)
+        self._thread = threading.Thread(target=self._server.run)
+
+    @property
+    def services(self) -> Services:
+        services: Services = self.app.state.services
+        return services
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self._server.servers[0].sockets[0].getsockname()
+        return host, port
+
+    @property
+    def url(self) -> str:
+        return "http://{}:{}".format(*self.address)
+
+    def __enter__(self) -> "RunningServer":
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive(), "the server did not start"
+            self._thread.join(0.01)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(DEADLINE_SECONDS)
+        assert not self._thread.is_alive(), "the server did not stop"
+
+
+def settings_for(folder: Path, **changes: Any) -> Settings:
+    values: dict[str, Any] = {
+        "data_dir": folder / "data",
+        "port": 0,
+        "device": "cpu",
+        "min_free_bytes": 0,
+        "allow_downloads": False,
+        "shutdown_grace_seconds": 5.0,
+    }
+    return Settings(_env_file=None, **{**values, **changes})
+
+
+@contextlib.contextmanager
+def running(settings: Settings) -> Iterator[RunningServer]:
+    """A server on a migrated database."""
+    upgrade(settings.resolved_database_url)
+    with RunningServer(settings) as server:
+        yield server
+
+
+def client_of(server: RunningServer, **options: Any) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=DEADLINE_SECONDS, **options)
+
+
+def picture(colour: str = "red", *, side: int = 48, seed: int = 0, form: str = "PNG") -> bytes:
+    """A noisy square that is mostly of one colour. colour: red or blue."""
+    pixels = np.random.default_rng(seed).integers(0, 90, (side, side, 3), dtype=np.uint8)
+    pixels[..., 0 if colour == "red" else 2] += 150
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, form)
+    return encoded.getvalue()
+
+
+def zipped(files: Mapping[str, bytes]) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for path, content in files.items():
+            file.writestr(path, content)
+    return archive.getvalue()
+
+
+def archive_of_classes(*, per_class: int = 6) -> bytes:
+    """A zip of class folders, every picture different."""
+    return zipped(
+        {
+            f"{colour}/{index}.png": picture(colour, seed=1000 * CLASSES.index(colour) + index)
+            for colour in CLASSES
+            for index in range(per_class)
+        }
+    )
+
+
+def register_model(
+    services: Services,
+    *,
+    seed: int = 0,
+    aliases: tuple[str, ...] = ("default",),
+    dataset_id: str = "ds_none",
+    evaluation: Mapping[str, Any] | None = None,
+) -> str:
+    """A model with random weights, published and registered as a worker does it. Returns its id."""
+    model_id = new_id("mdl")
+    with services.storage.staging() as folder:
+        saved = artifact.save(
+            folder,
+            Artifact(
+                classifier=Classifier.new("squeezenet1_1", len(CLASSES), seed=seed).eval(),
+                classes=list(CLASSES),
+                preprocessing=SMALL,
+                temperature=1.5,
+            ),
+        )
+        if evaluation is not None:
+            (folder / "evaluation.json").write_text(json.dumps(evaluation))
+        services.storage.publish(folder, f"models/{model_id}")
+    with services.database.write() as session:
+        registry.register(
+            session,
+            model_id=model_id,
+            job_id=new_id("job"),
+            dataset_id=dataset_id,
+            method="fine_tuning",
+            backbone={"name": "squeezenet1_1", "weights": None},
+            classes=CLASSES,
+            metrics={"val_accuracy": 0.5},
+            size_bytes=saved.size_bytes,
+            sha256=saved.sha256,
+        )
+        for alias in aliases:
+            registry.point_alias(session, alias, model_id)
+    return model_id
+
+
+def ready_dataset(database: Database, *, classes: tuple[str, ...] = tuple(CLASSES)) -> str:
+    """A data set's row as ingest leaves it, without files: enough to submit jobs on."""
+    from_counts = [{"name": name, "train": 8, "val": 2, "test": 0} for name in classes]
+    return _dataset(database, status="ready", classes=from_counts)
+
+
+def processing_dataset(database: Database) -> str:
+    return _dataset(database, status="processing", classes=[])
+
+
+def failed_dataset(database: Database) -> str:
+    return _dataset(database, status="failed", classes=[])
+
+
+def _dataset(database: Database, *, status: str, classes: list[dict[str, Any]]) -> str:
+    row = DatasetRow(
+        id=new_id("ds"),
+        name="colours",
+        status=status,
+        size_bytes=1,
+        sha256="0" * 64,
+        options={},
+        splits={"train": 16, "val": 4, "test": 0},
+        classes=classes,
+    )
+    with database.write() as session:
+        session.add(row)
+    return row.id
