@@ -664,6 +664,10 @@ def _allowed_member(kind: Any, metadata: tuple[Any, ...]) -> str:
     words = ["an integer" if kind is int else "a number"]
     words += [f"from {m.ge}" for m in flat if isinstance(m, annotated_types.Ge)]
     words += [f"above {m.gt}" for m in flat if isinstance(m, annotated_types.Gt)]
-    words += [f"to {m.le}" for m in flat if isinstance(m, annotated_types.Le)]
+    words += [
+        f"to {m.le}" if kind is int or words[-1].startswith("from") else f"and at most {m.le}"
+        for m in flat
+        if isinstance(m, annotated_types.Le)
+    ]
     words += [f"to below {m.lt}" for m in flat if isinstance(m, annotated_types.Lt)]
     return " ".join(words)

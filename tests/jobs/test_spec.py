@@ -1,0 +1,332 @@
+"""What a job may ask for, what it resolves to, and how each refusal names its field."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from app.errors import FieldError, InvalidHyperparameter, InvalidRequest, WeightsUnavailable
+from app.jobs.spec import (
+    CLASSIC_PREPROCESSING,
+    ClassFacts,
+    DatasetFacts,
+    Hyperparameters,
+    StartingModel,
+    TrainingSpec,
+    parse_request,
+    resolve,
+)
+from app.vision.backbones import BACKBONES
+from app.vision.preprocessing import Preprocessing
+
+WEIGHTS = {"mobilenet_v3_small": "IMAGENET1K_V1", "resnet50": "IMAGENET1K_V2", "vit_b_16": "IMAGENET1K_V1"}
+
+
+def facts(*, train: int = 120, val: int = 30, names: tuple[str, ...] = ("daisy", "rose")) -> DatasetFacts:
+    return DatasetFacts(tuple(ClassFacts(name, train, val) for name in names))
+
+
+def resolved(
+    *,
+    dataset: DatasetFacts | None = None,
+    weights: dict[str, str] | None = None,
+    device_type: str = "cpu",
+    starting_model: StartingModel | None = None,
+    **body: Any,
+) -> TrainingSpec:
+    return resolve(
+        parse_request({"dataset": "ds_1", **body}),
+        dataset=dataset or facts(),
+        weights=WEIGHTS if weights is None else weights,
+        device_type=device_type,
+        starting_model=starting_model,
+    )
+
+
+def refusal(**body: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        resolved(**body)
+    return caught.value
+
+
+def test_classic_is_the_textbook() -> None:
+    spec = resolved(recipe="classic", method="full_fine_tuning", backbone="resnet50")
+    values = spec.hyperparameters.model_dump()
+    assert values == {
+        "epochs": 25,
+        "batch_size": 32,
+        "optimizer": "sgd",
+        "learning_rate": 0.001,
+        "backbone_learning_rate": 0.001,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "scheduler": "step",
+        "step_size": 7,
+        "gamma": 0.1,
+        "warmup_epochs": 0.0,
+        "label_smoothing": 0.0,
+        "unfreeze": None,
+        "feature_layer": None,
+        "image_size": 224,
+        "augmentation": "classic",
+        "crop_scale": (0.08, 1.0),
+        "horizontal_flip": True,
+        "mixup": 0.0,
+        "ema": 0.0,
+        "class_weights": "none",
+        "early_stopping_patience": None,
+    }
+    # Not the 232 pixels that resnet50's second weights were published with.
+    assert spec.preprocessing == Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
+
+
+@pytest.mark.parametrize("method", ["feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch", "auto"])
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+def test_a_spec_survives_the_database(method: str, recipe: str) -> None:
+    spec = resolved(method=method, recipe=recipe, backbone="auto")
+    assert TrainingSpec.model_validate(json.loads(json.dumps(spec.model_dump(mode="json")))) == spec
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("epochs", 0, "must be an integer from 1 to 1000"),
+        ("epochs", 10**9, "must be an integer from 1 to 1000"),
+        ("epochs", 2.5, "must be an integer from 1 to 1000"),
+        ("epochs", True, "must be an integer from 1 to 1000"),
+        ("epochs", "3", "must be an integer from 1 to 1000"),
+        ("epochs", None, "must be an integer from 1 to 1000"),
+        ("batch_size", 2**63, "must be an integer from 1 to 4096"),
+        ("learning_rate", 0, "must be a number above 0 and at most 10"),
+        ("learning_rate", math.nan, "must be a number above 0 and at most 10"),
+        ("learning_rate", math.inf, "must be a number above 0 and at most 10"),
+        ("learning_rate", [], "must be a number above 0 and at most 10"),
+        ("momentum", 1.0, "must be a number from 0 to below 1"),
+        ("image_size", 100_000, "must be an integer from 32 to 640"),
+        ("optimizer", "rmsprop", "must be one of sgd, adamw"),
+        ("augmentation", {}, "must be one of none, classic, strong"),
+        ("ema", "yes", "must be true or false or a number from 0 to below 1"),
+        ("early_stopping_patience", 0, "must be an integer from 1 to 1000"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: object, allowed: str) -> None:
+    refused = refusal(hyperparameters={name: value})
+    assert isinstance(refused, InvalidHyperparameter)
+    assert [error.pointer for error in refused.errors] == [f"#/hyperparameters/{name}"]
+    assert refused.errors[0].detail == allowed
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    (error,) = refusal(hyperparameters={"lr": 0.1}).errors
+    assert error.pointer == "#/hyperparameters/lr"
+    assert error.detail == f"no such hyperparameter; there are: {', '.join(Hyperparameters.model_fields)}"
+
+
+def test_a_pointer_escapes_what_the_caller_wrote() -> None:
+    (error,) = refusal(hyperparameters={"a/b~c": 1}).errors
+    assert error.pointer == "#/hyperparameters/a~1b~0c"
+
+
+def test_every_bad_field_is_named_at_once() -> None:
+    refused = refusal(seed=-1, method="magic", hyperparameters={"epochs": 0})
+    assert refused.code == "invalid-hyperparameter"
+    assert [error.pointer for error in refused.errors] == ["#/method", "#/seed", "#/hyperparameters/epochs"]
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({}, "#/dataset"),
+        ({"dataset": "../../x"}, "#/dataset"),
+        ({"dataset": "ds_1", "owner": "me"}, "#/owner"),
+        ({"dataset": "ds_1", "name": "a\x00b"}, "#/name"),
+        ({"dataset": "ds_1", "seed": True}, "#/seed"),
+        ({"dataset": "ds_1", "seed": 2**53}, "#/seed"),
+        ({"dataset": "ds_1", "hyperparameters": []}, "#/hyperparameters"),
+        ({"dataset": "ds_1", "budget_seconds": 0}, "#/budget_seconds"),
+        ([], "#"),
+    ],
+)
+def test_a_bad_request_names_the_field(body: object, pointer: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_request(body)
+    assert [error.pointer for error in caught.value.errors] == [pointer]
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "detail"),
+    [
+        (
+            {"hyperparameters": {"momentum": 0.9}},
+            "momentum",
+            'is for the optimizer sgd only; add "optimizer": "sgd", or leave it out',
+        ),
+        (
+            {"hyperparameters": {"gamma": 0.5}},
+            "gamma",
+            'is for the scheduler step only; add "scheduler": "step", or leave it out',
+        ),
+        (
+            {"method": "full_fine_tuning", "hyperparameters": {"unfreeze": 1}},
+            "unfreeze",
+            "is for the method fine_tuning only, and this is full_fine_tuning",
+        ),
+        (
+            {"method": "fine_tuning", "hyperparameters": {"unfreeze": 6}},
+            "unfreeze",
+            "must be from 1 to 5, the stages of mobilenet_v3_small: stem, stage1, stage2, stage3, stage4",
+        ),
+        (
+            {"method": "fine_tuning", "hyperparameters": {"feature_layer": "stage2"}},
+            "feature_layer",
+            "is for the method feature_extraction only, and this is fine_tuning",
+        ),
+        (
+            {"method": "feature_extraction", "hyperparameters": {"feature_layer": "layer9"}},
+            "feature_layer",
+            "must be one of mobilenet_v3_small's layers: stem, stage1, stage2, stage3, stage4",
+        ),
+        (
+            {"method": "feature_extraction", "hyperparameters": {"backbone_learning_rate": 0.1}},
+            "backbone_learning_rate",
+            "has no meaning for feature_extraction, whose backbone is frozen",
+        ),
+        (
+            {"method": "full_fine_tuning", "hyperparameters": {"epochs": 3, "warmup_epochs": 4}},
+            "warmup_epochs",
+            "must be at most epochs, which is 3",
+        ),
+    ],
+)
+def test_a_value_without_effect_is_refused_with_the_reason(body: dict[str, Any], name: str, detail: str) -> None:
+    refused = refusal(backbone="mobilenet_v3_small", **body)
+    assert refused.errors == (FieldError(f"#/hyperparameters/{name}", detail),)
+
+
+def test_an_image_size_that_the_network_cannot_take_is_refused() -> None:
+    (error,) = refusal(backbone="vit_b_16", hyperparameters={"image_size": 256}).errors
+    assert error == FieldError("#/hyperparameters/image_size", "must be 224 for vit_b_16")
+
+
+def test_an_image_size_keeps_the_ratio_of_resize_to_crop() -> None:
+    spec = resolved(backbone="mobilenet_v3_small", recipe="classic", hyperparameters={"image_size": 112})
+    assert (spec.preprocessing.resize, spec.preprocessing.crop, spec.hyperparameters.image_size) == (128, 112, 112)
+
+
+def test_an_unknown_backbone_is_refused() -> None:
+    assert refusal(backbone="alexnet").errors[0].pointer == "#/backbone"
+
+
+def test_a_backbone_without_weights_is_refused_with_the_remedy() -> None:
+    with pytest.raises(WeightsUnavailable, match="GRAFT_WEIGHTS_DIR") as caught:
+        resolved(backbone="resnet18", method="fine_tuning")
+    assert caught.value.errors == (FieldError("#/backbone", "no weights of resnet18 can be had"),)
+
+
+def test_from_scratch_needs_no_weights() -> None:
+    spec = resolved(backbone="resnet18", method="from_scratch", weights={})
+    assert spec.backbone.model_dump() == {"name": "resnet18", "weights": None, "model": None}
+
+
+def test_auto_trains_from_scratch_where_nothing_pretrained_can_be_had_and_says_so() -> None:
+    spec = resolved(weights={})
+    assert (spec.method, spec.backbone.weights) == ("from_scratch", None)
+    assert "no pretrained weights of mobilenet_v3_small can be had here." in " ".join(spec.reasons)
+
+
+def test_auto_takes_the_best_backbone_that_can_be_had_and_says_so() -> None:
+    assert resolved(device_type="cpu").backbone.name == "mobilenet_v3_small"
+    spec = resolved(device_type="cuda")
+    assert spec.backbone.name == "resnet50"
+    assert spec.reasons[0].startswith("backbone resnet50: ")
+
+
+@pytest.mark.parametrize(
+    ("train", "device_type", "backbone", "method"),
+    [
+        (10, "cpu", "mobilenet_v3_small", "feature_extraction"),
+        (120, "cpu", "mobilenet_v3_small", "full_fine_tuning"),
+        (120, "cpu", "resnet50", "fine_tuning"),
+        (120, "cuda", "resnet50", "full_fine_tuning"),
+    ],
+)
+def test_auto_chooses_the_method_by_images_and_cost(train: int, device_type: str, backbone: str, method: str) -> None:
+    spec = resolved(dataset=facts(train=train), device_type=device_type, backbone=backbone)
+    assert spec.method == method
+    assert any(reason.startswith(f"method {method}: ") for reason in spec.reasons)
+
+
+def test_auto_follows_a_hyperparameter_that_only_one_method_has() -> None:
+    assert resolved(hyperparameters={"unfreeze": 2}).method == "fine_tuning"
+    assert resolved(hyperparameters={"feature_layer": "stage3"}).method == "feature_extraction"
+
+
+def test_an_earlier_model_is_started_from_with_its_own_preprocessing() -> None:
+    own = CLASSIC_PREPROCESSING.with_image_size(64)
+    earlier = StartingModel("mdl_1", "resnet18", own)
+    spec = resolved(backbone="mdl_1", method="fine_tuning", starting_model=earlier, weights={})
+    assert spec.backbone.model_dump() == {"name": "resnet18", "weights": None, "model": "mdl_1"}
+    assert spec.preprocessing == own
+
+
+def test_from_scratch_does_not_start_from_an_earlier_model() -> None:
+    earlier = StartingModel("mdl_1", "resnet18", CLASSIC_PREPROCESSING)
+    assert refusal(backbone="mdl_1", method="from_scratch", starting_model=earlier).errors[0].pointer == "#/method"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_data_set_without_training_or_validation_images_is_refused(split: str) -> None:
+    empty = facts(train=0) if split == "train" else facts(val=0)
+    assert refusal(dataset=empty).errors[0].pointer == "#/dataset"
+
+
+def test_modern_takes_more_epochs_for_fewer_images() -> None:
+    small = resolved(backbone="mobilenet_v3_small", method="fine_tuning", dataset=facts(train=100))
+    large = resolved(backbone="mobilenet_v3_small", method="fine_tuning", dataset=facts(train=10_000))
+    assert small.hyperparameters.epochs == 40
+    assert large.hyperparameters.epochs == 8
+
+
+def test_a_learning_rate_of_ones_own_moves_the_backbones_with_it() -> None:
+    body: dict[str, Any] = {"backbone": "mobilenet_v3_small", "method": "full_fine_tuning"}
+    usual = resolved(**body).hyperparameters
+    lower = resolved(**body, hyperparameters={"learning_rate": usual.learning_rate / 10}).hyperparameters
+    assert usual.backbone_learning_rate is not None
+    assert lower.backbone_learning_rate == pytest.approx(usual.backbone_learning_rate / 10)
+
+
+def test_uneven_training_with_even_validation_gets_balanced_weights() -> None:
+    uneven = DatasetFacts((ClassFacts("a", 300, 60), ClassFacts("b", 15, 60)))
+    both_uneven = DatasetFacts((ClassFacts("a", 300, 60), ClassFacts("b", 15, 3)))
+    assert resolved(dataset=uneven).hyperparameters.class_weights == "balanced"
+    assert resolved(dataset=both_uneven).hyperparameters.class_weights == "none"
+
+
+@pytest.mark.parametrize(
+    ("names", "flips"),
+    [(("0", "1"), False), (("turn_left", "turn_right"), False), (("ants", "bees"), True), (("righteous", "x"), True)],
+)
+def test_pictures_are_not_mirrored_where_class_names_speak_of_sides_or_signs(
+    names: tuple[str, ...], flips: bool
+) -> None:
+    assert resolved(dataset=facts(names=names)).hyperparameters.horizontal_flip is flips
+
+
+@pytest.mark.parametrize(("given", "decay"), [(True, 0.999), (False, 0.0), (0.9, 0.9), (0, 0.0)])
+def test_ema_is_a_switch_or_a_decay(given: object, decay: float) -> None:
+    assert resolved(hyperparameters={"ema": given}).hyperparameters.ema == decay
+
+
+def test_patience_may_be_switched_off() -> None:
+    assert resolved().hyperparameters.early_stopping_patience is not None
+    assert resolved(hyperparameters={"early_stopping_patience": None}).hyperparameters.early_stopping_patience is None
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_every_backbone_resolves_under_both_recipes_with_every_method(name: str) -> None:
+    for recipe in ("classic", "modern"):
+        for method in ("feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch"):
+            spec = resolved(backbone=name, method=method, recipe=recipe, weights={name: "IMAGENET1K_V1"})
+            fixed = BACKBONES[name].fixed_image_size
+            assert fixed is None or spec.hyperparameters.image_size == fixed
