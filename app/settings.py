@@ -43,6 +43,9 @@ class Settings(BaseSettings):
         32 * MEBIBYTE, description="Largest encoded picture that /predict reads, in bytes."
     )
     max_predict_images: Annotated[int, Field(ge=1)] = Field(64, description="Most pictures in one /predict request.")
+    max_predict_bytes: Annotated[int, Field(ge=1)] = Field(
+        64 * MEBIBYTE, description="Largest /predict request, all its pictures together, in bytes."
+    )
     max_pending_predictions: Annotated[int, Field(ge=1)] = Field(
         256, description="Pictures that may wait for prediction before new requests get 503."
     )
