@@ -75,7 +75,7 @@ def batch_positions(
     """
     order = random_stream(seed, ORDER, epoch).permutation(count)
     batches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
-    if merge_single and len(batches) > 1 and len(batches[-1]) == 1:
+    if merge_single and batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [np.concatenate(batches[-2:])]
     return batches
 
@@ -83,6 +83,7 @@ def batch_positions(
 def steps_per_epoch(count: int, batch_size: int, *, merge_single: bool = False) -> int:
     """len(batch_positions(...)) without making them."""
     steps = -(-count // batch_size)
+    # Never so for batches of one, where the remainder is 0.
     return steps - 1 if merge_single and steps > 1 and count % batch_size == 1 else steps
 
 

@@ -1,0 +1,110 @@
+"""Batches: complete, in an order that follows from the seed, made ahead in a thread that ends."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import training_builders as builders
+
+from worker.training.pixels import (
+    batch_positions,
+    ordered_batches,
+    prefetch,
+    random_stream,
+    steps_per_epoch,
+    torch_seed,
+    training_batches,
+)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(22, 5), (21, 5), (20, 5), (3, 5), (1, 1), (2, 1)])
+@pytest.mark.parametrize("merge_single", [False, True])
+def test_every_image_comes_once_an_epoch(count: int, batch_size: int, merge_single: bool) -> None:
+    batches = batch_positions(count, batch_size, seed=3, epoch=1, merge_single=merge_single)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(count))
+    assert len(batches) == steps_per_epoch(count, batch_size, merge_single=merge_single)
+
+
+def test_a_single_left_over_image_joins_the_batch_before_it_when_asked() -> None:
+    assert [len(b) for b in batch_positions(21, 5, seed=0, epoch=0)] == [5, 5, 5, 5, 1]
+    assert [len(b) for b in batch_positions(21, 5, seed=0, epoch=0, merge_single=True)] == [5, 5, 5, 6]
+
+
+def test_the_order_is_another_in_each_epoch_and_for_each_seed() -> None:
+    orders = {
+        tuple(np.concatenate(batch_positions(50, 8, seed=seed, epoch=epoch)).tolist())
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_random_streams_are_the_same_on_every_platform() -> None:
+    assert random_stream(0, 1, 2, 3).integers(0, 1000, 4).tolist() == [584, 601, 903, 548]
+    assert torch_seed(0, 1, 2, 3) == 6463705122041852897
+
+
+def test_a_batch_begun_in_the_middle_of_an_epoch_is_the_one_it_would_have_been() -> None:
+    plan = builders.plan()
+
+    def batches(first_step: int) -> list[torch.Tensor]:
+        made = training_batches(
+            plan.train, batch_size=5, seed=7, epoch=2, first_step=first_step, merge_single=False, augment=plan.augment
+        )
+        return [batch.pixels for batch in made]
+
+    whole, rest = batches(0), batches(3)
+    assert len(whole) == 5
+    assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest, strict=True))
+
+
+def test_validation_keeps_the_splits_order() -> None:
+    split = builders.split(7)
+    labels = [label for b in ordered_batches(split, batch_size=3, prepare=builders.prepare) for label in b.labels]
+    assert [int(label) for label in labels] == split.labels.tolist()
+
+
+def test_prefetching_gives_the_same_items_in_the_same_order() -> None:
+    assert list(prefetch(range(10))) == list(range(10))
+
+
+def test_an_exception_in_the_thread_arrives_in_its_place() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("a damaged picture")
+
+    made = prefetch(items())
+    assert next(made) == 1
+    with pytest.raises(ValueError, match="a damaged picture"):
+        next(made)
+    assert _prefetch_threads() == 0
+
+
+def test_leaving_early_ends_the_thread() -> None:
+    made = prefetch(iter(lambda: 0, 1))
+    assert next(made) == 0
+    assert _prefetch_threads() == 1
+    made.close()
+    assert _prefetch_threads() == 0
+
+
+def test_only_a_few_items_are_made_ahead() -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    made = prefetch(items(), depth=2)
+    for _ in range(5):
+        next(made)
+    made.close()
+    # Five used, two waiting, and at most one in the hand of the thread.
+    assert len(taken) <= 8
+
+
+def _prefetch_threads() -> int:
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())

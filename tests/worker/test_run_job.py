@@ -1,0 +1,378 @@
+"""One job's story on a small data set, in this process: its end, its stops, its resumption, what it leaves behind."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import queue_builders
+import torch
+from safetensors.torch import load_file
+
+from app import registry
+from app.datasets.ingest import manifest_key, packed_key
+from app.datasets.manifest import Manifest, Record
+from app.datasets.packed import PackedWriter
+from app.db.engine import Database
+from app.db.tables import JobRow
+from app.errors import JobFailed, ModelUnavailable
+from app.jobs import queue
+from app.jobs.queue import Cancelled, Claim
+from app.jobs.spec import CLASSIC_PREPROCESSING, DatasetFacts, StartingModel, parse_request, resolve
+from app.jobs.states import JobKind
+from app.settings import Settings
+from app.storage import LocalStorage
+from app.vision import artifact
+from app.vision.preprocessing import eval_pixels, normalise
+from worker import run_job
+from worker.reporter import Reporter, ShuttingDown
+from worker.training.loop import Hooks, StepProgress
+from worker.wakeup import Wakeup
+
+CLASSES = ["dark", "light", "red"]
+DATASET = "ds_1"
+SIZE = 32
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path / "storage", device="cpu", allow_downloads=False)
+
+
+@pytest.fixture
+def dataset(storage: LocalStorage) -> Manifest:
+    """Thirty pictures in three colours: 18 to train, 9 to validate, 3 to test."""
+    random = np.random.default_rng(0)
+    records = []
+    with storage.staging() as staged:
+        staged.mkdir()
+        with PackedWriter(staged / "packed") as writer:
+            for i in range(30):
+                label, split = i % 3, ("train" if i < 18 else "val" if i < 27 else "test")
+                base = np.array([[40, 40, 40], [210, 210, 210], [210, 40, 40]])[label]
+                writer.append((random.integers(-40, 40, (40, 48, 3)) + base).clip(0, 255).astype(np.uint8))
+                path = f"{split}/{CLASSES[label]}/{i}.png"
+                records.append(Record(f"img_{i}", path, label, split, f"{i:064x}", 48, 40))  # type: ignore[arg-type]
+            writer.finish(range(30))
+        manifest = Manifest(CLASSES, records)
+        manifest.write(staged / "manifest.jsonl")
+        storage.publish(staged / "packed", packed_key(DATASET, 256))
+        storage.publish(staged / "manifest.jsonl", manifest_key(DATASET))
+    return manifest
+
+
+class Job:
+    """A job that can be run here, again and again, as its claims are."""
+
+    def __init__(
+        self,
+        database: Database,
+        storage: LocalStorage,
+        settings: Settings,
+        *,
+        starting_model: StartingModel | None = None,
+        **body: Any,
+    ) -> None:
+        self._database, self._storage, self._settings = database, storage, settings
+        hyperparameters = {"epochs": 2, "batch_size": 6, "image_size": SIZE, **body.pop("hyperparameters", {})}
+        request = {"dataset": DATASET, "backbone": "mobilenet_v3_small", "recipe": "classic", **body}
+        facts = DatasetFacts.from_counts([{"name": name, "train": 6, "val": 3} for name in CLASSES])
+        self.spec = resolve(
+            parse_request(request | {"hyperparameters": hyperparameters}),
+            dataset=facts,
+            weights={},
+            device_type="cpu",
+            starting_model=starting_model,
+        )
+        with database.write() as session:
+            self.id = queue.submit(
+                session, kind=JobKind.training, dataset_id=DATASET, spec=self.spec.model_dump(mode="json")
+            ).id
+        self.shutdown = Wakeup()
+        self.claim: Claim | None = None
+
+    def run(self) -> None:
+        claim = queue_builders.claim_next(self._database)
+        assert claim is not None
+        self.claim = claim
+        reporter = Reporter(self._database, claim, shutdown=self.shutdown)
+        run_job.run_training(
+            claim, settings=self._settings, database=self._database, storage=self._storage, reporter=reporter
+        )
+
+    def give_back(self) -> None:
+        assert self.claim is not None
+        with self._database.write() as session:
+            queue.give_back(session, self.claim)
+        self.shutdown = Wakeup()
+
+    @property
+    def row(self) -> JobRow:
+        return queue_builders.find(self._database, self.id)
+
+    @property
+    def messages(self) -> list[str]:
+        log = queue_builders.event_log(self._database, self.id)
+        return [event.data["message"] for event in log if event.event == "log"]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self._storage.path(f"models/{self.row.model_id}/weights.safetensors"))
+
+
+@pytest.fixture
+def job(database: Database, storage: LocalStorage, settings: Settings, dataset: Manifest) -> Callable[..., Job]:
+    def make(**body: Any) -> Job:
+        return Job(database, storage, settings, **({"method": "from_scratch"} | body))
+
+    return make
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop reports after each step, not once a second."""
+    monkeypatch.setattr("worker.training.loop.TICK_SECONDS", 0.0)
+    monkeypatch.setattr("worker.reporter.WRITE_INTERVAL_SECONDS", 0.0)
+
+
+def test_a_job_ends_with_a_registered_model_its_history_and_no_checkpoints(
+    job: Callable[..., Job], database: Database, storage: LocalStorage
+) -> None:
+    done = job()
+    done.run()
+    row = done.row
+    assert row.status == "succeeded"
+    assert row.metrics is not None
+    assert set(row.metrics) == {
+        "val_accuracy",
+        "val_accuracy_ci95",
+        "val_loss",
+        "macro_f1",
+        "expected_calibration_error",
+        "best_epoch",
+        "temperature",
+        "test_accuracy",
+        "test_accuracy_ci95",
+        "test_loss",
+        "test_macro_f1",
+        "test_expected_calibration_error",
+    }
+    with database.read() as session:
+        model = registry.find(session, "default")
+        assert (model.id, model.job_id, model.metrics) == (row.model_id, done.id, row.metrics)
+        assert model.backbone == {"name": "mobilenet_v3_small", "weights": None}
+    history = queue_builders.history(database, done.id)
+    assert [epoch.epoch for epoch in history] == [1, 2]
+    assert row.metrics["val_accuracy"] == max(epoch.val_accuracy for epoch in history)
+    assert not storage.exists(f"jobs/{done.id}")
+    folder = storage.path(f"models/{row.model_id}")
+    assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "model.json", "weights.safetensors"]
+
+
+def test_the_evaluation_agrees_with_the_model_that_was_saved(
+    job: Callable[..., Job], storage: LocalStorage, dataset: Manifest
+) -> None:
+    done = job()
+    done.run()
+    folder = storage.path(f"models/{done.row.model_id}")
+    evaluation = json.loads((folder / "evaluation.json").read_bytes())
+    loaded = artifact.load(folder)
+    images = run_job.ensure_packed(storage, DATASET, 256, limits=None, tick=lambda _share: None)  # type: ignore[arg-type]
+    wrong, confusion = set(), np.zeros((3, 3), dtype=int)
+    with torch.inference_mode():
+        for i in dataset.indices("val"):
+            pixels = eval_pixels(images[int(i)], loaded.preprocessing).unsqueeze(0)
+            scores = loaded.classifier.probabilities(normalise(pixels, loaded.preprocessing), loaded.temperature)[0]
+            record = dataset.records[int(i)]
+            confusion[record.label, int(scores.argmax())] += 1
+            if int(scores.argmax()) != record.label:
+                wrong.add((record.image_id, record.path, CLASSES[record.label], CLASSES[int(scores.argmax())]))
+    assert evaluation["classes"] == CLASSES
+    assert evaluation["confusion_matrix"] == confusion.tolist()
+    assert {(m["image_id"], m["path"], m["true"], m["predicted"]) for m in evaluation["mistakes"]} == wrong
+    assert sum(row["support"] for row in evaluation["per_class"]) == 9
+    assert sum(row["support"] for row in evaluation["test"]["per_class"]) == 3
+
+
+def test_the_same_job_gives_the_same_model_and_another_seed_another(job: Callable[..., Job]) -> None:
+    first, again, other = job(), job(), job(seed=1)
+    for one in (first, again, other):
+        one.run()
+    assert _equal(first.weights(), again.weights())
+    assert not _equal(first.weights(), other.weights())
+
+
+def test_a_job_given_back_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(
+    job: Callable[..., Job], every_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = job(method="from_scratch", hyperparameters={"optimizer": "adamw", "ema": 0.9})
+    undisturbed.run()
+    disturbed = job(method="from_scratch", hyperparameters={"optimizer": "adamw", "ema": 0.9})
+    _after_steps(monkeypatch, 4, disturbed.shutdown.set)
+    with pytest.raises(ShuttingDown):
+        disturbed.run()
+    assert disturbed.row.durable_step == 4
+    disturbed.give_back()
+    monkeypatch.undo()
+    disturbed.run()
+    assert disturbed.row.attempt == 1
+    assert "Going on from epoch 1, step 1." in disturbed.messages
+    assert _equal(disturbed.weights(), undisturbed.weights())
+
+
+def test_a_stopped_job_succeeds_with_its_best_epoch_so_far(
+    job: Callable[..., Job], database: Database, every_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = job(hyperparameters={"epochs": 50})
+
+    def stop() -> None:
+        with database.write() as session:
+            queue.request_stop(session, stopped.id)
+
+    _after_steps(monkeypatch, 4, stop)
+    stopped.run()
+    assert stopped.row.status == "succeeded"
+    assert [epoch.epoch for epoch in queue_builders.history(database, stopped.id)] == [1]
+    assert stopped.row.metrics is not None
+    assert stopped.row.metrics["best_epoch"] == 1
+
+
+def test_a_cancelled_job_leaves_no_model(
+    job: Callable[..., Job],
+    database: Database,
+    storage: LocalStorage,
+    every_step: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cancelled = job()
+    _after_steps(monkeypatch, 2, lambda: queue_builders.request_cancel(database, cancelled.id))
+    with pytest.raises(Cancelled):
+        cancelled.run()
+    assert not storage.exists("models") or not list(storage.path("models").iterdir())
+
+
+def test_a_cancel_that_comes_while_the_model_is_published_takes_its_files_along(
+    job: Callable[..., Job], database: Database, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled = job()
+    publish = storage.publish
+
+    def cancel_then_publish(staged: Path, key: str) -> None:
+        publish(staged, key)
+        if key.startswith("models/"):
+            queue_builders.request_cancel(database, cancelled.id)
+
+    monkeypatch.setattr(storage, "publish", cancel_then_publish)
+    with pytest.raises(Cancelled):
+        cancelled.run()
+    assert list(storage.path("models").iterdir()) == []
+    with database.read() as session:
+        assert registry.list_models(session, limit=10) == []
+
+
+def test_a_model_can_be_the_start_of_the_next_job(
+    job: Callable[..., Job], database: Database, storage: LocalStorage
+) -> None:
+    first = job()
+    first.run()
+    model_id = first.row.model_id
+    assert model_id is not None
+    second = job(
+        method="feature_extraction",
+        backbone=model_id,
+        starting_model=StartingModel(model_id, "mobilenet_v3_small", CLASSIC_PREPROCESSING),
+    )
+    second.run()
+    own, inherited = second.weights(), first.weights()
+    backbone = {name for name in own if name.startswith("backbone.")}
+    assert _equal({n: own[n] for n in backbone}, {n: inherited[n] for n in backbone})
+    assert not torch.equal(own["head.weight"], inherited["head.weight"])
+    with database.read() as session:
+        assert registry.find(session, str(second.row.model_id)).backbone == {
+            "name": "mobilenet_v3_small",
+            "weights": None,
+            "model": model_id,
+        }
+
+
+def test_a_start_that_was_deleted_meanwhile_is_a_clear_error(job: Callable[..., Job]) -> None:
+    orphan = job(
+        method="fine_tuning",
+        backbone="mdl_gone",
+        starting_model=StartingModel("mdl_gone", "mobilenet_v3_small", CLASSIC_PREPROCESSING),
+    )
+    with pytest.raises(ModelUnavailable):
+        orphan.run()
+
+
+def test_a_data_set_whose_files_are_gone_is_a_clear_error(job: Callable[..., Job], storage: LocalStorage) -> None:
+    bereft = job()
+    storage.delete(manifest_key(DATASET))
+    with pytest.raises(JobFailed, match="upload it again") as failure:
+        bereft.run()
+    assert failure.value.code == "dataset_unreadable"
+
+
+def test_a_job_that_diverges_fails_and_leaves_no_model(job: Callable[..., Job], storage: LocalStorage) -> None:
+    wild = job(hyperparameters={"learning_rate": 10.0, "epochs": 60, "weight_decay": 1.0})
+    with pytest.raises(JobFailed) as failure:
+        wild.run()
+    assert failure.value.code == "diverged"
+    assert not storage.exists("models")
+
+
+def test_transfer_from_real_weights_learns_two_trees(
+    shared_weights: Path, job: Callable[..., Job], database: Database, storage: LocalStorage
+) -> None:
+    settings = Settings(data_dir=storage.root, device="cpu", allow_downloads=False, weights_dir=shared_weights)
+    spec_weights = {"mobilenet_v3_small": "IMAGENET1K_V1"}
+    request = {"dataset": DATASET, "backbone": "mobilenet_v3_small", "method": "feature_extraction"}
+    facts = DatasetFacts.from_counts([{"name": name, "train": 6, "val": 3} for name in CLASSES])
+    spec = resolve(
+        parse_request(request | {"hyperparameters": {"epochs": 5, "image_size": 64}}),
+        dataset=facts,
+        weights=spec_weights,
+        device_type="cpu",
+    )
+    claim = _claimed(database, spec.model_dump(mode="json"))
+    reporter = Reporter(database, claim, shutdown=Wakeup())
+    run_job.run_training(claim, settings=settings, database=database, storage=storage, reporter=reporter)
+    metrics = queue_builders.find(database, claim.job_id).metrics
+    assert metrics is not None
+    assert metrics["val_accuracy"] == 1.0
+
+
+def _claimed(database: Database, spec: Mapping[str, Any]) -> Claim:
+    with database.write() as session:
+        queue.submit(session, kind=JobKind.training, dataset_id=DATASET, spec=dict(spec))
+    claim = queue_builders.claim_next(database)
+    assert claim is not None
+    return claim
+
+
+def _after_steps(monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[], object]) -> None:
+    """Lets the loop's own report of that step be preceded by `act`."""
+    fit = run_job.loop.fit
+
+    def watched(state: Any, plan: Any, hooks: Hooks) -> Any:
+        def on_progress(progress: StepProgress) -> bool:
+            if state.total_steps == steps:
+                act()
+            return hooks.on_progress(progress)
+
+        return fit(state, plan, Hooks(on_progress, hooks.save, hooks.log))
+
+    monkeypatch.setattr(run_job.loop, "fit", watched)
+
+
+def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
