@@ -468,9 +468,9 @@ _CUTS: dict[str, _Cut] = {
 
 ALIASES = {"resnext50": "resnext50_32x4d", "wide_resnet50": "wide_resnet50_2"}
 
-# `backbone: auto`. On a GPU the plain ResNet leads: it fine-tunes well with the textbook's SGD as with AdamW, at 224
-# pixels. On a CPU what counts is multiply-adds; mobilenet_v3_small needs a fifth of mobilenet_v2's, for about two
-# points less on the sets measured. The rest follows in order of published accuracy, or of cost.
+# `backbone: auto`, by judgement, not yet by measurement. On a GPU: the textbook's network first, then newer ones of its
+# cost. On a CPU what counts is multiply-adds, of which mobilenet_v3_small needs a fifth of mobilenet_v2's. The rest
+# follows in order of published accuracy, or of multiply-adds.
 _GPU_FIRST = ("resnet50", "convnext_tiny", "regnet_y_3_2gf", "swin_t", "efficientnet_v2_s")
 _CPU_FIRST = ("mobilenet_v3_large", "mobilenet_v3_small", "mobilenet_v2", "efficientnet_b0", "resnet18")
 

@@ -1,0 +1,205 @@
+"""Models are registered once, found by id and alias, and promoted by rule."""
+
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from app import registry
+from app.db.engine import Database
+from app.errors import Conflict, InvalidRequest, NotFound
+
+
+def register(session: Session, number: int, **changes: Any) -> str:
+    """A model mdl_<number> of job_<number>. Returns its id."""
+    values: dict[str, Any] = {
+        "model_id": f"mdl_{number}",
+        "job_id": f"job_{number}",
+        "dataset_id": "ds_flowers",
+        "method": "fine_tuning",
+        "backbone": {"name": "resnet18", "weights": "IMAGENET1K_V1"},
+        "classes": ["daisy", "rose"],
+        "metrics": {"val_accuracy": 0.9},
+        "size_bytes": 1000,
+        "sha256": "0" * 64,
+    }
+    return registry.register(session, **(values | changes)).id
+
+
+def test_a_registered_model_is_found_by_id_and_by_alias(database: Database) -> None:
+    with database.write() as session:
+        register(session, 1)
+        registry.point_alias(session, "default", "mdl_1")
+
+    with database.read() as session:
+        by_id, by_alias = registry.find(session, "mdl_1"), registry.find(session, "default")
+        assert by_id is by_alias
+        assert (by_id.job_id, by_id.classes, by_id.metrics) == ("job_1", ["daisy", "rose"], {"val_accuracy": 0.9})
+        assert registry.default_model_id(session) == "mdl_1"
+
+
+def test_a_job_cannot_register_a_second_model(database: Database) -> None:
+    with database.write() as session:
+        register(session, 1)
+
+    with pytest.raises(IntegrityError), database.write() as session:
+        register(session, 2, job_id="job_1")
+
+    with database.read() as session:
+        assert [m.id for m in registry.list_models(session, limit=10)] == ["mdl_1"]
+
+
+def test_with_no_model_yet_not_found_says_how_to_train_one(database: Database) -> None:
+    with database.read() as session, pytest.raises(NotFound, match=r"no model yet.*/v1/datasets.*/v1/jobs"):
+        registry.find(session, "default")
+
+
+def test_with_no_default_not_found_says_how_to_choose_one(database: Database) -> None:
+    with database.write() as session:
+        register(session, 1)
+
+    with database.read() as session:
+        with pytest.raises(NotFound, match="PUT /v1/aliases/default"):
+            registry.find(session, "default")
+        with pytest.raises(NotFound, match="no model with this id or alias"):
+            registry.find(session, "other")
+
+
+def test_models_are_listed_newest_first_page_by_page(database: Database) -> None:
+    with database.write() as session:
+        for number in range(1, 6):
+            register(session, number)
+
+    with database.read() as session:
+        first = [m.id for m in registry.list_models(session, limit=2)]
+        second = [m.id for m in registry.list_models(session, limit=2, after=first[-1])]
+        third = [m.id for m in registry.list_models(session, limit=2, after=second[-1])]
+
+    assert (first, second, third) == (["mdl_5", "mdl_4"], ["mdl_3", "mdl_2"], ["mdl_1"])
+
+
+def test_lists_are_filtered_by_data_set_and_method(database: Database) -> None:
+    with database.write() as session:
+        register(session, 1)
+        register(session, 2, dataset_id="ds_other")
+        register(session, 3, method="from_scratch")
+
+    with database.read() as session:
+        flowers = [m.id for m in registry.list_models(session, limit=10, dataset="ds_flowers")]
+        tuned = [m.id for m in registry.list_models(session, limit=10, method="fine_tuning")]
+
+    assert (flowers, tuned) == (["mdl_3", "mdl_1"], ["mdl_2", "mdl_1"])
+
+
+def test_a_page_after_an_unknown_model_is_refused(database: Database) -> None:
+    with database.read() as session, pytest.raises(InvalidRequest, match="first page"):
+        registry.list_models(session, limit=2, after="mdl_gone")
+
+
+def test_an_alias_moves(database: Database) -> None:
+    with database.write() as session:
+        register(session, 1)
+        register(session, 2)
+        first = registry.point_alias(session, "stable", "mdl_1").updated_at
+        registry.point_alias(session, "default", "mdl_1")
+
+    with database.write() as session:
+        registry.point_alias(session, "stable", "mdl_2")
+
+    with database.read() as session:
+        assert registry.find(session, "stable").id == "mdl_2"
+        assert registry.aliases_of(session) == {"mdl_1": ["default"], "mdl_2": ["stable"]}
+        assert [alias.name for alias in registry.aliases(session)] == ["default", "stable"]
+        assert registry.aliases(session)[1].updated_at > first
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Default", "-x", "a b", "a/b", "a" * 64, "mdl_x", "ds_x", "job_x", "key_x", "x\n"]
+)
+def test_names_that_are_no_alias_are_refused(database: Database, name: str) -> None:
+    with database.write() as session:
+        register(session, 1)
+        with pytest.raises(InvalidRequest, match="An alias has 1 to 63 characters"):
+            registry.point_alias(session, name, "mdl_1")
+
+
+@pytest.mark.parametrize("name", ["a", "default", "v1.2_final-3", "7", "a" * 63])
+def test_names_that_are_an_alias_are_taken(database: Database, name: str) -> None:
+    with database.write() as session:
+        register(session, 1)
+        assert registry.point_alias(session, name, "mdl_1").name == name
+
+
+def test_an_alias_cannot_point_at_what_is_not_there(database: Database) -> None:
+    with database.write() as session, pytest.raises(NotFound):
+        registry.point_alias(session, "default", "mdl_gone")
+
+
+def test_a_removed_alias_is_gone(database: Database) -> None:
+    with database.write() as session:
+        register(session, 1)
+        registry.point_alias(session, "stable", "mdl_1")
+        registry.remove_alias(session, "stable")
+
+    with database.write() as session:
+        assert registry.aliases(session) == []
+        with pytest.raises(NotFound, match="no alias of this name"):
+            registry.remove_alias(session, "stable")
+
+
+def test_a_model_in_use_cannot_be_deleted(database: Database) -> None:
+    with database.write() as session:
+        register(session, 1)
+        registry.point_alias(session, "stable", "mdl_1")
+        registry.point_alias(session, "default", "mdl_1")
+
+    with database.write() as session, pytest.raises(Conflict, match="in use as default, stable"):
+        registry.delete(session, "mdl_1")
+
+    with database.write() as session:
+        registry.remove_alias(session, "stable")
+        registry.remove_alias(session, "default")
+        registry.delete(session, "mdl_1")
+
+    with database.read() as session:
+        assert registry.list_models(session, limit=10) == []
+        with pytest.raises(NotFound):
+            registry.delete(session, "mdl_1")
+
+
+@pytest.mark.parametrize(
+    ("policy", "dataset_id", "accuracy", "is_due"),
+    [
+        ("if_better", "ds_flowers", 0.91, True),
+        ("if_better", "ds_flowers", 0.90, False),
+        ("if_better", "ds_flowers", 0.89, False),
+        ("if_better", "ds_other", 0.10, True),
+        ("always", "ds_flowers", 0.10, True),
+        ("never", "ds_flowers", 1.00, False),
+    ],
+)
+def test_promotion_beside_a_default_with_accuracy_090(
+    database: Database, policy: registry.PromotePolicy, dataset_id: str, accuracy: float, is_due: bool
+) -> None:
+    with database.write() as session:
+        register(session, 1)
+        registry.point_alias(session, "default", "mdl_1")
+
+    with database.read() as session:
+        promotion = registry.should_promote(
+            session, candidate_metrics={"val_accuracy": accuracy}, dataset_id=dataset_id, policy=policy
+        )
+
+    assert promotion.is_due is is_due
+    assert promotion.reason.startswith("The model becomes the default" if is_due else "The default model stays")
+
+
+@pytest.mark.parametrize(("policy", "is_due"), [("if_better", True), ("always", True), ("never", False)])
+def test_promotion_where_there_is_no_default(database: Database, policy: registry.PromotePolicy, is_due: bool) -> None:
+    with database.read() as session:
+        promotion = registry.should_promote(
+            session, candidate_metrics={"val_accuracy": 0.0}, dataset_id="ds_flowers", policy=policy
+        )
+
+    assert promotion.is_due is is_due

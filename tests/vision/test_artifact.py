@@ -1,0 +1,205 @@
+"""A model saved and loaded is the same model; one that is damaged is never served."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from app.errors import JobFailed, ModelUnavailable
+from app.vision import artifact
+from app.vision.artifact import MODEL_FILE, WEIGHTS_FILE, Artifact
+from app.vision.backbones import BACKBONES
+from app.vision.classifier import Classifier
+
+CLASSES = ["daisy", "Rose/red", "千日紅"]
+
+
+def trained(*, feature_layer: str | None = None) -> Artifact:
+    """A small network whose batch-norm statistics have moved, as training leaves them."""
+    classifier = Classifier.new("mobilenet_v3_small", len(CLASSES), seed=0, feature_layer=feature_layer).train()
+    with torch.no_grad():
+        classifier(images())
+    return Artifact(
+        classifier=classifier,
+        classes=CLASSES,
+        preprocessing=BACKBONES["mobilenet_v3_small"].preprocessing.with_image_size(96),
+        temperature=1.7,
+        metadata={"method": "fine_tuning", "job": "job_1", "metrics": {"val_accuracy": 0.9}},
+    )
+
+
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("feature_layer", [None, "stage2"])
+def test_a_saved_model_comes_back_with_the_same_answers(tmp_path: Path, feature_layer: str | None) -> None:
+    saved = trained(feature_layer=feature_layer)
+
+    artifact.save(tmp_path / "model", saved)
+    loaded = artifact.load(tmp_path / "model")
+
+    with torch.inference_mode():
+        assert torch.equal(loaded.classifier(images()), saved.classifier.eval()(images()))
+    assert not loaded.classifier.training
+    assert loaded.classifier.stage_names == saved.classifier.stage_names
+    assert (loaded.classes, loaded.preprocessing) == (CLASSES, saved.preprocessing)
+    assert (loaded.temperature, loaded.metadata) == (1.7, saved.metadata)
+
+
+def test_saving_tells_size_and_digest_of_the_weights(tmp_path: Path) -> None:
+    size_bytes, sha256 = artifact.save(tmp_path, trained())
+
+    encoded = (tmp_path / WEIGHTS_FILE).read_bytes()
+    assert size_bytes == len(encoded)
+    assert sha256 == hashlib.sha256(encoded).hexdigest()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MODEL_FILE, WEIGHTS_FILE]
+
+
+def test_weights_are_float32_whatever_they_were_trained_in(tmp_path: Path) -> None:
+    model = trained()
+    model.classifier.to(torch.bfloat16, memory_format=torch.channels_last)
+
+    artifact.save(tmp_path, model)
+
+    kinds = {t.dtype for t in safetensors.torch.load_file(tmp_path / WEIGHTS_FILE).values()}
+    assert kinds == {torch.float32, torch.int64}
+    assert artifact.load(tmp_path).classifier.head.weight.dtype == torch.float32
+
+
+def test_a_loaded_model_can_be_trained_on(tmp_path: Path) -> None:
+    artifact.save(tmp_path, trained())
+    classifier = artifact.load(tmp_path).classifier.train()
+
+    classifier(images()).sum().backward()
+
+    assert all(p.grad is not None for p in classifier.parameters())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_diverged_model_is_not_saved(tmp_path: Path, poison: float) -> None:
+    model = trained()
+    with torch.no_grad():
+        model.classifier.head.weight[0, 0] = poison
+
+    with pytest.raises(JobFailed) as failure:
+        artifact.save(tmp_path / "model", model)
+
+    assert failure.value.code == "diverged"
+    assert not (tmp_path / "model").exists()
+
+
+def without_weights(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).unlink()
+
+
+def without_description(folder: Path) -> None:
+    (folder / MODEL_FILE).unlink()
+
+
+def with_a_flipped_bit(folder: Path) -> None:
+    encoded = bytearray((folder / WEIGHTS_FILE).read_bytes())
+    encoded[-1] ^= 1
+    (folder / WEIGHTS_FILE).write_bytes(encoded)
+
+
+def with_half_the_weights(folder: Path) -> None:
+    encoded = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(encoded[: len(encoded) // 2])
+
+
+def with_half_the_description(folder: Path) -> None:
+    encoded = (folder / MODEL_FILE).read_bytes()
+    (folder / MODEL_FILE).write_bytes(encoded[: len(encoded) // 2])
+
+
+def edit_description(folder: Path, **changes: object) -> None:
+    record = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+    (folder / MODEL_FILE).write_text(json.dumps(record | changes), encoding="utf-8")
+
+
+def rewrite_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Other tensors, with the digest that fits them."""
+    tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE)
+    encoded = (folder / WEIGHTS_FILE).read_bytes()
+    edit_description(folder, weights={"sha256": hashlib.sha256(encoded).hexdigest(), "size_bytes": len(encoded)})
+
+
+def of_another_backbone(folder: Path) -> None:
+    edit_description(folder, backbone="mobilenet_v3_large")
+
+
+def of_an_unknown_backbone(folder: Path) -> None:
+    edit_description(folder, backbone="resnet19")
+
+
+def with_a_class_more(folder: Path) -> None:
+    edit_description(folder, classes=[*CLASSES, "one more"])
+
+
+def with_impossible_preprocessing(folder: Path) -> None:
+    edit_description(folder, preprocessing={"resize": "x"})
+
+
+def with_no_temperature(folder: Path) -> None:
+    edit_description(folder, temperature=0)
+
+
+def without_a_tensor(folder: Path) -> None:
+    rewrite_weights(folder, lambda tensors: tensors.pop("head.bias"))
+
+
+def with_a_strange_tensor(folder: Path) -> None:
+    rewrite_weights(folder, lambda tensors: tensors.update(strange=torch.zeros(1)))
+
+
+def in_half_precision(folder: Path) -> None:
+    rewrite_weights(folder, lambda tensors: tensors.update({"head.bias": torch.zeros(3, dtype=torch.float16)}))
+
+
+def with_nan(folder: Path) -> None:
+    rewrite_weights(folder, lambda tensors: tensors.update({"head.bias": torch.full((3,), torch.nan)}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without_weights,
+        without_description,
+        with_a_flipped_bit,
+        with_half_the_weights,
+        with_half_the_description,
+        of_another_backbone,
+        of_an_unknown_backbone,
+        with_a_class_more,
+        with_impossible_preprocessing,
+        with_no_temperature,
+        without_a_tensor,
+        with_a_strange_tensor,
+        in_half_precision,
+        with_nan,
+    ],
+)
+def test_a_damaged_model_is_unavailable(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    artifact.save(tmp_path, trained())
+    damage(tmp_path)
+
+    with pytest.raises(ModelUnavailable, match="This model cannot be loaded") as refusal:
+        artifact.load(tmp_path)
+
+    assert (refusal.value.status, refusal.value.code) == (503, "model-unavailable")
+    assert str(tmp_path) not in refusal.value.detail
+
+
+def test_a_model_of_a_later_format_says_so(tmp_path: Path) -> None:
+    artifact.save(tmp_path, trained())
+    edit_description(tmp_path, format_version=2)
+
+    with pytest.raises(ModelUnavailable, match="later version of Graft"):
+        artifact.load(tmp_path)
