@@ -60,7 +60,7 @@ def up(host: Host = None, port: Port = None) -> None:
             print_line(f"Graft serves at {url} and describes itself at {url}/docs. Ctrl-C stops it.")
             while not stop_requests.wait(LOOK_INTERVAL_SECONDS):
                 _look_after(supervisor)
-        errors.print("Stopping.")
+        structlog.get_logger().info("graft.stopping")
 
 
 def api(host: Host = None, port: Port = None) -> None:
