@@ -1,17 +1,19 @@
 """A real server in this process, real archives, and a real model that nobody had to train."""
 
+import atexit
 import contextlib
-import io
+import functools
 import json
+import shutil
+import tempfile
 import threading
-import zipfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import builders
 import httpx
-import numpy as np
-from PIL import Image
 
 from app import registry
 from app.api.server import make_server
@@ -26,7 +28,7 @@ from app.vision.artifact import Artifact
 from app.vision.classifier import Classifier
 from app.vision.preprocessing import Preprocessing
 
-CLASSES = ["blue", "red"]
+CLASSES = ("cat", "dog")
 # Small enough for a forward pass of milliseconds.
 SMALL = Preprocessing(
     resize=40, crop=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear"
@@ -89,41 +91,27 @@ def settings_for(folder: Path, **changes: Any) -> Settings:
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[RunningServer]:
     """A server on a migrated database."""
-    upgrade(settings.resolved_database_url)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    shutil.copy(_migrated_database(), settings.data_dir / "graft.db")
     with RunningServer(settings) as server:
         yield server
+
+
+@functools.cache
+def _migrated_database() -> Path:
+    """An empty database by the real migrations, made once: each test gets a copy."""
+    path = Path(tempfile.mkdtemp(prefix="graft-tests-")) / "graft.db"
+    atexit.register(shutil.rmtree, path.parent)
+    upgrade(f"sqlite:///{path}")
+    return path
 
 
 def client_of(server: RunningServer, **options: Any) -> httpx.Client:
     return httpx.Client(base_url=server.url, timeout=DEADLINE_SECONDS, **options)
 
 
-def picture(colour: str = "red", *, side: int = 48, seed: int = 0, form: str = "PNG") -> bytes:
-    """A noisy square that is mostly of one colour. colour: red or blue."""
-    pixels = np.random.default_rng(seed).integers(0, 90, (side, side, 3), dtype=np.uint8)
-    pixels[..., 0 if colour == "red" else 2] += 150
-    encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, form)
-    return encoded.getvalue()
-
-
-def zipped(files: Mapping[str, bytes]) -> bytes:
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        for path, content in files.items():
-            file.writestr(path, content)
-    return archive.getvalue()
-
-
 def archive_of_classes(*, per_class: int = 6) -> bytes:
-    """A zip of class folders, every picture different."""
-    return zipped(
-        {
-            f"{colour}/{index}.png": picture(colour, seed=1000 * CLASSES.index(colour) + index)
-            for colour in CLASSES
-            for index in range(per_class)
-        }
-    )
+    return builders.zip_of(builders.class_folders(per_class, classes=CLASSES))
 
 
 def register_model(
@@ -167,7 +155,7 @@ def register_model(
     return model_id
 
 
-def ready_dataset(database: Database, *, classes: tuple[str, ...] = tuple(CLASSES)) -> str:
+def ready_dataset(database: Database, *, classes: tuple[str, ...] = CLASSES) -> str:
     """A data set's row as ingest leaves it, without files: enough to submit jobs on."""
     from_counts = [{"name": name, "train": 8, "val": 2, "test": 0} for name in classes]
     return _dataset(database, status="ready", classes=from_counts)
@@ -195,3 +183,11 @@ def _dataset(database: Database, *, status: str, classes: list[dict[str, Any]]) 
     with database.write() as session:
         session.add(row)
     return row.id
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Returns as soon as the condition holds."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        threading.Event().wait(0.01)

@@ -42,16 +42,18 @@ async def _lines(
     look: Look, look_after: Callable[[int], Look], *, after: int, is_stopping: Callable[[], bool]
 ) -> AsyncIterator[str]:
     loop = asyncio.get_running_loop()
-    yield f"retry: {RETRY_MILLISECONDS}\n\n"
+    # On its own it would be a block without data, which some clients take for an empty event.
+    retry = f"retry: {RETRY_MILLISECONDS}\n"
     last_sent_at = loop.time()
     while True:
         for event in look.events:
-            yield _event_lines(event)
+            yield retry + _event_lines(event)
+            retry = ""
             after = int(event.id)
         if look.events:
             last_sent_at = loop.time()
         if look.final_status is not None:
-            yield f"event: done\ndata: {json.dumps({'status': look.final_status})}\n\n"
+            yield f"{retry}event: done\ndata: {json.dumps({'status': look.final_status})}\n\n"
             return
         if is_stopping():
             return  # without `done`: the client connects again, and goes on after its last id

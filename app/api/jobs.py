@@ -13,7 +13,7 @@ from app.api.deps import After, CallerDep, Limit, ServicesDep, Wait, json_body, 
 from app.api.event_stream import Look
 from app.api.idempotency import Claim
 from app.api.openapi import json_request, problems
-from app.api.schemas import Deleted, DryRun, Epoch, Estimate, Event, History, Job, Listing
+from app.api.schemas import Deleted, DryRun, Epoch, Event, History, Job, Listing
 from app.api.services import Services
 from app.datasets import catalog
 from app.db.tables import DatasetRow, JobRow
@@ -170,20 +170,24 @@ def _render(session: Session, row: JobRow) -> Job:
 def _dry_run(services: Services, request: JobRequest) -> DryRun:
     with services.database.read() as session:
         dataset = _ready_dataset(session, request.dataset)
-        spec = training.resolve(
-            session,
-            request,
-            dataset=dataset,
-            settings=services.settings,
-            storage=services.storage,
-            weights=services.weights,
-        )
-    estimate = Estimate(**training.estimate(spec, dataset=dataset, settings=services.settings))
+        spec = _resolve(session, services, request, dataset)
+        estimate = training.estimate(session, spec, dataset=dataset, settings=services.settings)
     return DryRun(
         seconds=estimate.seconds,
         peak_memory_bytes=estimate.peak_memory_bytes,
         spec=spec.model_dump(mode="json"),
         estimate=estimate,
+    )
+
+
+def _resolve(session: Session, services: Services, request: JobRequest, dataset: DatasetRow) -> TrainingSpec:
+    return training.resolve(
+        session,
+        request,
+        dataset=dataset,
+        settings=services.settings,
+        storage=services.storage,
+        weights=services.weights,
     )
 
 
@@ -205,14 +209,7 @@ def _queue(services: Services, request: JobRequest, claim: Claim | None, print_o
     # Resolving may look for weight files, so it is done before the transaction that holds the write lock.
     with services.database.read() as session:
         dataset = _ready_dataset(session, request.dataset)
-        spec = training.resolve(
-            session,
-            request,
-            dataset=dataset,
-            settings=services.settings,
-            storage=services.storage,
-            weights=services.weights,
-        )
+        spec = _resolve(session, services, request, dataset)
     with services.database.write() as session:
         _ready_dataset(session, request.dataset)  # it may have been deleted meanwhile
         row = _submit_spec(session, spec, name=request.name)

@@ -5,9 +5,10 @@ import json
 from sqlalchemy.orm import Session
 
 from app import registry
-from app.api.schemas import Backbone
+from app.api.schemas import Backbone, Estimate
 from app.db.tables import DatasetRow
 from app.errors import ModelUnavailable
+from app.jobs import estimate as estimates
 from app.jobs import spec
 from app.jobs.spec import DatasetFacts, JobRequest, StartingModel, TrainingSpec
 from app.settings import Settings
@@ -41,6 +42,19 @@ def resolve(
         device_type=resolve_device(settings.device).type,
         starting_model=starting_model,
     )
+
+
+def estimate(session: Session, job: TrainingSpec, *, dataset: DatasetRow, settings: Settings) -> Estimate:
+    """What the job would take on this server's device."""
+    device = resolve_device(settings.device)
+    found = estimates.estimate(
+        job,
+        dataset=DatasetFacts.from_counts(dataset.classes),
+        speed=estimates.measure(device),
+        device_type=device.type,
+        past=estimates.past_speeds(session),
+    )
+    return Estimate(seconds=found.seconds, peak_memory_bytes=found.peak_memory_bytes)
 
 
 def list_backbones(weights: WeightStore) -> list[Backbone]:
@@ -80,7 +94,3 @@ def _starting_model(session: Session, model_id: str, storage: LocalStorage) -> S
             "The model to start from cannot be read: its description is missing or damaged. Start from another one."
         ) from error
     return StartingModel(model_id=row.id, backbone_name=row.backbone["name"], preprocessing=preprocessing)
-
-
-def estimate(spec: TrainingSpec, *, dataset: DatasetRow, settings: Settings) -> dict[str, float]:
-    return {"seconds": 0.0, "peak_memory_bytes": 0}

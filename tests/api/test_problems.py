@@ -37,9 +37,7 @@ def test_unknown_path_is_a_problem(client: httpx.Client) -> None:
         ("POST", "/healthz", "HEAD, GET"),
     ],
 )
-def test_wrong_method_names_all_that_the_path_takes(
-    client: httpx.Client, method: str, path: str, allowed: str
-) -> None:
+def test_wrong_method_names_all_that_the_path_takes(client: httpx.Client, method: str, path: str, allowed: str) -> None:
     response = client.request(method, path)
 
     assert_is_problem(response, 405, "method-not-allowed")

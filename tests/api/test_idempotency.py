@@ -1,0 +1,161 @@
+"""Requests that are sent twice do their work once."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import api_builders
+import httpx
+import pytest
+from api_builders import RunningServer
+from test_job_routes import asked_for
+from test_problems import assert_is_problem
+
+from app.db.tables import IdempotencyRow, utc_now
+from app.jobs import owner
+
+ARCHIVE = api_builders.archive_of_classes()
+OTHER_ARCHIVE = api_builders.archive_of_classes(per_class=7)
+
+
+@pytest.fixture
+def dataset(server: RunningServer) -> str:
+    return api_builders.ready_dataset(server.services.database)
+
+
+def submit(client: httpx.Client, dataset: str, key: str, **changes: Any) -> httpx.Response:
+    return client.post("/v1/jobs", json=asked_for(dataset, **changes), headers={"Idempotency-Key": key})
+
+
+def upload(client: httpx.Client, key: str, archive: bytes = ARCHIVE, **query: str) -> httpx.Response:
+    return client.post("/v1/datasets", params=query, content=archive, headers={"Idempotency-Key": key})
+
+
+def claim_key(server: RunningServer, key: str, claimed_by: dict[str, Any]) -> None:
+    with server.services.database.write() as session:
+        session.add(IdempotencyRow(scope="None POST /v1/jobs", key=key, owner=claimed_by))
+
+
+def test_same_request_gets_the_same_job(client: httpx.Client, dataset: str) -> None:
+    first, second = submit(client, dataset, "k1"), submit(client, dataset, '"k1"')
+
+    assert (first.status_code, first.json()) == (second.status_code, second.json())
+    assert "idempotent-replayed" not in first.headers
+    assert second.headers["idempotent-replayed"] == "true"
+    assert second.headers["location"] == first.headers["location"]
+    assert len(client.get("/v1/jobs").json()["data"]) == 1
+
+
+def test_defaults_written_out_are_the_same_request(client: httpx.Client, dataset: str) -> None:
+    submit(client, dataset, "k1")
+
+    assert submit(client, dataset, "k1", seed=0).headers["idempotent-replayed"] == "true"
+
+
+def test_other_request_under_the_key_is_refused(client: httpx.Client, dataset: str) -> None:
+    submit(client, dataset, "k1")
+
+    assert_is_problem(submit(client, dataset, "k1", seed=1), 422, "idempotency-key-reused")
+
+
+def test_answer_is_the_first_one_even_after_the_job_has_gone_on(client: httpx.Client, dataset: str) -> None:
+    first = submit(client, dataset, "k1").json()
+    client.post(f"/v1/jobs/{first['id']}/cancel")
+
+    assert submit(client, dataset, "k1").json() == first
+
+
+def test_fifty_at_once_make_one_job(server: RunningServer, dataset: str) -> None:
+    def send(_: int) -> httpx.Response:
+        with api_builders.client_of(server) as client:
+            return submit(client, dataset, "k1")
+
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(send, range(50)))
+
+    with api_builders.client_of(server) as client:
+        (job,) = client.get("/v1/jobs").json()["data"]
+    assert {answer.json()["id"] for answer in answers if answer.status_code == 201} == {job["id"]}
+    assert {answer.status_code for answer in answers} <= {201, 409}
+    assert {answer.headers["retry-after"] for answer in answers if answer.status_code == 409} <= {"1"}
+
+
+def test_request_that_failed_leaves_its_key_free(server: RunningServer, client: httpx.Client, dataset: str) -> None:
+    assert submit(client, "ds_none", "k1").status_code == 404
+
+    assert submit(client, dataset, "k1").status_code == 201
+
+
+def test_key_of_a_living_process_answers_409_with_retry_after(
+    server: RunningServer, client: httpx.Client, dataset: str
+) -> None:
+    claim_key(server, "k1", owner.current_process())
+
+    response = submit(client, dataset, "k1")
+
+    assert_is_problem(response, 409, "request-in-progress")
+    assert response.headers["retry-after"] == "1"
+
+
+def test_key_of_a_dead_process_is_taken_over(server: RunningServer, client: httpx.Client, dataset: str) -> None:
+    claim_key(server, "k1", owner.current_process() | {"started": -1})
+
+    assert submit(client, dataset, "k1").status_code == 201
+    assert submit(client, dataset, "k1").headers["idempotent-replayed"] == "true"
+
+
+def test_key_is_forgotten_after_a_day(server: RunningServer, client: httpx.Client, dataset: str) -> None:
+    first = submit(client, dataset, "k1").json()
+    with server.services.database.write() as session:
+        (row,) = session.query(IdempotencyRow)
+        row.created_at = utc_now() - timedelta(hours=24, seconds=1)
+
+    assert submit(client, dataset, "k1").json()["id"] != first["id"]
+
+
+@pytest.mark.parametrize("key", ["", '""', "a b", "x" * 256])
+def test_what_is_no_key_is_refused(client: httpx.Client, dataset: str, key: str) -> None:
+    assert_is_problem(submit(client, dataset, key), 422, "invalid-request")
+
+
+def test_key_of_a_dry_run_is_not_used_up(client: httpx.Client, dataset: str) -> None:
+    content = json.dumps(asked_for(dataset))
+    client.post("/v1/jobs?dry_run=true", content=content, headers={"Idempotency-Key": "k1"})
+
+    assert submit(client, dataset, "k1", seed=1).status_code == 201
+
+
+def test_same_archive_and_fields_get_the_same_data_set(server: RunningServer, client: httpx.Client) -> None:
+    first = upload(client, "k1", name="x")
+    second = upload(client, "k1", name="x")
+
+    assert (first.status_code, first.json()) == (second.status_code, second.json()) == (201, first.json())
+    assert second.headers["idempotent-replayed"] == "true"
+    assert len(client.get("/v1/datasets").json()["data"]) == 1
+    assert len(list(server.services.storage.path("datasets").iterdir())) == 1
+
+
+def test_form_and_boundary_do_not_matter_to_the_fingerprint(client: httpx.Client) -> None:
+    first, second = (
+        client.post("/v1/datasets", files={"file": ("a.zip", ARCHIVE)}, headers={"Idempotency-Key": "k1"})
+        for _ in range(2)
+    )
+
+    assert second.json() == first.json()
+
+
+@pytest.mark.parametrize(("archive", "query"), [(OTHER_ARCHIVE, {}), (ARCHIVE, {"seed": "3"})])
+def test_other_upload_under_the_key_is_refused_and_leaves_nothing(
+    server: RunningServer, client: httpx.Client, archive: bytes, query: dict[str, str]
+) -> None:
+    upload(client, "k1")
+
+    assert_is_problem(upload(client, "k1", archive, **query), 422, "idempotency-key-reused")
+    assert len(list(server.services.storage.path("datasets").iterdir())) == 1
+
+
+def test_refused_upload_leaves_its_key_free(client: httpx.Client) -> None:
+    assert upload(client, "k1", b"no archive").status_code == 422
+
+    assert upload(client, "k1").status_code == 201
