@@ -141,10 +141,9 @@ def check_classes(classes: Sequence[str], pictures: Sequence[Picture]) -> None:
 
 
 def _too_few(class_name: str, count: int, what: str) -> ArchiveRefused:
-    has = {0: "no", 1: "only one"}.get(count, str(count))
     return ArchiveRefused(
-        f"The class {shown(class_name)} has {has} {what}; each class needs at least {MIN_PICTURES_PER_CLASS}. "
-        "Add pictures, or remove the class.",
+        f"The class {shown(class_name)} has too few {what} ({count}): add some, or remove the class. "
+        f"Each class needs at least {MIN_PICTURES_PER_CLASS}.",
         code="too-few-images",
     )
 
@@ -196,28 +195,21 @@ class _Tree:
 
         A class may be called "train" too: then pictures lie directly in it.
         """
-        named = {name for name in self.top_folders if _split_of(name) and self._holds_only_folders_of_pictures(name)}
+        named = {name for name in self.top_folders if _split_of(name) and self._has_pictures_in_folders(name)}
         return any(_split_of(name) == "train" for name in named) or (bool(named) and named == self.top_folders)
 
     def without_wrapping_folder(self) -> "_Tree":
-        """Enters a single top folder, unless it is a split, or a class with pictures of its own."""
+        """Enters a single top folder, unless it is a split: as a class it would be the only one."""
         if len(self.top_folders) != 1 or any("/" not in path for path in self.tables):
             return self
         (top,) = self.top_folders
         holds_table = any(path.count("/") == 1 for path in self.tables)
-        is_wrapping = self._holds_only_folders_of_pictures(top) and not _split_of(top)
-        has_pictures_beside = any("/" not in file.path and file.why_not is None for file in self.files)
-        if has_pictures_beside or not (is_wrapping or holds_table):
-            return self
-        return replace(self, root=f"{top}/")
+        is_wrapping = self._has_pictures_in_folders(top) and not _split_of(top)
+        return replace(self, root=f"{top}/") if is_wrapping or holds_table else self
 
-    def _holds_only_folders_of_pictures(self, top_folder: str) -> bool:
-        below = [
-            parts
-            for file in self.files
-            if file.why_not is None and (parts := self.parts(file.path)) and parts[0] == top_folder
-        ]
-        return bool(below) and all(len(parts) > 2 for parts in below)
+    def _has_pictures_in_folders(self, top_folder: str) -> bool:
+        start = f"{self.root}{top_folder}/"
+        return any(f.why_not is None and f.path.startswith(start) and "/" in f.path[len(start) :] for f in self.files)
 
 
 def _split_of(folder: str) -> Split | None:

@@ -1,0 +1,347 @@
+"""Each layout of the contract, also under a wrapping folder; what is left out is listed, what cannot be is refused."""
+
+import json
+from collections.abc import Sequence
+
+import pytest
+
+from app.datasets.layout import File, Layout, Picture, recognise
+from app.errors import ArchiveRefused
+
+NO_PICTURE = "not a picture: JPEG, PNG and WebP are read"
+
+
+def found(*paths: str, folders: Sequence[str] = (), root: str = "", **tables: str) -> Layout:
+    """The layout of an archive of these files; those whose name ends in .txt are no pictures.
+
+    tables: content by name, with "__" for "." and "_in_" for "/" before it.
+    """
+    named = {root + _table_path(name): text.encode() for name, text in tables.items()}
+    files = [File(root + path, NO_PICTURE if path.endswith(".txt") else None) for path in paths]
+    return recognise(files, folders=[root + folder for folder in folders], tables=named)
+
+
+def _table_path(name: str) -> str:
+    name, _, folder = name.partition("_in_")
+    return f"{folder}/" * bool(folder) + name.replace("__", ".")
+
+
+def placed(layout: Layout, *, root: str = "") -> dict[str, tuple[str, str | None]]:
+    """Class and split by path."""
+    return {p.path.removeprefix(root): (p.class_name, p.split) for p in layout.pictures}
+
+
+def left_out(layout: Layout) -> dict[str, str]:
+    return {rejected.path: rejected.reason for rejected in layout.rejected}
+
+
+def refusal(*paths: str, folders: Sequence[str] = (), **tables: str) -> ArchiveRefused:
+    with pytest.raises(ArchiveRefused) as refused:
+        found(*paths, folders=folders, **tables)
+    return refused.value
+
+
+CLASSES = ("cat/1.jpg", "cat/2.JPG", "dog/1.jpg", "dog/2.jpg")
+ROOTS = pytest.mark.parametrize("root", ["", "flowers/", "my set (1)/"])
+
+
+@ROOTS
+def test_class_folders(root: str) -> None:
+    layout = found(*CLASSES, root=root, folders=["", "cat", "dog"] if root else ["cat", "dog"])
+    assert placed(layout, root=root) == {
+        "cat/1.jpg": ("cat", None),
+        "cat/2.JPG": ("cat", None),
+        "dog/1.jpg": ("dog", None),
+        "dog/2.jpg": ("dog", None),
+    }
+    assert (layout.classes, layout.rejected) == (["cat", "dog"], [])
+
+
+@ROOTS
+@pytest.mark.parametrize("train", ["train", "Training", "TRAIN"])
+@pytest.mark.parametrize("val", ["val", "valid", "Validation"])
+@pytest.mark.parametrize("test", ["test", "Testing"])
+def test_split_folders_under_any_of_their_names(root: str, train: str, val: str, test: str) -> None:
+    layout = found(*(f"{split}/{path}" for split in (train, val, test) for path in CLASSES), root=root)
+    assert {split for _, split in placed(layout).values()} == {"train", "val", "test"}
+    assert placed(layout, root=root)[f"{val}/dog/1.jpg"] == ("dog", "val")
+    assert layout.classes == ["cat", "dog"]
+    assert layout.has_given_validation
+
+
+@ROOTS
+def test_only_train_and_test_leaves_validation_to_graft(root: str) -> None:
+    layout = found(*(f"{split}/{path}" for split in ("train", "test") for path in CLASSES), root=root)
+    assert {split for _, split in placed(layout).values()} == {"train", "test"}
+    assert not layout.has_given_validation
+
+
+def test_train_folder_alone_is_a_split_and_no_wrapping_folder() -> None:
+    assert placed(found(*(f"train/{path}" for path in CLASSES)))["train/cat/1.jpg"] == ("cat", "train")
+
+
+def test_class_may_be_called_like_a_split() -> None:
+    layout = found("train/1.jpg", "train/2.jpg", "plane/1.jpg", "plane/2.jpg")
+    assert layout.classes == ["plane", "train"]
+    assert placed(layout)["train/1.jpg"] == ("train", None)
+
+
+def test_everything_below_a_class_folder_belongs_to_the_class() -> None:
+    layout = found("cat/2019/a/1.jpg", "cat/2.jpg", "dog/x/1.jpg", "dog/y/1.jpg")
+    assert placed(layout)["cat/2019/a/1.jpg"] == ("cat", None)
+    assert layout.classes == ["cat", "dog"]
+
+
+def test_classes_are_sorted_by_name_as_text() -> None:
+    assert found(*(f"{name}/{i}.jpg" for name in ("10", "9", "a", "B") for i in range(2))).classes == [
+        "10",
+        "9",
+        "B",
+        "a",
+    ]
+
+
+def test_junk_is_passed_over_in_silence() -> None:
+    layout = found(
+        *CLASSES,
+        "__MACOSX/cat/._1.jpg",
+        "__MACOSX/._cat",
+        ".DS_Store",
+        "cat/.DS_Store",
+        "cat/Thumbs.db",
+        "dog/desktop.ini",
+        "dog/Icon\r",
+        ".git/config",
+        "cat/.thumbnails/1.jpg",
+        folders=["__MACOSX", "__MACOSX/cat", ".git", "cat"],
+    )
+    assert (layout.classes, len(layout.pictures), layout.rejected) == (["cat", "dog"], 4, [])
+
+
+def test_junk_beside_a_wrapping_folder_does_not_hide_it() -> None:
+    layout = found(*(f"set/{path}" for path in CLASSES), "__MACOSX/set/cat/._1.jpg", ".DS_Store", folders=["__MACOSX"])
+    assert layout.classes == ["cat", "dog"]
+
+
+def test_other_files_are_listed() -> None:
+    layout = found(*CLASSES, "README.txt", "cat/notes.txt", "stray.jpg")
+    assert left_out(layout) == {
+        "README.txt": NO_PICTURE,
+        "cat/notes.txt": NO_PICTURE,
+        "stray.jpg": "not in a class folder",
+    }
+
+
+def test_files_beside_a_wrapping_folder_are_listed() -> None:
+    layout = found(*(f"set/{path}" for path in CLASSES), "README.txt", "cover.jpg", "set/cover.jpg")
+    assert layout.classes == ["cat", "dog"]
+    assert left_out(layout) == {
+        "README.txt": NO_PICTURE,
+        "cover.jpg": "not in a class folder",
+        "set/cover.jpg": "not in a class folder",
+    }
+
+
+def test_pictures_beside_class_folders_of_a_split_are_listed() -> None:
+    layout = found(*(f"train/{path}" for path in CLASSES), "train/loose.jpg", "extra/1.jpg")
+    assert left_out(layout) == {"train/loose.jpg": "not in a class folder", "extra/1.jpg": "not in a class folder"}
+
+
+# Tables
+
+IMAGES = ("1.jpg", "2.jpg", "3.jpg", "4.jpg")
+LABELS = "filename,label\n1.jpg,cat\n2.jpg,cat\n3.jpg,dog\n4.jpg,dog\n"
+LABELLED = {"1.jpg": ("cat", None), "2.jpg": ("cat", None), "3.jpg": ("dog", None), "4.jpg": ("dog", None)}
+
+
+@ROOTS
+def test_labels_csv(root: str) -> None:
+    layout = found(*IMAGES, root=root, labels__csv=LABELS)
+    assert (placed(layout, root=root), layout.classes, layout.rejected) == (LABELLED, ["cat", "dog"], [])
+
+
+@ROOTS
+def test_metadata_csv(root: str) -> None:
+    rows = [f"me,{image},{label}" for image, (label, _) in LABELLED.items()]
+    layout = found(*IMAGES, root=root, metadata__csv="\n".join(["author,file_name,label", *rows]))
+    assert placed(layout, root=root) == LABELLED
+
+
+@ROOTS
+def test_metadata_jsonl(root: str) -> None:
+    labels = {"1.jpg": 0, "2.jpg": 0, "3.jpg": 1, "4.jpg": 1}
+    rows = [json.dumps({"file_name": image, "label": label, "text": "x"}) for image, label in labels.items()]
+    layout = found(*IMAGES, root=root, metadata__jsonl="\n".join(rows))
+    assert placed(layout, root=root) == {image: (str(label), None) for image, label in labels.items()}
+
+
+def test_table_with_splits() -> None:
+    table = "Filename,Label,Split\n1.jpg,cat,train\n2.jpg,cat,Valid\n3.jpg,dog,\n4.jpg,dog,test\n"
+    assert [split for _, split in placed(found(*IMAGES, labels__csv=table)).values()] == [
+        "train",
+        "val",
+        "train",
+        "test",
+    ]
+
+
+def test_table_in_each_split_folder_as_hugging_face_has_them() -> None:
+    table = LABELS.replace("filename", "file_name")
+    layout = found(
+        *(f"{split}/{image}" for split in ("train", "test") for image in IMAGES),
+        metadata__csv_in_train=table,
+        metadata__csv_in_test=table,
+    )
+    assert placed(layout)["train/1.jpg"] == ("cat", "train")
+    assert placed(layout)["test/4.jpg"] == ("dog", "test")
+
+
+def test_split_may_be_told_by_the_paths_in_a_table() -> None:
+    rows = [f"{split}/{i}.jpg,{label}" for split in ("train", "val") for i, label in ((1, "cat"), (2, "dog"))]
+    layout = found(
+        "train/1.jpg", "train/2.jpg", "val/1.jpg", "val/2.jpg", labels__csv="filename,label\n" + "\n".join(rows)
+    )
+    assert placed(layout)["val/2.jpg"] == ("dog", "val")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "\ufeff" + LABELS,
+        LABELS.replace("\n", "\r\n"),
+        LABELS.replace(",", ";"),
+        LABELS.replace(",", "\t"),
+        LABELS.replace("1.jpg", "./1.jpg").replace("2.jpg", '"2.jpg"').replace(",dog", ", dog "),
+        "label,id,filename\n" + "".join(f"{'cat' if i < 3 else 'dog'},7,{i}.jpg\n" for i in range(1, 5)),
+    ],
+)
+def test_table_as_spreadsheets_write_it(table: str) -> None:
+    assert placed(found(*IMAGES, labels__csv=table)) == LABELLED
+
+
+def test_rows_and_pictures_that_do_not_meet_are_listed() -> None:
+    table = LABELS + "5.jpg,cat\nnotes.txt,cat\n6.jpg,\n7.jpg,cat\n7.jpg,dog\n8.jpg,cat,\n"
+    layout = found(*IMAGES, "6.jpg", "7.jpg", "9.jpg", "notes.txt", "other.txt", labels__csv=table)
+    assert placed(layout) == LABELLED
+    assert left_out(layout) == {
+        "5.jpg": "in the table, but not in the archive",
+        "notes.txt": NO_PICTURE,
+        "6.jpg": "the table gives it no label",
+        "7.jpg": "twice in the table, with different labels or splits",
+        "8.jpg": "in the table, but not in the archive",
+        "9.jpg": "not listed in the table",
+        "other.txt": NO_PICTURE,
+    }
+
+
+def test_unknown_split_in_a_table_is_listed() -> None:
+    table = (
+        "filename,label,split\n1.jpg,cat,train\n2.jpg,cat,train\n3.jpg,dog,train\n4.jpg,dog,train\n5.jpg,dog,fold 3\n"
+    )
+    assert left_out(found(*IMAGES, "5.jpg", labels__csv=table)) == {
+        "5.jpg": 'the table gives it an unknown split, "fold 3"'
+    }
+
+
+def test_table_of_captions_does_not_hide_class_folders() -> None:
+    layout = found(*CLASSES, metadata__csv="file_name,text\ncat/1.jpg,a cat\n")
+    assert layout.classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ("1.jpg,cat\n2.jpg,dog\n", 'does not begin with a line that names "filename" and "label"'),
+        ("", 'does not begin with a line that names "filename" and "label"'),
+        ('filename,label\n1.jpg,"' + "x" * 200_000 + '"\n', "line 2 of"),
+    ],
+)
+def test_table_that_cannot_be_used_is_named(table: str, reason: str) -> None:
+    error = refusal(*IMAGES, labels__csv=table)
+    assert error.code == "no-usable-layout"
+    assert reason in error.detail
+    assert "labels.csv" in error.detail
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"file_name": "1.jpg"}', "[" * 100_000])
+def test_line_of_jsonl_that_cannot_be_used_is_named(line: str) -> None:
+    good = "".join(json.dumps({"file_name": f"{i}.jpg", "label": "cat"}) + "\n" for i in range(1, 3))
+    error = refusal(*IMAGES, metadata__jsonl=good + line)
+    assert (error.code, 'line 3 of "metadata.jsonl"' in error.detail) == ("no-usable-layout", True)
+
+
+def test_table_that_is_no_utf8_is_refused() -> None:
+    with pytest.raises(ArchiveRefused, match="is not UTF-8 text"):
+        recognise([File("1.jpg", None)], tables={"labels.csv": b"\xff\xfe\x00"})
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("paths", "code"),
+    [
+        ((), "no-usable-layout"),
+        (("a.jpg", "b.jpg"), "no-usable-layout"),
+        (("README.txt",), "no-usable-layout"),
+        (("docs/a.txt", "docs/b.txt", "x/c.txt"), "no-usable-layout"),
+        (("set/a.jpg", "set/b.jpg"), "too-few-classes"),
+        (("cat/1.jpg", "cat/more/2.jpg"), "too-few-classes"),
+        (("train/cat/1.jpg", "train/cat/2.jpg", "val/cat/1.jpg"), "too-few-classes"),
+        (("val/cat/1.jpg", "val/cat/2.jpg", "val/dog/1.jpg", "val/dog/2.jpg"), "no-training-images"),
+    ],
+)
+def test_archive_without_classes_to_train_on_is_refused(paths: tuple[str, ...], code: str) -> None:
+    assert refusal(*paths).code == code
+
+
+@pytest.mark.parametrize(
+    ("paths", "says"),
+    [
+        ((*CLASSES, "emu/1.jpg"), 'The class "emu" has too few readable pictures (1)'),
+        ((*CLASSES, "emu/1.txt", "emu/2.txt"), 'The class "emu" has too few readable pictures (0)'),
+        (
+            (*(f"{split}/{path}" for split in ("train", "val") for path in CLASSES), "val/emu/1.jpg", "val/emu/2.jpg"),
+            'The class "emu" has too few pictures to train on (0)',
+        ),
+        (
+            (
+                *(f"{split}/{path}" for split in ("train", "test") for path in CLASSES),
+                "train/emu/1.jpg",
+                "test/emu/1.jpg",
+            ),
+            'The class "emu" has too few pictures for training and validation together (1)',
+        ),
+    ],
+)
+def test_class_with_too_few_pictures_is_named(paths: tuple[str, ...], says: str) -> None:
+    error = refusal(*paths)
+    assert error.code == "too-few-images"
+    assert error.detail.startswith(says)
+
+
+def test_empty_class_folder_is_named() -> None:
+    error = refusal(*CLASSES, folders=["cat", "dog", "emu"])
+    assert (error.code, '"emu"' in error.detail) == ("too-few-images", True)
+
+
+def test_empty_folder_beside_one_class_is_a_class_and_no_wrapping() -> None:
+    error = refusal("cat/a/1.jpg", "cat/b/2.jpg", "cat/a/3.jpg", "cat/b/4.jpg", folders=["dog"])
+    assert (error.code, '"dog"' in error.detail) == ("too-few-images", True)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("cat", "Cat"), ("cat", "cat "), ("cat", "cat."), ("straße", "STRASSE"), ("cat", "cat . ")]
+)
+def test_classes_that_a_file_system_could_take_for_one_are_refused(one: str, other: str) -> None:
+    error = refusal(*(f"{name}/{i}.jpg" for name in (one, other, "dog") for i in range(2)))
+    assert error.code == "class-name-collision"
+
+
+def test_class_spelt_differently_in_two_splits_is_refused() -> None:
+    paths = [f"train/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(2)] + ["val/Cat/1.jpg", "val/dog/1.jpg"]
+    assert refusal(*paths).code == "class-name-collision"
+
+
+def test_picture_is_a_record() -> None:
+    assert found(*CLASSES).pictures[0] == Picture("cat/1.jpg", "cat", None)
