@@ -125,6 +125,9 @@ def check_classes(classes: Sequence[str], pictures: Sequence[Picture]) -> None:
             code="too-few-classes",
         )
     in_all = Counter(picture.class_name for picture in pictures)
+    for name in classes:
+        if in_all[name] < MIN_PICTURES_PER_CLASS:
+            raise _too_few(name, in_all[name], "readable pictures")
     to_train_on = Counter(picture.class_name for picture in pictures if picture.split in {None, "train"})
     if not to_train_on:
         raise ArchiveRefused(
@@ -132,8 +135,6 @@ def check_classes(classes: Sequence[str], pictures: Sequence[Picture]) -> None:
         )
     has_validation = any(picture.split == "val" for picture in pictures)
     for name in classes:
-        if in_all[name] < MIN_PICTURES_PER_CLASS:
-            raise _too_few(name, in_all[name], "readable pictures")
         if to_train_on[name] == 0:
             raise _too_few(name, 0, "pictures to train on")
         if not has_validation and to_train_on[name] < MIN_PICTURES_PER_CLASS:

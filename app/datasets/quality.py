@@ -193,9 +193,9 @@ def _are_copies(a: Thumbnails, b: Thumbnails, *, are_tiny: NDArray[np.bool_]) ->
 
 def _centred(thumbnails: Thumbnails) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean colour (N, 3), and the rest (N, 768). Each channel by itself, so that colour alone is no contrast."""
-    cells = thumbnails.reshape(len(thumbnails), -1, 3).astype(np.float32)
+    cells = thumbnails.reshape(len(thumbnails), THUMBNAIL_SIDE**2, 3).astype(np.float32)
     mean = cells.mean(axis=1)
-    return mean, (cells - mean[:, None, :]).reshape(len(thumbnails), -1)
+    return mean, (cells - mean[:, None, :]).reshape(len(thumbnails), 3 * THUMBNAIL_SIDE**2)
 
 
 class _Groups:
