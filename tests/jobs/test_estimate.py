@@ -1,0 +1,74 @@
+"""Estimates: in proportion to what they depend on, and from experience where there is some."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from app.jobs.estimate import DeviceSpeed, Estimate, PastSpeed, estimate, measure, stage_costs
+from app.jobs.spec import DatasetFacts, TrainingSpec, parse_request, resolve
+from app.vision.backbones import BACKBONES
+
+SPEED = DeviceSpeed(flops_per_second=100e9, bytes_per_second=10e9)
+FACTS = DatasetFacts.from_counts([{"name": name, "train": 500, "val": 100} for name in ("a", "b")])
+
+
+def spec(method: str = "full_fine_tuning", *, backbone: str = "resnet18", **hyperparameters: Any) -> TrainingSpec:
+    return resolve(
+        parse_request(
+            {
+                "dataset": "ds_1",
+                "method": method,
+                "recipe": "classic",
+                "backbone": backbone,
+                "hyperparameters": hyperparameters,
+            }
+        ),
+        dataset=FACTS,
+        weights={backbone: "IMAGENET1K_V1"},
+        device_type="cpu",
+    )
+
+
+def estimated(wanted: TrainingSpec, *past: PastSpeed) -> Estimate:
+    return estimate(wanted, dataset=FACTS, speed=SPEED, device_type="cpu", past=past)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "regnet_y_400mf", "vit_b_16", "swin_t"])
+def test_counted_operations_are_the_published_ones(name: str) -> None:
+    # Published figures count a multiplication with its addition as one.
+    counted = sum(cost.flops for cost in stage_costs(name, 224)) / 2e9
+    assert counted == pytest.approx(BACKBONES[name].gflops, rel=0.05)
+
+
+def test_frozen_stages_make_a_job_quicker_and_smaller() -> None:
+    head, last, full = (estimated(spec(m)) for m in ("feature_extraction", "fine_tuning", "full_fine_tuning"))
+    assert head.seconds < last.seconds < full.seconds
+    assert head.peak_memory_bytes < last.peak_memory_bytes < full.peak_memory_bytes
+
+
+def test_memory_grows_with_the_batch_and_time_with_the_epochs() -> None:
+    small, middle, large = (estimated(spec(batch_size=n)).peak_memory_bytes for n in (32, 64, 128))
+    assert large - middle == pytest.approx(2 * (middle - small), abs=4)
+    short, long = estimated(spec(epochs=10)).seconds, estimated(spec(epochs=20)).seconds
+    assert long - 3.0 == pytest.approx(2 * (short - 3.0))
+
+
+def test_a_job_run_before_is_believed() -> None:
+    known = PastSpeed("resnet18", "full_fine_tuning", 224, 50.0)
+    other = PastSpeed("resnet18", "full_fine_tuning", 64, 5000.0)
+    found = estimated(spec(epochs=10), other, known)
+    training_seconds = 10 * 1000 / 50
+    assert training_seconds < found.seconds < 1.2 * training_seconds
+
+
+def test_a_budget_bounds_the_time() -> None:
+    budgeted = spec().model_copy(update={"budget_seconds": 10.0})
+    assert estimated(budgeted).seconds == 13.0
+
+
+def test_the_device_is_measured_once() -> None:
+    first = measure(torch.device("cpu"))
+    assert measure(torch.device("cpu")) is first
+    assert first.flops_per_second > 0
+    assert first.bytes_per_second > 0

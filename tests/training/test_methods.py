@@ -1,0 +1,110 @@
+"""Which parameters each method moves, and at which rates."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training_builders as builders
+
+from app.datasets.manifest import Manifest, Record
+from app.jobs.spec import DatasetFacts, TrainingSpec, parse_request, resolve
+from worker.training import loop, methods
+from worker.training.methods import Training
+
+CLASSES = ["a", "b", "c"]
+
+
+def spec(method: str, *, recipe: str = "classic", **hyperparameters: Any) -> TrainingSpec:
+    values = {"epochs": 1, "batch_size": 6, "image_size": 32} | hyperparameters
+    return resolve(
+        parse_request(
+            {"dataset": "ds_1", "method": method, "recipe": recipe, "backbone": "resnet18", "hyperparameters": values}
+        ),
+        dataset=DatasetFacts.from_counts([{"name": name, "train": 4, "val": 2} for name in CLASSES]),
+        weights={"resnet18": "IMAGENET1K_V1"},
+        device_type="cpu",
+    )
+
+
+def training(wanted: TrainingSpec) -> Training:
+    source = builders.split(18)
+    records = [
+        Record(f"img_{i}", f"{i}.png", int(label), "train" if i < 12 else "val", "", 30, 24)
+        for i, label in enumerate(source.labels)
+    ]
+    return methods.prepare(
+        wanted,
+        classifier=methods.build_classifier(wanted, 3),
+        manifest=Manifest(CLASSES, records),
+        images=source.images,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "hyperparameters", "moved"),
+    [
+        ("feature_extraction", {}, set()),
+        ("fine_tuning", {}, {"layer4"}),
+        ("fine_tuning", {"unfreeze": 2}, {"layer3", "layer4"}),
+        ("full_fine_tuning", {}, {"stem", "layer1", "layer2", "layer3", "layer4"}),
+        ("from_scratch", {}, {"stem", "layer1", "layer2", "layer3", "layer4"}),
+    ],
+)
+def test_a_method_moves_its_stages_and_the_head_and_nothing_else(
+    method: str, hyperparameters: dict[str, Any], moved: set[str]
+) -> None:
+    prepared = training(spec(method, **hyperparameters))
+    before = builders.weights(prepared.classifier)
+    list(loop.fit(prepared.state, prepared.plan))
+    after = builders.weights(prepared.classifier)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    stages = {name.split(".")[2] for name in changed if name.startswith("backbone.")}
+    assert stages == moved
+    assert {"head.weight", "head.bias"} <= changed
+    # What changes is what a checkpoint holds: batch-norm statistics of trained stages too, of frozen ones not.
+    assert changed <= set(prepared.state.changing)
+
+
+def test_a_feature_layer_cuts_the_network_behind_it() -> None:
+    prepared = training(spec("feature_extraction", feature_layer="layer2"))
+    assert prepared.classifier.stage_names == ("stem", "layer1", "layer2")
+    assert prepared.classifier.head.in_features == 128
+
+
+def test_head_and_backbone_have_rates_of_their_own() -> None:
+    prepared = training(spec("full_fine_tuning", recipe="modern", learning_rate=0.01, backbone_learning_rate=0.001))
+    rates = {
+        id(parameter): group["peak_learning_rate"]
+        for group in prepared.state.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert {rates[id(p)] for p in prepared.classifier.head.parameters()} == {0.01}
+    assert {rates[id(p)] for p in prepared.classifier.backbone.parameters()} == {0.001}
+
+
+def test_classic_is_computed_in_full_precision_on_a_cpu() -> None:
+    assert training(spec("full_fine_tuning")).state.precision == "fp32"
+
+
+def test_balanced_weights_are_inverse_to_the_counts_and_one_in_the_mean() -> None:
+    split = builders.split(9)
+    uneven = type(split)(split.images, split.indices[:6], np.array([0, 0, 0, 0, 1, 1]))
+    weights = methods._balanced(uneven, 3)
+    assert weights == (6 / (2 * 4), 6 / (2 * 2), 0.0)
+    assert sum(weights[label] for label in uneven.labels) / 6 == 1.0
+
+
+def test_validation_and_conclusion_see_the_same_pixels_in_the_same_order() -> None:
+    wanted = spec("full_fine_tuning", epochs=2)
+    prepared = training(wanted)
+    results = list(loop.fit(prepared.state, prepared.plan))
+    manifest = Manifest(
+        CLASSES, [Record(f"img_{i}", f"{i}.png", i % 3, "train" if i < 12 else "val", "", 30, 24) for i in range(18)]
+    )
+    conclusion = methods.conclude(prepared, manifest)
+    best = results[conclusion.metrics["best_epoch"] - 1]
+    assert conclusion.metrics["val_accuracy"] == best.val_accuracy
+    assert conclusion.metrics["val_loss"] == pytest.approx(best.val_loss, abs=1e-6)
+    assert "test" not in conclusion.evaluation
