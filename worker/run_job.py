@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from sqlalchemy.orm import Session
@@ -32,7 +32,7 @@ from app.vision.weights import WeightStore
 from worker.reporter import Reporter, ShuttingDown
 from worker.training import loop, methods
 from worker.training.checkpoint import Checkpoint, Checkpoints
-from worker.training.loop import EpochResult, Hooks, LoopState, StepProgress
+from worker.training.loop import EpochResult, Hooks, LoopState, Precision, StepProgress
 from worker.training.methods import Conclusion, Training
 
 _DOWNLOAD_EVENT_SECONDS = 2.0
@@ -55,14 +55,16 @@ def run_training(
     classifier = _build(spec, len(manifest.classes), settings=settings, storage=storage, reporter=reporter)
     checkpoints = Checkpoints(storage, job_id=claim.job_id, fence=claim.fence)
     found = checkpoints.newest(on_damaged=reporter.log)
+    device = resolve_device(settings.device)
     training = methods.prepare(
         spec,
         classifier=classifier,
         manifest=manifest,
         images=images,
-        device=resolve_device(settings.device),
-        precision=found.numbers["precision"] if found else None,
+        device=device,
+        precision=found.numbers["precision"] if found else _remembered_precision(spec, device, storage),
     )
+    _remember_precision(training.state.precision, spec, device, storage)
     _announce(training, spec, found, reporter)
     _fit(training, checkpoints, reporter)
     reporter.progress("evaluate", fraction=1.0, eta_seconds=0.0)
@@ -97,6 +99,30 @@ def _build(
             f"Training starts from the weights {found.weights.name}; {spec.backbone.weights} was there at submission."
         )
     return methods.build_classifier(spec, class_count, state_dict=store.load(found))
+
+
+def _precision_key(spec: TrainingSpec, device: torch.device) -> str:
+    values = spec.hyperparameters
+    trained = f"{spec.method}-{values.unfreeze}-{values.feature_layer}"
+    return (
+        f"precisions/{device.type}/{spec.recipe}/{spec.backbone.name}-{trained}-{values.image_size}-{values.batch_size}"
+    )
+
+
+def _remembered_precision(spec: TrainingSpec, device: torch.device, storage: LocalStorage) -> Precision | None:
+    """What was measured for the first job of this kind: a second measurement might fall out otherwise by chance, and
+    the same spec would give another model."""
+    path = storage.path(_precision_key(spec, device))
+    text = path.read_text("utf-8") if path.exists() else ""
+    return next((precision for precision in get_args(Precision) if precision == text), None)
+
+
+def _remember_precision(precision: Precision, spec: TrainingSpec, device: torch.device, storage: LocalStorage) -> None:
+    key = _precision_key(spec, device)
+    if not storage.exists(key):
+        with storage.staging() as staged:
+            staged.write_text(precision, "utf-8")
+            storage.publish(staged, key)
 
 
 def _download_events(backbone: str, reporter: Reporter) -> Callable[[int, int | None], None]:

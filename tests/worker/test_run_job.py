@@ -229,6 +229,22 @@ def test_a_job_given_back_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(
     assert _equal(disturbed.weights(), undisturbed.weights())
 
 
+def test_the_precision_is_measured_for_the_first_job_of_a_kind_and_remembered(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = job(recipe="modern", hyperparameters={"epochs": 1})
+    first.run()
+    (line,) = [m for m in first.messages if m.startswith("Training mobilenet_v3_small")]
+
+    def measure_again(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("worker.training.methods.choose_precision", measure_again)
+    second = job(recipe="modern", hyperparameters={"epochs": 1})
+    second.run()
+    assert line in second.messages
+
+
 def test_a_stopped_job_succeeds_with_its_best_epoch_so_far(
     job: Callable[..., Job], database: Database, every_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
