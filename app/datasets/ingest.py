@@ -107,7 +107,7 @@ def ingest(
             records = _records(layout, images, [image.picture.split or "train" for image in images])
             return _report(layout, records, rejected, warnings=[], error=error)
 
-        groups = group_near_copies(_fingerprints(images, staged))
+        groups = group_near_copies(_fingerprints(images, staged), tick=lambda: tick(_DECODED))
         tick(_DECODED)
         splits = _splits(layout, images, groups, options)
         records = _records(layout, images, splits)

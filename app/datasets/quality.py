@@ -6,7 +6,7 @@ pair is compared as thumbnails, cell by cell.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -50,6 +50,7 @@ class Fingerprint:
 
     thumbnail: Pixels  # (16, 16, 3)
     perceptual_hash: int  # 64 bits
+    contrast: float  # of the thumbnail: standard deviation in grey levels, each channel by itself
     log_ratio: float  # of width to height
     is_tiny: bool
     digest: bytes  # of the pixels
@@ -62,6 +63,7 @@ class Fingerprints:
     thumbnails: Thumbnails  # may be memory-mapped
     rows: NDArray[np.int64]  # where in `thumbnails` each picture's is
     hashes: NDArray[np.uint64]
+    contrasts: NDArray[np.float64]
     log_ratios: NDArray[np.float64]
     are_tiny: NDArray[np.bool_]
     digests: Sequence[bytes]
@@ -73,6 +75,7 @@ class Fingerprints:
             thumbnails,
             rows,
             np.array([each.perceptual_hash for each in fingerprints], dtype=np.uint64),
+            np.array([each.contrast for each in fingerprints], dtype=np.float64),
             np.array([each.log_ratio for each in fingerprints], dtype=np.float64),
             np.array([each.is_tiny for each in fingerprints], dtype=np.bool_),
             [each.digest for each in fingerprints],
@@ -83,31 +86,34 @@ def fingerprint(pixels: Pixels) -> Fingerprint:
     """pixels: uint8 (H, W, 3)."""
     height, width, _ = pixels.shape
     image = Image.fromarray(pixels)
-    thumbnail = image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+    thumbnail = np.asarray(image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR))
     grey = image.resize((_HASHED_SIDE, _HASHED_SIDE), Image.Resampling.BOX).convert("L")
     digest = hashlib.blake2b(f"{height} {width} ".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(pixels).data)
     return Fingerprint(
-        np.asarray(thumbnail),
+        thumbnail,
         _perceptual_hash(np.asarray(grey)),
+        float(np.sqrt(np.mean(_centred(thumbnail[None])[1] ** 2))),
         float(np.log(width / height)),
         min(height, width) < TINY_SIDE,
         digest.digest(),
     )
 
 
-def group_near_copies(pictures: Fingerprints) -> NDArray[np.int64]:
+def group_near_copies(pictures: Fingerprints, *, tick: Callable[[], None] = lambda: None) -> NDArray[np.int64]:
     """(N,): for each picture the number of its group, which is the index of the group's first picture.
 
-    Pictures with equal pixels are one group, whatever they show.
+    Pictures with equal pixels are one group, whatever they show. tick: called now and then; may raise to stop.
     """
     groups = _Groups(len(pictures.digests))
     first: dict[bytes, int] = {}
     for i, digest in enumerate(pictures.digests):
         groups.join(first.setdefault(digest, i), i)
-    # One of each group of equals is enough, and keeps a thousand equal pictures from being a million pairs.
+    # One of each group of equals is enough, and plain ones share one hash: neither may be a million pairs.
     alone = np.array(sorted(first.values()), dtype=np.int64)
+    alone = alone[pictures.contrasts[alone] >= MIN_CONTRAST]
     for left, right in _candidates(pictures.hashes[alone]):
+        tick()
         a, b = alone[left], alone[right]
         is_alike = np.abs(pictures.log_ratios[a] - pictures.log_ratios[b]) < MAX_RATIO_DIFFERENCE
         a, b = a[is_alike], b[is_alike]
@@ -176,14 +182,12 @@ def _are_copies(a: Thumbnails, b: Thumbnails, *, are_tiny: NDArray[np.bool_]) ->
     mean_b, centred_b = _centred(b)
     contrast_a = np.sqrt(np.mean(centred_a**2, axis=1))
     contrast_b = np.sqrt(np.mean(centred_b**2, axis=1))
-    safe = np.maximum(contrast_a, 1e-6)
-    gain = np.mean(centred_a * centred_b, axis=1) / safe**2
+    gain = np.mean(centred_a * centred_b, axis=1) / contrast_a**2
     residual = np.sqrt(np.mean((centred_b - gain[:, None] * centred_a) ** 2, axis=1))
-    contrast = np.minimum(contrast_a, contrast_b)
+    contrast = np.minimum(contrast_a, contrast_b)  # never below MIN_CONTRAST here
     allowed_share = np.where(are_tiny, MAX_RESIDUAL_SHARE_TINY, MAX_RESIDUAL_SHARE)
     is_same: NDArray[np.bool_] = (
-        (contrast >= MIN_CONTRAST)
-        & (residual <= np.maximum(allowed_share * contrast, RESIDUAL_FLOOR))
+        (residual <= np.maximum(allowed_share * contrast, RESIDUAL_FLOOR))
         & (gain >= CONTRAST_RANGE[0])
         & (gain <= CONTRAST_RANGE[1])
         & (np.abs(mean_a - mean_b).max(axis=1) <= MAX_BRIGHTNESS_SHIFT)

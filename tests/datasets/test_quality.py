@@ -87,6 +87,13 @@ def test_plain_pictures_are_copies_only_if_equal() -> None:
     assert groups(plain) == [0, 1, 2, 0]
 
 
+def test_many_plain_pictures_are_told_apart_quickly() -> None:
+    """They share one hash; compared pair by pair, these would take minutes."""
+    colours = np.random.default_rng(0).permutation(256**3)[:8_000]
+    plain = [np.full((4, 4, 3), [c >> 16, c >> 8 & 255, c & 255], dtype=np.uint8) for c in colours.tolist()]
+    assert groups(plain) == list(range(8_000))
+
+
 def test_noise_is_not_merged() -> None:
     random = np.random.default_rng(0)
     noise = [random.integers(0, 255, (32, 32, 3), dtype=np.uint8) for _ in range(300)]
