@@ -17,7 +17,7 @@ EXIT_INTERRUPTED = 130
 
 # A pipe or a file has no width to fit into.
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-errors = Console(stderr=True, highlight=False)
+errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
 
 Url = Annotated[str, typer.Option("--url", envvar="GRAFT_URL", help="Address of the Graft server.")]
 ApiKey = Annotated[str, typer.Option("--api-key", envvar="GRAFT_API_KEY", help="API key.", show_default=False)]
