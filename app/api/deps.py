@@ -73,7 +73,7 @@ async def refuse_unknown_query(request: Request) -> None:
     if unknown:
         advice = f"known are: {', '.join(known)}" if known else "it takes none"
         raise InvalidRequest(
-            f"There is no query parameter {', '.join(repr(name) for name in unknown)} here; {advice}.",
+            f"This path does not have the query parameter {', '.join(map(repr, unknown))} in this version; {advice}.",
             errors=[FieldError(f"#/{name}", "there is no such query parameter") for name in unknown],
         )
 

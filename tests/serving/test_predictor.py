@@ -1,0 +1,214 @@
+"""The predictor by itself: what it loads, keeps, refuses, and computes."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import builders
+import pytest
+import torch
+
+from app.errors import ImageRefused, ModelUnavailable, Overloaded
+from app.serving.predictor import LoadedModel, Predictor, Scores
+from app.vision import artifact, images
+from app.vision.artifact import Artifact
+from app.vision.classifier import Classifier
+from app.vision.images import ImageLimits
+from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
+
+LIMITS = ImageLimits(
+    max_bytes=10**7, max_pixels=10**7, max_side=10_000, max_aspect=100.0, max_jpeg_scans=100
+)  # fmt: skip
+SMALL = Preprocessing(
+    resize=40, crop=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear"
+)
+PICTURES = [builders.jpeg(seed, size=(60 + seed, 50)) for seed in range(5)]
+BROKEN = PICTURES[0][:100]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of three models: a, b and c."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate("abc"):
+        classifier = Classifier.new("squeezenet1_1", 3, seed=seed).eval()
+        artifact.save(folder / name, Artifact(classifier, ["x", "y", "z"], SMALL, temperature=0.7))
+    return folder
+
+
+@pytest.fixture
+def with_predictor(models: Path) -> Callable[..., None]:
+    """Runs an async story with a predictor, and closes it."""
+
+    def run(story: Callable[[Predictor], Awaitable[None]], **options: int) -> None:
+        async def main() -> None:
+            predictor = Predictor(
+                folder_of=lambda model_id: models / model_id,
+                device=torch.device("cpu"),
+                limits=LIMITS,
+                max_loaded_bytes=options.get("max_loaded_bytes", 10**9),
+                max_pending=options.get("max_pending", 100),
+            )
+            try:
+                await story(predictor)
+            finally:
+                predictor.close()
+
+        asyncio.run(main())
+
+    return run
+
+
+def values(outcome: Scores | ImageRefused) -> list[float]:
+    assert isinstance(outcome, Scores)
+    return list(outcome.values)
+
+
+def expected(models: Path, name: str, picture: bytes) -> list[float]:
+    """The same numbers by the same steps as validation takes them, one picture at a time."""
+    loaded = artifact.load(models / name)
+    pixels = eval_pixels(images.decode(picture, side=SMALL.side, limits=LIMITS), SMALL)
+    with torch.inference_mode():
+        logits = loaded.classifier(normalise(pixels[None], SMALL))
+        row: list[float] = (logits / loaded.temperature).softmax(1)[0].tolist()
+    return row
+
+
+def test_scores_are_the_calibrated_probabilities_in_order(models: Path, with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        outcomes = await predictor.predict("a", PICTURES)
+
+        for picture, outcome in zip(PICTURES, outcomes, strict=True):
+            assert values(outcome) == pytest.approx(expected(models, "a", picture), abs=1e-5)
+
+    with_predictor(story)
+
+
+def test_unreadable_picture_keeps_its_place(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        first, broken, last = await predictor.predict("a", [PICTURES[0], BROKEN, PICTURES[1]])
+        alone = (await predictor.predict("a", [PICTURES[0]]), await predictor.predict("a", [PICTURES[1]]))
+
+        assert isinstance(broken, ImageRefused)
+        assert values(first) == pytest.approx(values(alone[0][0]), abs=1e-6)
+        assert values(last) == pytest.approx(values(alone[1][0]), abs=1e-6)
+
+    with_predictor(story)
+
+
+def test_nothing_to_predict_is_answered_with_nothing(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        assert await predictor.predict("a", []) == []
+
+    with_predictor(story)
+
+
+def test_top_is_best_first_and_no_longer_than_the_classes() -> None:
+    scores = Scores(["x", "y", "z"], [0.2, 0.5, 0.3])
+
+    assert scores.top(2) == [("y", 0.5), ("z", 0.3)]
+    assert scores.top(1000) == [("y", 0.5), ("z", 0.3), ("x", 0.2)]
+
+
+def test_more_than_may_wait_is_refused_and_the_rest_is_answered(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        outcomes = await asyncio.gather(
+            *(predictor.predict("a", PICTURES[:2]) for _ in range(4)), return_exceptions=True
+        )
+
+        refused = [outcome for outcome in outcomes if isinstance(outcome, Overloaded)]
+        assert [len(outcome) for outcome in outcomes if isinstance(outcome, list)] == [2, 2]
+        assert [error.retry_after_seconds for error in refused] == [1, 1]
+        assert predictor.pending == 0
+        assert len(await predictor.predict("a", PICTURES[:2])) == 2
+
+    with_predictor(story, max_pending=5)
+
+
+def test_many_that_ask_at_once_cause_one_load(models: Path, with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        loaded = await asyncio.gather(*(predictor.load("a") for _ in range(10)))
+
+        assert len({id(model) for model in loaded}) == 1
+
+    with_predictor(story)
+
+
+def test_least_recently_used_model_makes_room_and_the_pinned_one_stays(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        await predictor.pin("a")
+        await predictor.load("b")
+        assert (predictor.is_loaded("a"), predictor.is_loaded("b")) == (True, True)
+
+        await predictor.load("c")
+        assert [predictor.is_loaded(name) for name in "abc"] == [True, False, True]
+
+        await predictor.pin(None)
+        assert [predictor.is_loaded(name) for name in "abc"] == [False, False, True]
+
+    with_predictor(story, max_loaded_bytes=1)
+
+
+def test_request_under_way_ends_on_the_model_it_began_with(models: Path, with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        under_way = asyncio.create_task(predictor.predict("a", PICTURES))
+        await asyncio.sleep(0)
+        await predictor.load("b")
+        predictor.forget("a")
+
+        assert values((await under_way)[0]) == pytest.approx(expected(models, "a", PICTURES[0]), abs=1e-5)
+
+    with_predictor(story)
+
+
+def test_model_that_cannot_be_loaded_is_tried_again(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        for _ in range(2):
+            with pytest.raises(ModelUnavailable):
+                await predictor.predict("none", PICTURES[:1])
+        assert predictor.pending == 0
+
+    with_predictor(story)
+
+
+def test_caller_that_leaves_does_not_take_the_model_from_others(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        leaving, staying = (asyncio.create_task(predictor.predict("a", PICTURES[:1])) for _ in range(2))
+        await asyncio.sleep(0)
+        leaving.cancel()
+
+        assert len(await staying) == 1
+        assert leaving.cancelled()
+        assert predictor.pending == 0
+
+    with_predictor(story)
+
+
+def test_batch_that_does_not_fit_into_memory_is_halved(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LoadedModel(artifact.load(models / "a"), torch.device("cpu"))
+    pixels = torch.randint(0, 255, (5, 3, 32, 32), dtype=torch.uint8)
+    whole = model.probabilities(pixels)
+    forward, sizes = model._forward, []
+
+    def short_of_memory(batch: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError
+        return forward(batch)
+
+    monkeypatch.setattr(model, "_forward", short_of_memory)
+
+    assert torch.allclose(model.probabilities(pixels), whole, atol=1e-6)
+    assert sizes == [5, 2, 3, 1, 2]
+
+
+def test_device_without_memory_for_one_picture_is_overloaded(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LoadedModel(artifact.load(models / "a"), torch.device("cpu"))
+
+    def out_of_memory(batch: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "_forward", out_of_memory)
+
+    with pytest.raises(Overloaded):
+        model.probabilities(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
