@@ -1,5 +1,7 @@
 """Jobs in every state, for tests of the queue and of the worker."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +46,14 @@ def request_cancel(database: Database, job_id: str) -> None:
 def find(database: Database, job_id: str, *, kind: JobKind = JobKind.training) -> JobRow:
     with database.read() as session:
         return queue.find(session, job_id, kind=kind)
+
+
+@contextmanager
+def write_locked(database: Database) -> Iterator[None]:
+    """Nobody else can write meanwhile (on SQLite)."""
+    with database.write() as session:
+        session.connection()  # a transaction begins with its first statement
+        yield
 
 
 def event_log(database: Database, job_id: str) -> list[EventRow]:

@@ -18,6 +18,7 @@ from queue_builders import (
     snapshot,
     statuses,
     submit,
+    write_locked,
 )
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -70,7 +71,7 @@ def test_kinds_do_not_wait_for_each_other(database: Database) -> None:
 
 
 def test_idle_worker_looks_without_waiting_for_a_writer(database: Database) -> None:
-    with database.write(), database.read() as session:
+    with write_locked(database), database.read() as session:
         assert queue.queued_kinds(session) == set()
         assert queue.running_leases(session) == []
 
