@@ -96,6 +96,7 @@ class ZipMember:
     has_descriptor: bool = False
     offset: int | None = None  # in the directory
     is_listed: bool = True
+    needed_version: int = 20  # times ten
     raw_name: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,14 +127,16 @@ def raw_zip(
             if member.has_descriptor
             else (crc, len(packed), size if member.local_size is None else member.local_size)
         )
-        body += struct.pack("<4s5H3I2H", b"PK\x03\x04", 20, flags, member.method, 0, 33, *local, len(local_name), 0)
+        body += struct.pack(
+            "<4s5H3I2H", b"PK\x03\x04", member.needed_version, flags, member.method, 0, 33, *local, len(local_name), 0
+        )
         body += local_name + packed
         if member.has_descriptor:
             body += struct.pack("<4s3I", b"PK\x07\x08", crc, len(packed), size)
         if member.is_listed:
             directory += struct.pack(
-                "<4s6H3I5H2I", b"PK\x01\x02", 3 << 8 | 20, 20, flags, member.method, 0, 33, crc, len(packed), size,
-                len(member.raw_name), len(member.extra), 0, 0, 0, member.mode << 16, offset,
+                "<4s6H3I5H2I", b"PK\x01\x02", 3 << 8 | 20, member.needed_version, flags, member.method, 0, 33,
+                crc, len(packed), size, len(member.raw_name), len(member.extra), 0, 0, 0, member.mode << 16, offset,
             )  # fmt: skip
             directory += member.raw_name + member.extra
     body += gap

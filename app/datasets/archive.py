@@ -224,6 +224,7 @@ _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "see the Zip64 record"
 _ENCRYPTED, _DESCRIPTOR, _PATCHED, _STRONG, _UTF8, _MASKED = 0x1, 0x8, 0x20, 0x40, 0x800, 0x2000
 _STORED, _DEFLATED, _AES = 0, 8, 99
 _EXTRA_ZIP64, _EXTRA_NAME = 0x0001, 0x7075
+_NEWEST_VERSION = 63  # of the format, times ten: what other readers know; nothing that is accepted here needs more
 _UNIX_SYSTEMS = {3, 19}  # Unix, Darwin: only theirs have a file type in the high half of the attributes
 
 
@@ -336,7 +337,7 @@ def _read_end64(file: BinaryIO, end_offset: int) -> tuple[int, int, int, int] | 
 def _read_entry(file: BinaryIO, names: _Names) -> _Entry:
     header = _read_exactly(file, _CENTRAL.size)
     (
-        signature, made_by, _, flags, method, _, _, crc, packed, unpacked,
+        signature, made_by, needed, flags, method, _, _, crc, packed, unpacked,
         name_bytes, extra_bytes, comment_bytes, disk, _, attributes, offset,
     ) = _CENTRAL.unpack(header)  # fmt: skip
     if signature != b"PK\x01\x02":
@@ -350,7 +351,7 @@ def _read_entry(file: BinaryIO, names: _Names) -> _Entry:
     _check_kind(name, is_folder=is_folder, system=made_by >> 8, mode=attributes >> 16)
     if flags & (_ENCRYPTED | _STRONG | _MASKED) or method == _AES:
         raise ArchiveRefused("The archive is encrypted; send it without a password.", code="encrypted-archive")
-    if method not in {_STORED, _DEFLATED} or flags & _PATCHED:
+    if method not in {_STORED, _DEFLATED} or flags & _PATCHED or needed & 0xFF > _NEWEST_VERSION:
         raise ArchiveRefused(
             f"The archive's member {shown(name)} is packed in a way that is not read here; use plain zip (deflate).",
             code="unsupported-compression",
@@ -448,7 +449,7 @@ def _check_local_headers(file: BinaryIO, entries: list[_Entry], directory_offset
 
 def _check_local_header(file: BinaryIO, entry: _Entry) -> int:
     file.seek(entry.offset)
-    signature, _, flags, method, _, _, crc, packed, unpacked, name_bytes, extra_bytes = _LOCAL.unpack(
+    signature, needed, flags, method, _, _, crc, packed, unpacked, name_bytes, extra_bytes = _LOCAL.unpack(
         _read_exactly(file, _LOCAL.size)
     )
     told_by_both = _ENCRYPTED | _DESCRIPTOR | _UTF8
@@ -457,6 +458,7 @@ def _check_local_header(file: BinaryIO, entry: _Entry) -> int:
         signature != b"PK\x03\x04"
         or raw_name != entry.raw_name
         or method != entry.method
+        or needed & 0xFF > _NEWEST_VERSION
         or (flags ^ entry.flags) & told_by_both
     ):
         raise _corrupt(f"the header of {shown(entry.path)} and the directory differ")

@@ -304,6 +304,11 @@ def test_zip_packed_in_another_way_is_refused(contents: Contents, method: int) -
     assert code_of(contents, raw_zip([ZipMember("a.jpg", method=method)])) == "unsupported-compression"
 
 
+def test_zip_of_a_later_format_is_refused(contents: Contents) -> None:
+    assert contents(raw_zip([ZipMember("a.jpg", b"1", needed_version=63)])) == {"a.jpg": b"1"}
+    assert code_of(contents, raw_zip([ZipMember("a.jpg", b"1", needed_version=64)])) == "unsupported-compression"
+
+
 # Stories that differ
 
 
