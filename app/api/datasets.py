@@ -6,7 +6,7 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
@@ -15,6 +15,7 @@ from app.api import idempotency
 from app.api.deps import (
     After,
     CallerDep,
+    IdempotencyKey,
     Limit,
     ServicesDep,
     Wait,
@@ -28,6 +29,7 @@ from app.api.schemas import Dataset, DatasetImage, Deleted, Listing
 from app.api.services import Services
 from app.datasets import catalog
 from app.datasets.archive import ArchiveLimits
+from app.datasets.ingest import archive_key
 from app.datasets.inventory import inspect
 from app.datasets.manifest import Split
 from app.datasets.upload import MAX_OVERHEAD_BYTES, StagedUpload, receive
@@ -107,9 +109,7 @@ async def upload_dataset(
         ValFraction | None, Query(description="Share of each class for validation, where the archive has no split.")
     ] = None,
     seed: Annotated[Seed | None, Query(description="Of the split.")] = None,
-    idempotency_key: Annotated[
-        str | None, Header(description="Same key and request, same data set; kept 24 hours.")
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     _refuse_declared_size(request, services.settings)
     key = idempotency.parse_key(idempotency_key)
@@ -179,13 +179,13 @@ def list_images(
     services: ServicesDep,
     dataset_id: DatasetId,
     class_name: Annotated[str | None, Query(alias="class", max_length=1000)] = None,
-    split: Split | None = None,
+    split: Split | Literal[""] | None = None,
     limit: Limit = 50,
     after: After = None,
 ) -> Listing[DatasetImage]:
     _check_has_images(services, dataset_id)
     found, has_more = services.pictures.page(
-        dataset_id, class_name=class_name, split=split, limit=limit, after=after or None
+        dataset_id, class_name=class_name or None, split=split or None, limit=limit, after=after or None
     )
     images = [DatasetImage.of(record, name, dataset_id=dataset_id) for record, name in found]
     return Listing[DatasetImage](
@@ -249,7 +249,7 @@ def _keep(
 ) -> Mapping[str, Any]:
     """Publishes the archive, then makes its data set, its ingest and its answer in one transaction."""
     dataset_id = new_id("ds")
-    services.storage.publish(upload.path, f"datasets/{dataset_id}/archive")
+    services.storage.publish(upload.path, archive_key(dataset_id))
     try:
         with services.database.write() as session:
             row = catalog.create(

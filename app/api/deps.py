@@ -11,13 +11,14 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Header, Query, Request
 from fastapi.dependencies.utils import get_flat_params
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from app.access import Caller
+from app.api import idempotency
 from app.api.problems import invalid_fields
 from app.api.services import Services
 from app.errors import FieldError, InvalidRequest, TooLarge
@@ -55,6 +56,13 @@ ServicesDep = Annotated[Services, Depends(_services_dependency)]
 CallerDep = Annotated[Caller, Depends(_caller_dependency)]
 
 Limit = Annotated[int, Query(ge=1, le=200, description="Most entries in one page.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        description="Same key and same request, same resource and answer; kept 24 hours.",
+        json_schema_extra={"pattern": idempotency.KEY_PATTERN},
+    ),
+]
 After = Annotated[
     str | None, Query(max_length=200, description="`last_id` of the page before; the list goes on after it.")
 ]

@@ -22,7 +22,9 @@ from app.jobs.owner import current_process, is_gone
 
 KEPT_FOR = timedelta(hours=24)
 
-_KEY = re.compile(r"[\x21-\x7e]{1,255}", re.ASCII)
+_BARE_KEY = r"[\x21\x23-\x7e]{1,255}"  # visible ASCII but the quotation mark
+KEY_PATTERN = rf'^("{_BARE_KEY}"|{_BARE_KEY})$'
+_KEY = re.compile(_BARE_KEY)
 
 
 class KeyReused(InvalidRequest):
@@ -53,7 +55,9 @@ def parse_key(header: str | None) -> str | None:
     if len(key) >= 2 and key[0] == key[-1] == '"':
         key = key[1:-1]
     if not _KEY.fullmatch(key):
-        raise InvalidRequest("Idempotency-Key must be 1 to 255 visible ASCII characters, quoted or bare.")
+        raise InvalidRequest(
+            "Idempotency-Key must be 1 to 255 visible ASCII characters other than quotation marks, or that in quotes."
+        )
     return key
 
 

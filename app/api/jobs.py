@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from app.api import event_stream, idempotency, training
-from app.api.deps import After, CallerDep, Limit, ServicesDep, Wait, json_body, wait_until
+from app.api.deps import After, CallerDep, IdempotencyKey, Limit, ServicesDep, Wait, json_body, wait_until
 from app.api.event_stream import Look
 from app.api.idempotency import Claim
 from app.api.openapi import json_request, problems
@@ -47,7 +47,7 @@ async def submit_job(
     caller: CallerDep,
     job: Annotated[JobRequest, Depends(json_body(parse_request))],
     dry_run: Annotated[bool, Query(description="Resolve and estimate only.")] = False,
-    idempotency_key: Annotated[str | None, Header(description="Same key and request, same job; kept 24 hours.")] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     key = idempotency.parse_key(idempotency_key)
     if dry_run:

@@ -17,6 +17,9 @@ router = APIRouter(tags=["models"])
 
 ModelName = Annotated[str, Path(max_length=100, description="A model's id or alias.")]
 AliasName = Annotated[str, Path(max_length=100)]
+NewAliasName = Annotated[
+    str, Path(json_schema_extra={"pattern": r"^(?!mdl_|ds_|job_|key_)[a-z0-9][a-z0-9._-]{0,62}$"}, max_length=63)
+]
 
 
 @router.get("/v1/models", response_model=Listing[Model], summary="List models, newest first", responses=problems(404))
@@ -88,7 +91,7 @@ def list_aliases(services: ServicesDep) -> Listing[Alias]:
     openapi_extra=json_request(AliasRequest),
 )
 async def put_alias(
-    services: ServicesDep, name: AliasName, body: Annotated[AliasRequest, Depends(json_body(AliasRequest))]
+    services: ServicesDep, name: NewAliasName, body: Annotated[AliasRequest, Depends(json_body(AliasRequest))]
 ) -> Alias:
     model_id = await run_in_threadpool(_model_id, services, body.model)
     # A model that cannot be loaded is refused here, with 503, instead of becoming what /predict answers with.

@@ -7,12 +7,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from app.datasets.ingest import PACKED_SIDE, manifest_key, packed_key
 from app.datasets.manifest import Manifest, Record, Split
 from app.datasets.packed import PackedPixels
 from app.errors import NotFound
 from app.storage import LocalStorage
 from app.vision.images import encode_thumbnail
-from app.vision.preprocessing import PACK_SIDES
 
 # A manifest of a million images takes some 400 MB of memory; people look at one or two data sets at a time.
 OPEN_DATASETS = 4
@@ -38,7 +38,7 @@ class Pictures:
     ) -> tuple[list[tuple[Record, str]], bool]:
         """Up to `limit` (record, class name) in the manifest's order, and whether there are more.
 
-        Raises NotFound for a class or an `after` that the data set does not have.
+        Raises NotFound for a class or an `after` that the data set does not have, and for missing files.
         """
         opened = self._open(dataset_id)
         classes = opened.manifest.classes
@@ -48,9 +48,6 @@ class Pictures:
         matching = self._matching(opened, start, class_name=class_name, split=split)
         found = [record for record, _ in zip(matching, range(limit + 1), strict=False)]
         return [(record, classes[record.label]) for record in found[:limit]], len(found) > limit
-
-    def records(self, dataset_id: str) -> Manifest:
-        return self._open(dataset_id).manifest
 
     def thumbnail(self, dataset_id: str, image_id: str) -> bytes:
         """A JPEG made anew from pixels: nothing of the uploaded file is in it. Raises NotFound."""
@@ -74,12 +71,15 @@ class Pictures:
             return opened
 
     def _read(self, dataset_id: str) -> _Opened:
-        manifest = Manifest.read(self._storage.path(f"datasets/{dataset_id}/manifest.jsonl"))
-        return _Opened(
-            manifest=manifest,
-            index_of={record.image_id: index for index, record in enumerate(manifest.records)},
-            pixels=PackedPixels(self._storage.path(f"datasets/{dataset_id}/packed-{PACK_SIDES[0]}")),
-        )
+        try:
+            manifest = Manifest.read(self._storage.path(manifest_key(dataset_id)))
+            pixels = PackedPixels(self._storage.path(packed_key(dataset_id, PACKED_SIDE)))
+        except (OSError, ValueError) as error:  # deleted a moment ago, or damaged
+            raise NotFound(
+                "The data set's files are missing or damaged; delete it and upload it again.", code="dataset-unreadable"
+            ) from error
+        index_of = {record.image_id: index for index, record in enumerate(manifest.records)}
+        return _Opened(manifest, index_of, pixels)
 
     @staticmethod
     def _matching(opened: _Opened, start: int, *, class_name: str | None, split: Split | None) -> Iterator[Record]:

@@ -75,7 +75,7 @@ class Asked:
                         "type": "object",
                         "required": ["file"],
                         "properties": {
-                            "file": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                            "file": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}},
                             "model": {"type": "string"},
                             "top_k": {"type": "integer", "minimum": 1, "maximum": 1000},
                         },

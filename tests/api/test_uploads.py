@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import httpx
 import pytest
 from api_builders import RunningServer
 from test_problems import assert_is_problem
+
+from app.db.engine import Database
 
 ARCHIVE = api_builders.archive_of_classes()
 
@@ -197,3 +200,22 @@ def test_full_disk_refuses_uploads(tmp_path: Path) -> None:
     with api_builders.running(settings) as server, api_builders.client_of(server) as client:
         assert_is_problem(client.post("/v1/datasets", content=ARCHIVE), 507, "storage-full")
         assert "too full" in client.get("/readyz").json()["detail"]
+
+
+def test_images_of_a_data_set_whose_files_are_gone_are_404(server: RunningServer, client: httpx.Client) -> None:
+    dataset = api_builders.ready_dataset(server.services.database)
+
+    assert_is_problem(client.get(f"/v1/datasets/{dataset}/images?class=&split="), 404, "dataset-unreadable")
+    assert_is_problem(client.get(f"/v1/datasets/{dataset}/images/img_1/thumbnail"), 404, "dataset-unreadable")
+
+
+@pytest.mark.parametrize("prepare", [api_builders.processing_dataset, api_builders.failed_dataset])
+def test_images_of_a_data_set_that_is_not_ready_are_409(
+    server: RunningServer, client: httpx.Client, prepare: Callable[[Database], str]
+) -> None:
+    dataset = prepare(server.services.database)
+
+    response = client.get(f"/v1/datasets/{dataset}/images")
+
+    assert response.status_code == 409
+    assert ("retry-after" in response.headers) == (prepare is api_builders.processing_dataset)
