@@ -1,10 +1,25 @@
 """Every failure, from wherever it comes, is one kind of answer."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import api_builders
 import httpx
 import pytest
 from api_builders import RunningServer
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One for all tests here: none of them leaves anything behind."""
+    with api_builders.running(api_builders.settings_for(tmp_path_factory.mktemp("server"))) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator[httpx.Client]:
+    with api_builders.client_of(server) as client:
+        yield client
 
 
 def assert_is_problem(response: httpx.Response, status: int, slug: str) -> dict[str, Any]:

@@ -1,0 +1,96 @@
+"""The document says all that the server does."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from app.api.openapi import COMMON_STATUSES
+from app.main import create_app
+from app.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    app = create_app(Settings(_env_file=None))
+    # As a client gets it: through JSON.
+    written: dict[str, Any] = json.loads(json.dumps(app.openapi()))
+    return written
+
+
+def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{method.upper()} {path}": operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def test_it_has_every_operation_of_this_version(document: dict[str, Any]) -> None:
+    assert set(operations(document)) == {
+        "POST /v1/datasets",
+        "PUT /v1/datasets",
+        "GET /v1/datasets",
+        "GET /v1/datasets/{dataset_id}",
+        "DELETE /v1/datasets/{dataset_id}",
+        "GET /v1/datasets/{dataset_id}/images",
+        "GET /v1/datasets/{dataset_id}/images/{image_id}/thumbnail",
+        "POST /v1/jobs",
+        "GET /v1/jobs",
+        "GET /v1/jobs/{job_id}",
+        "DELETE /v1/jobs/{job_id}",
+        "POST /v1/jobs/{job_id}/cancel",
+        "POST /v1/jobs/{job_id}/stop",
+        "GET /v1/jobs/{job_id}/history",
+        "GET /v1/jobs/{job_id}/events",
+        "GET /v1/models",
+        "GET /v1/models/{model}",
+        "DELETE /v1/models/{model}",
+        "GET /v1/models/{model}/evaluation",
+        "GET /v1/aliases",
+        "PUT /v1/aliases/{name}",
+        "DELETE /v1/aliases/{name}",
+        "GET /v1/backbones",
+        "POST /predict",
+        "GET /healthz",
+        "GET /readyz",
+        "GET /metrics",
+    }
+
+
+def test_every_operation_names_its_problems_and_whether_it_needs_a_key(document: dict[str, Any]) -> None:
+    for name, operation in operations(document).items():
+        for status in COMMON_STATUSES:
+            assert set(operation["responses"][str(status)]["content"]) == {"application/problem+json"}, name
+        is_open = name in ("GET /healthz", "GET /readyz")
+        assert operation["security"] == ([] if is_open else [{"key": []}, {}]), name
+
+
+def test_every_operation_with_a_body_says_which(document: dict[str, Any]) -> None:
+    with_body = {
+        name: sorted(operation["requestBody"]["content"])
+        for name, operation in operations(document).items()
+        if "requestBody" in operation
+    }
+
+    archive = ["application/gzip", "application/octet-stream", "application/x-tar", "application/zip"]
+    assert with_body == {
+        "POST /v1/datasets": [*archive, "multipart/form-data"],
+        "PUT /v1/datasets": [*archive, "multipart/form-data"],
+        "POST /v1/jobs": ["application/json"],
+        "PUT /v1/aliases/{name}": ["application/json"],
+        "POST /predict": ["application/json", "image/jpeg", "image/png", "image/webp", "multipart/form-data"],
+    }
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
+
+    assert references - set(document["components"]["schemas"]) == set()
+
+
+def test_operation_ids_are_unique(document: dict[str, Any]) -> None:
+    ids = [operation["operationId"] for operation in operations(document).values()]
+
+    assert len(set(ids)) == len(ids)
