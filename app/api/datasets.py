@@ -109,6 +109,7 @@ async def upload_dataset(
         ValFraction | None, Query(description="Share of each class for validation, where the archive has no split.")
     ] = None,
     seed: Annotated[Seed | None, Query(description="Of the split.")] = None,
+    wait: Wait = 0,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     _refuse_declared_size(request, services.settings)
@@ -117,11 +118,14 @@ async def upload_dataset(
     scope = f"{caller.key_id} {request.method} {request.url.path}"
     claim = None if key is None else await run_in_threadpool(idempotency.begin, services.database, scope=scope, key=key)
     try:
-        return await _receive(request, services, in_query, claim)
+        answer = await _receive(request, services, in_query, claim)
     except BaseException:
         if claim is not None:
             await run_in_threadpool(idempotency.release, services.database, claim)
         raise
+    if wait:
+        answer = (await _wait_for(request, services, answer["id"], seconds=wait)).model_dump(mode="json")
+    return _created(answer, is_replay=claim is not None and claim.answered is not None)
 
 
 @router.get(
@@ -142,13 +146,7 @@ def list_datasets(
 
 @router.get("/v1/datasets/{dataset_id}", response_model=Dataset, summary="One data set", responses=problems(404))
 async def get_dataset(request: Request, services: ServicesDep, dataset_id: DatasetId, wait: Wait = 0) -> Dataset:
-    def read() -> Dataset:
-        with services.database.read() as session:
-            return Dataset.of(catalog.find(session, dataset_id))
-
-    return await wait_until(
-        read, is_final=lambda dataset: dataset.status != "processing", seconds=wait, request=request
-    )
+    return await _wait_for(request, services, dataset_id, seconds=wait)
 
 
 @router.delete(
@@ -209,7 +207,20 @@ def get_thumbnail(services: ServicesDep, dataset_id: DatasetId, image_id: Datase
     return Response(services.pictures.thumbnail(dataset_id, image_id), media_type="image/jpeg", headers=headers)
 
 
-async def _receive(request: Request, services: Services, in_query: Mapping[str, Any], claim: Claim | None) -> Response:
+async def _wait_for(request: Request, services: Services, dataset_id: str, *, seconds: float) -> Dataset:
+    def read() -> Dataset:
+        with services.database.read() as session:
+            return Dataset.of(catalog.find(session, dataset_id))
+
+    return await wait_until(
+        read, is_final=lambda dataset: dataset.status != "processing", seconds=seconds, request=request
+    )
+
+
+async def _receive(
+    request: Request, services: Services, in_query: Mapping[str, Any], claim: Claim | None
+) -> Mapping[str, Any]:
+    """The answer to the upload, or the one given before under the same Idempotency-Key."""
     settings = services.settings
     with services.storage.staging() as staged:
         upload = await receive(
@@ -224,11 +235,10 @@ async def _receive(request: Request, services: Services, in_query: Mapping[str, 
         print_of_request = idempotency.fingerprint(upload.sha256, options)
         if claim is not None and claim.answered is not None:
             idempotency.check_same(claim, print_of_request)
-            return _created(claim.answered, is_replay=True)
+            return claim.answered
         # Reading a large archive through takes long: only a few at a time, beside the threads that answer others.
         await anyio.to_thread.run_sync(_inspect, staged, services, limiter=services.inspections)
-        answer = await run_in_threadpool(_keep, services, upload, options, claim, print_of_request)
-    return _created(answer)
+        return await run_in_threadpool(_keep, services, upload, options, claim, print_of_request)
 
 
 def _inspect(staged: FilePath, services: Services) -> None:
@@ -294,7 +304,7 @@ def _refuse_declared_size(request: Request, settings: Settings) -> None:
     refuse_declared_size(request, max_bytes=settings.max_upload_bytes + (MAX_OVERHEAD_BYTES if is_form else 0))
 
 
-def _created(answer: Mapping[str, Any], *, is_replay: bool = False) -> Response:
+def _created(answer: Mapping[str, Any], *, is_replay: bool) -> Response:
     headers = {"Location": f"/v1/datasets/{answer['id']}"}
     if is_replay:
         headers["Idempotent-Replayed"] = "true"

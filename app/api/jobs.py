@@ -47,13 +47,18 @@ async def submit_job(
     caller: CallerDep,
     job: Annotated[JobRequest, Depends(json_body(parse_request))],
     dry_run: Annotated[bool, Query(description="Resolve and estimate only.")] = False,
+    wait: Wait = 0,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     key = idempotency.parse_key(idempotency_key)
     if dry_run:
         return JSONResponse((await run_in_threadpool(_dry_run, services, job)).model_dump(mode="json"))
     scope = f"{caller.key_id} {request.method} {request.url.path}"
-    return await run_in_threadpool(_submit, services, job, scope, key)
+    answer, is_replay = await run_in_threadpool(_submit, services, job, scope, key)
+    if wait:
+        answer = (await _wait_for(request, services, answer["id"], seconds=wait)).model_dump(mode="json")
+    headers = {"Location": f"/v1/jobs/{answer['id']}"} | ({"Idempotent-Replayed": "true"} if is_replay else {})
+    return JSONResponse(dict(answer), status_code=201, headers=headers)
 
 
 @router.get(
@@ -78,11 +83,7 @@ def list_jobs(
 
 @router.get("/v1/jobs/{job_id}", response_model=Job, summary="One job", responses=problems(404))
 async def get_job(request: Request, services: ServicesDep, job_id: JobId, wait: Wait = 0) -> Job:
-    def read() -> Job:
-        with services.database.read() as session:
-            return _render(session, queue.find(session, job_id))
-
-    return await wait_until(read, is_final=lambda job: JobStatus(job.status).is_final, seconds=wait, request=request)
+    return await _wait_for(request, services, job_id, seconds=wait)
 
 
 @router.post(
@@ -163,6 +164,14 @@ async def job_events(
     )
 
 
+async def _wait_for(request: Request, services: Services, job_id: str, *, seconds: float) -> Job:
+    def read() -> Job:
+        with services.database.read() as session:
+            return _render(session, queue.find(session, job_id))
+
+    return await wait_until(read, is_final=lambda job: JobStatus(job.status).is_final, seconds=seconds, request=request)
+
+
 def _render(session: Session, row: JobRow) -> Job:
     return Job.of(row, queue_position=queue.queue_position(session, row))
 
@@ -191,14 +200,15 @@ def _resolve(session: Session, services: Services, request: JobRequest, dataset:
     )
 
 
-def _submit(services: Services, request: JobRequest, scope: str, key: str | None) -> Response:
+def _submit(services: Services, request: JobRequest, scope: str, key: str | None) -> tuple[Mapping[str, Any], bool]:
+    """The answer, and whether it was given before under the same Idempotency-Key."""
     print_of_request = idempotency.fingerprint(request.model_dump(mode="json"))
     claim = None if key is None else idempotency.begin(services.database, scope=scope, key=key)
     if claim is not None and claim.answered is not None:
         idempotency.check_same(claim, print_of_request)
-        return _created(claim.answered, is_replay=True)
+        return claim.answered, True
     try:
-        return _created(_queue(services, request, claim, print_of_request))
+        return _queue(services, request, claim, print_of_request), False
     except BaseException:
         if claim is not None:
             idempotency.release(services.database, claim)
@@ -229,13 +239,6 @@ def _submit_spec(session: Session, spec: TrainingSpec, *, name: str | None) -> J
         method=spec.method,
         backbone=spec.backbone.model_dump(mode="json"),
     )
-
-
-def _created(answer: Mapping[str, Any], *, is_replay: bool = False) -> Response:
-    headers = {"Location": f"/v1/jobs/{answer['id']}"}
-    if is_replay:
-        headers["Idempotent-Replayed"] = "true"
-    return JSONResponse(dict(answer), status_code=201, headers=headers)
 
 
 def _ready_dataset(session: Session, dataset_id: str) -> DatasetRow:

@@ -60,7 +60,7 @@ class ProblemDocument(Schema):
     status: int
     detail: str = Field(description="What happened and what to do next.")
     request_id: str = Field(description="The answer's X-Request-ID; the server's log has it too.")
-    errors: list[FieldProblem] | None = None
+    errors: list[FieldProblem] | None = Field(None, exclude_if=lambda errors: errors is None)
     error: ErrorObject
 
 

@@ -111,6 +111,7 @@ def test_unreadable_picture_in_a_batch_has_a_problem_in_its_place(client: httpx.
     assert set(broken) == {"filename", "error"}
     assert broken["error"]["detail"] == "b.jpg cannot be read: truncated JPEG."
     assert (broken["error"]["type"], broken["error"]["status"]) == ("/problems/unreadable-image", 422)
+    assert "errors" not in broken["error"]
     assert broken["error"]["request_id"] == response.headers["x-request-id"]
     assert text["filename"] == "c.txt"
     assert "not a picture" in text["error"]["detail"]

@@ -78,6 +78,24 @@ def assert_whole(http: httpx.Client, job: dict[str, Any], epochs: int) -> None:
     assert answer.status_code == 200, answer.text
 
 
+def test_three_requests_lead_from_a_zip_to_a_prediction(http: httpx.Client) -> None:
+    dataset = http.put("/v1/datasets", params={"wait": 60}, content=pictures_zip()).json()
+    request = {
+        "dataset": dataset["id"],
+        "method": "from_scratch",
+        "backbone": "squeezenet1_1",
+        "hyperparameters": SHORT,
+        "promote": "always",
+    }
+    answer = http.post("/v1/jobs", params={"wait": 60}, json=request)
+    job = answer.json()
+    predicted = http.post("/predict", content=picture(0, chance=random.Random(1))).json()
+
+    assert dataset["status"] == "ready"
+    assert (answer.status_code, job["status"]) == (201, "succeeded")
+    assert predicted["model"] == job["model"]
+
+
 def test_from_a_zip_to_predictions_by_way_of_the_event_stream(http: httpx.Client) -> None:
     job_id = submit(http, ready_dataset(http), SHORT)
     with http.stream("GET", f"/v1/jobs/{job_id}/events", headers={"Accept": "text/event-stream"}) as stream:
