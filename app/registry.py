@@ -84,6 +84,10 @@ def find(session: Session, name_or_id: str) -> ModelRow:
     )
 
 
+def exists(session: Session, model_id: str) -> bool:
+    return session.scalar(select(ModelRow.seq).where(ModelRow.id == model_id)) is not None
+
+
 def list_models(
     session: Session,
     *,

@@ -2,6 +2,10 @@
 
 What is published appears whole or not at all, and survives a power cut: it is written in staging, synced, renamed, and
 the folders are synced. A failed sync is an error, never a warning. What is left in staging by a crash is swept.
+
+Files come before the database row that speaks of them, and a crash may come between. So such a key is announced first,
+and settled once it is known whether the row is there. Only announced keys are ever swept: a server that was pointed at
+another database by mistake deletes nothing.
 """
 
 import contextlib
@@ -18,6 +22,8 @@ from app.errors import StorageFull
 # Above this age nothing in staging can belong to a living request or job: uploads have body timeouts, and a worker
 # stages only what it is about to publish.
 STAGING_MAX_AGE_SECONDS = 24 * 3600
+# Between announcing and settling lie one rename and one transaction; above this age nobody is at it any more.
+ANNOUNCEMENT_MAX_AGE_SECONDS = 3600
 
 
 class LocalStorage:
@@ -27,7 +33,9 @@ class LocalStorage:
         """min_free_bytes: new data is refused when less would remain free."""
         self.root = root
         self._staging = root / "staging"
-        self._staging.mkdir(parents=True, exist_ok=True)
+        self._announced = root / "announced"
+        for folder in (self._staging, self._announced):
+            folder.mkdir(parents=True, exist_ok=True)
         self._min_free_bytes = min_free_bytes
 
     @contextmanager
@@ -58,6 +66,23 @@ class LocalStorage:
             _sync(folder)
             if folder == self.root:
                 break
+
+    def announce(self, key: str) -> None:
+        """Notes that `key` is about to be published, and is worth nothing until a row speaks of it."""
+        self._announcement(key).touch()
+        _sync(self._announced)
+
+    def settle(self, key: str, *, is_wanted: bool) -> None:
+        """Ends an announcement: the key stays, or is deleted."""
+        if not is_wanted:
+            self.delete(key)
+        self._announcement(key).unlink(missing_ok=True)
+
+    def announced(self, *, older_than_seconds: float = ANNOUNCEMENT_MAX_AGE_SECONDS) -> list[str]:
+        """Keys whose publisher never came to settle them."""
+        deadline = time.time() - older_than_seconds
+        stale = [path for path in self._announced.iterdir() if path.stat().st_mtime < deadline]
+        return sorted(path.name.replace("+", "/") for path in stale)
 
     def path(self, key: str) -> Path:
         """The local path of a key. Keys are made of our own ids, never of a caller's text."""
@@ -91,6 +116,9 @@ class LocalStorage:
         for path in stale:
             _remove(path)
         return len(stale)
+
+    def _announcement(self, key: str) -> Path:
+        return self._announced / key.replace("/", "+")
 
 
 def _remove(path: Path) -> None:

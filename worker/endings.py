@@ -1,9 +1,11 @@
 """What hangs on the end of a run, besides the job itself: the data set of an ingest, and the job's files."""
 
 import contextlib
+from collections.abc import Callable
 
 from sqlalchemy.orm import Session
 
+from app import registry
 from app.datasets import catalog
 from app.db.engine import Database
 from app.errors import Conflict, NotFound
@@ -37,7 +39,8 @@ def delete_files_if_over(database: Database, storage: LocalStorage, job_id: str,
 
 
 def sweep_files(database: Database, storage: LocalStorage) -> None:
-    """Deletes the files of jobs whose worker died between the job's end and their deletion."""
+    """Deletes what processes that died have left: files of ended jobs, and files that no row came to speak of."""
+    _sweep_announced(database, storage)
     folder = storage.path("jobs")
     if not folder.is_dir():
         return
@@ -46,3 +49,12 @@ def sweep_files(database: Database, storage: LocalStorage) -> None:
     for path in folder.iterdir():
         if path.name not in unfinished:
             storage.delete(f"jobs/{path.name}")
+
+
+def _sweep_announced(database: Database, storage: LocalStorage) -> None:
+    is_wanted: dict[str, Callable[[Session, str], bool]] = {"datasets": catalog.exists, "models": registry.exists}
+    for key in storage.announced():
+        kind, _, row_id = key.partition("/")
+        with database.read() as session:
+            wanted = is_wanted[kind](session, row_id)
+        storage.settle(key, is_wanted=wanted)

@@ -69,7 +69,7 @@ def run_training(
     _fit(training, checkpoints, reporter)
     reporter.progress("evaluate", fraction=1.0, eta_seconds=0.0)
     conclusion = methods.conclude(training, manifest, on_batch=reporter.tick)
-    _publish(training, conclusion, spec, claim, storage=storage, reporter=reporter)
+    _publish(training, conclusion, spec, claim, database=database, storage=storage, reporter=reporter)
     checkpoints.drop_all()
 
 
@@ -218,6 +218,7 @@ def _publish(
     spec: TrainingSpec,
     claim: Claim,
     *,
+    database: Database,
     storage: LocalStorage,
     reporter: Reporter,
 ) -> None:
@@ -242,6 +243,7 @@ def _publish(
     with storage.staging() as folder:
         saved = artifact.save(folder, result)
         (folder / "evaluation.json").write_text(json.dumps(conclusion.evaluation, ensure_ascii=False), "utf-8")
+        storage.announce(key)
         storage.publish(folder, key)
 
     def register(session: Session) -> None:
@@ -270,10 +272,11 @@ def _publish(
 
     try:
         reporter.transaction(register)
-    except BaseException:
-        # Not registered, so nobody will ever ask for these files.
-        storage.delete(key)
-        raise
+    finally:
+        # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
+        with database.read() as session:
+            is_registered = registry.exists(session, model_id)
+        storage.settle(key, is_wanted=is_registered)
 
 
 def _backbone_record(spec: TrainingSpec) -> dict[str, Any]:

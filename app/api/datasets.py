@@ -259,8 +259,10 @@ def _keep(
 ) -> Mapping[str, Any]:
     """Publishes the archive, then makes its data set, its ingest and its answer in one transaction."""
     dataset_id = new_id("ds")
-    services.storage.publish(upload.path, archive_key(dataset_id))
+    folder = f"datasets/{dataset_id}"
+    services.storage.announce(folder)
     try:
+        services.storage.publish(upload.path, archive_key(dataset_id))
         with services.database.write() as session:
             row = catalog.create(
                 session,
@@ -276,9 +278,11 @@ def _keep(
                 idempotency.finish(
                     session, claim, fingerprint=print_of_request, resource_id=dataset_id, response=answer
                 )
-    except BaseException:
-        services.storage.delete(f"datasets/{dataset_id}")
-        raise
+    finally:
+        # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
+        with services.database.read() as session:
+            is_kept = catalog.exists(session, dataset_id)
+        services.storage.settle(folder, is_wanted=is_kept)
     return answer
 
 

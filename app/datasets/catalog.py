@@ -47,6 +47,10 @@ def find(session: Session, dataset_id: str) -> DatasetRow:
     return row
 
 
+def exists(session: Session, dataset_id: str) -> bool:
+    return session.scalar(select(DatasetRow.seq).where(DatasetRow.id == dataset_id)) is not None
+
+
 def list_datasets(
     session: Session, *, limit: int, after: str | None = None, status: str | None = None
 ) -> Sequence[DatasetRow]:
