@@ -1,7 +1,7 @@
 # One image for the API and the worker; the command chooses.
 #
 #   docker build -t graft .
-#   docker build -t graft --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .    (CPU only, 2 GB smaller)
+#   docker build -t graft --build-arg TORCH_INDEX=ADDRESS .    (ADDRESS of an index of CPU wheels: 2 GB smaller)
 #
 # Beyond loopback Graft asks for an API key, and refuses to start without one; so make one first:
 #
