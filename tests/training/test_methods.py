@@ -15,14 +15,14 @@ from worker.training.methods import Training
 CLASSES = ["a", "b", "c"]
 
 
-def spec(method: str, *, recipe: str = "classic", **hyperparameters: Any) -> TrainingSpec:
+def spec(method: str, *, recipe: str = "classic", backbone: str = "resnet18", **hyperparameters: Any) -> TrainingSpec:
     values = {"epochs": 1, "batch_size": 6, "image_size": 32} | hyperparameters
     return resolve(
         parse_request(
-            {"dataset": "ds_1", "method": method, "recipe": recipe, "backbone": "resnet18", "hyperparameters": values}
+            {"dataset": "ds_1", "method": method, "recipe": recipe, "backbone": backbone, "hyperparameters": values}
         ),
         dataset=DatasetFacts.from_counts([{"name": name, "train": 4, "val": 2} for name in CLASSES]),
-        weights={"resnet18": "IMAGENET1K_V1"},
+        weights={backbone: "IMAGENET1K_V1"},
         device_type="cpu",
     )
 
@@ -86,6 +86,13 @@ def test_head_and_backbone_have_rates_of_their_own() -> None:
 
 def test_classic_is_computed_in_full_precision_on_a_cpu() -> None:
     assert training(spec("full_fine_tuning")).state.precision == "fp32"
+
+
+@pytest.mark.parametrize(("recipe", "momentum"), [("classic", {0.01}), ("modern", {0.1})])
+def test_modern_batch_norm_follows_short_runs_and_classic_is_torchvisions(recipe: str, momentum: set[float]) -> None:
+    prepared = training(spec("full_fine_tuning", recipe=recipe, backbone="mobilenet_v3_small"))
+    norms = [m for m in prepared.classifier.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == momentum
 
 
 def test_balanced_weights_are_inverse_to_the_counts_and_one_in_the_mean() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.datasets.manifest import Manifest
 from app.jobs.spec import TrainingSpec
@@ -26,6 +26,9 @@ from worker.training.augment import training_transform
 from worker.training.loop import LoopState, Plan, Precision, choose_precision, predict_logits, trains_batch_norm
 from worker.training.optim import Schedule, build_optimizer
 from worker.training.pixels import Images, Split, class_counts, steps_per_epoch
+
+# torch's own default, which most of torchvision's networks were trained with.
+MIN_BATCH_NORM_MOMENTUM = 0.1
 
 
 @dataclass
@@ -82,6 +85,8 @@ def prepare(
     if device.type != "mps":
         # The layout that convolutions are fastest in; it moves numbers in memory and changes none of them.
         classifier.to(memory_format=torch.channels_last)
+    if spec.recipe == "modern":
+        _quicken_batch_norm(classifier)
     classifier.train()
     train, val, test = (_split(manifest, images, manifest.indices(name)) for name in ("train", "val", "test"))
     merge_single = trains_batch_norm(classifier)
@@ -168,6 +173,18 @@ def _trainable_stages(spec: TrainingSpec, classifier: Classifier) -> int:
     if spec.method == "fine_tuning":
         return spec.hyperparameters.unfreeze or 1
     return len(classifier.stage_names)
+
+
+def _quicken_batch_norm(network: nn.Module) -> None:
+    """Lets validation see the network as it is, and not as it was some hundred steps ago.
+
+    torchvision builds MobileNetV3 with a batch-norm momentum of 0.01, made for hundreds of thousands of steps: in short
+    runs its running statistics still belong to the pretrained network (measured: 3 epochs of full fine-tuning on 1,437
+    digits, train accuracy 0.97, validation 0.48).
+    """
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            module.momentum = max(module.momentum, MIN_BATCH_NORM_MOMENTUM)
 
 
 def _backbone_rate(spec: TrainingSpec) -> float:
