@@ -38,10 +38,11 @@ test-slow: setup  ## the tests that take minutes
 test-all: setup  ## every test
 	$(BIN)/python -m pytest $(ARGS)
 
-check: setup  ## formatting, lint, types, and which package may import which
+check: setup  ## formatting, lint, types, the Dockerfile, and which package may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; fi
 	$(BIN)/python -m pytest -q tests/test_import_directions.py
 
 lock:  ## refresh constraints.txt with today's newest versions that work together
