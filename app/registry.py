@@ -173,13 +173,17 @@ def remove_alias(session: Session, name: str) -> None:
 
 
 def should_promote(
-    session: Session, *, candidate_metrics: Mapping[str, Any], dataset_id: str, policy: PromotePolicy
+    session: Session,
+    *,
+    candidate_metrics: Mapping[str, Any],
+    candidate_classes: Sequence[str],
+    policy: PromotePolicy,
 ) -> Promotion:
     """Whether a model with these metrics, not yet pointed at, is to become the default.
 
-    if_better compares only what can be compared: models of one data set, whose validation images are the same. A
-    model of another data set is promoted, since somebody who trains on new data wants it served; `promote: never`
-    says otherwise.
+    if_better compares models of the same classes, from whichever data set: the same pictures uploaded again are another
+    data set, and a worse model must not come to be served that way. A model of other classes is promoted, since
+    somebody who trains it wants it served; `promote: never` says otherwise.
     """
     if policy == "always":
         return Promotion(True, "The model becomes the default, as the job asked for (promote: always).")
@@ -190,11 +194,11 @@ def should_promote(
     )
     if default is None:
         return Promotion(True, "The model becomes the default: there was none.")
-    if default.dataset_id != dataset_id:
+    if set(default.classes) != set(candidate_classes):
         return Promotion(
             True,
-            f"The model becomes the default: {default.id}, the one before, was trained on another data set, so that "
-            "their accuracies cannot be compared.",
+            f"The model becomes the default: {default.id}, the one before, knows other classes, so that their "
+            "accuracies cannot be compared.",
         )
     accuracy, best = candidate_metrics["val_accuracy"], default.metrics["val_accuracy"]
     if accuracy > best:

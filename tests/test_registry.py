@@ -10,6 +10,8 @@ from app import registry
 from app.db.engine import Database
 from app.errors import Conflict, InvalidRequest, NotFound
 
+CLASSES = ["daisy", "rose"]
+
 
 def register(session: Session, number: int, **changes: Any) -> str:
     """A model mdl_<number> of job_<number>. Returns its id."""
@@ -19,7 +21,7 @@ def register(session: Session, number: int, **changes: Any) -> str:
         "dataset_id": "ds_flowers",
         "method": "fine_tuning",
         "backbone": {"name": "resnet18", "weights": "IMAGENET1K_V1"},
-        "classes": ["daisy", "rose"],
+        "classes": CLASSES,
         "metrics": {"val_accuracy": 0.9},
         "size_bytes": 1000,
         "sha256": "0" * 64,
@@ -169,18 +171,18 @@ def test_a_model_in_use_cannot_be_deleted(database: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "dataset_id", "accuracy", "is_due"),
+    ("policy", "classes", "accuracy", "is_due"),
     [
-        ("if_better", "ds_flowers", 0.91, True),
-        ("if_better", "ds_flowers", 0.90, False),
-        ("if_better", "ds_flowers", 0.89, False),
-        ("if_better", "ds_other", 0.10, True),
-        ("always", "ds_flowers", 0.10, True),
-        ("never", "ds_flowers", 1.00, False),
+        ("if_better", CLASSES, 0.91, True),
+        ("if_better", CLASSES, 0.90, False),
+        ("if_better", CLASSES, 0.89, False),
+        ("if_better", ["cat", "dog"], 0.10, True),
+        ("always", CLASSES, 0.10, True),
+        ("never", CLASSES, 1.00, False),
     ],
 )
 def test_promotion_beside_a_default_with_accuracy_090(
-    database: Database, policy: registry.PromotePolicy, dataset_id: str, accuracy: float, is_due: bool
+    database: Database, policy: registry.PromotePolicy, classes: list[str], accuracy: float, is_due: bool
 ) -> None:
     with database.write() as session:
         register(session, 1)
@@ -188,7 +190,7 @@ def test_promotion_beside_a_default_with_accuracy_090(
 
     with database.read() as session:
         promotion = registry.should_promote(
-            session, candidate_metrics={"val_accuracy": accuracy}, dataset_id=dataset_id, policy=policy
+            session, candidate_metrics={"val_accuracy": accuracy}, candidate_classes=classes, policy=policy
         )
 
     assert promotion.is_due is is_due
@@ -199,7 +201,7 @@ def test_promotion_beside_a_default_with_accuracy_090(
 def test_promotion_where_there_is_no_default(database: Database, policy: registry.PromotePolicy, is_due: bool) -> None:
     with database.read() as session:
         promotion = registry.should_promote(
-            session, candidate_metrics={"val_accuracy": 0.0}, dataset_id="ds_flowers", policy=policy
+            session, candidate_metrics={"val_accuracy": 0.0}, candidate_classes=CLASSES, policy=policy
         )
 
     assert promotion.is_due is is_due

@@ -100,8 +100,19 @@ class Reporter:
             )
         self._raise_if_asked()
 
-    def epoch(self, epoch: Mapping[str, Any], *, metrics: Mapping[str, Any] | None = None) -> None:
-        """Adds an epoch to the job's history. epoch: the columns of EpochRow but job_id. metrics: the best so far."""
+    def epoch(
+        self,
+        epoch: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        progress: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Adds an epoch to the job's history. epoch: the columns of EpochRow but job_id. metrics: the best so far.
+
+        progress: where the job is with this epoch done, else what was said last.
+        """
+        if progress is not None:
+            self._progress = dict(progress)
         self._write(
             lambda session: queue.record_epoch(
                 session,

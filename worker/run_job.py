@@ -190,10 +190,10 @@ def _fit(training: Training, checkpoints: Checkpoints, reporter: Reporter) -> No
                 raise
             if result is None:
                 return
-            _record(result, reporter)
+            _record(result, training.plan.epochs, reporter)
 
 
-def _record(result: EpochResult, reporter: Reporter) -> None:
+def _record(result: EpochResult, epochs: int, reporter: Reporter) -> None:
     reporter.epoch(
         {
             "epoch": result.epoch,
@@ -208,6 +208,14 @@ def _record(result: EpochResult, reporter: Reporter) -> None:
             "val_accuracy": result.best_val_accuracy,
             "val_loss": result.best_val_loss,
             "best_epoch": result.best_epoch,
+        },
+        progress={
+            "stage": "train",
+            "epoch": result.epoch,
+            "epochs": epochs,
+            "fraction": result.epoch / epochs,
+            "images_per_second": result.images_per_second,
+            "eta_seconds": (epochs - result.epoch) * result.seconds,
         },
     )
 
@@ -250,7 +258,7 @@ def _publish(
         promotion = registry.should_promote(
             session,
             candidate_metrics=conclusion.metrics,
-            dataset_id=claim.dataset_id,
+            candidate_classes=training.class_names,
             policy=spec.promote,
         )
         registry.register(

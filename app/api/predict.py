@@ -109,6 +109,7 @@ async def predict(
             "may have; send several requests.",
             errors=[FieldError(pointer_to("images"), "too many")],
         )
+    _refuse_large_single(asked.pictures, services.settings.max_image_bytes)
     name = model or asked.model or registry.DEFAULT_ALIAS
     model_id = await run_in_threadpool(_model_id, services.database, name)
     encoded = [picture.encoded for picture in asked.pictures if isinstance(picture.encoded, bytes)]
@@ -171,6 +172,13 @@ async def _read(request: Request, *, max_bytes: int) -> Asked:
     if sniff(body[:16]) is None and (body.lstrip()[:1] == b"{" or media_type == "application/json"):
         return await run_in_threadpool(_read_json, body)
     return Asked([Picture(filename=None, encoded=body)])
+
+
+def _refuse_large_single(pictures: list[Picture], max_bytes: int) -> None:
+    """One picture that is too large is a request that is too large; within a batch it fails in its own place."""
+    encoded = pictures[0].encoded if len(pictures) == 1 else b""
+    if isinstance(encoded, bytes) and len(encoded) > max_bytes:
+        raise TooLarge(f"The picture is larger than the {max_bytes:,} bytes that are read here; send a smaller one.")
 
 
 async def _read_form(request: Request, *, max_bytes: int) -> Asked:

@@ -386,9 +386,10 @@ class Backbone(Schema):
     parameters: int
     image_size: int = Field(description="Side of the square it was trained on, in pixels.")
     weights: list[str]
-    available: Literal["bundled", "local", "download"] | None = Field(
-        description="Where its weights come from; null where none can be had."
+    available: Literal["bundled", "local", "download"] = Field(
+        description="Where its weights come from; download: they are not on this machine."
     )
+    is_obtainable: bool = Field(description="Whether its weights can be had now; without a network, only those here.")
     license: str
 
 

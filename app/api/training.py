@@ -65,7 +65,8 @@ def list_backbones(weights: WeightStore) -> list[Backbone]:
             parameters=backbone.parameters,
             image_size=backbone.preprocessing.crop,
             weights=[published.name for published in backbone.weights],
-            available=available[name],
+            available=available[name] or "download",
+            is_obtainable=available[name] is not None,
             license=backbone.license,
         )
         for name, backbone in BACKBONES.items()

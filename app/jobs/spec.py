@@ -458,7 +458,7 @@ def _check_start(method: Method, start: _Start) -> None:
         raise WeightsUnavailable(
             f"There are no pretrained weights of {name} here, and none can be downloaded. Put them into "
             "GRAFT_WEIGHTS_DIR, allow downloads (GRAFT_ALLOW_DOWNLOADS), choose a backbone that GET /v1/backbones "
-            'calls available, or use "method": "from_scratch".',
+            'calls obtainable, or use "method": "from_scratch".',
             errors=[FieldError("#/backbone", f"no weights of {name} can be had")],
         )
 

@@ -169,7 +169,8 @@ def test_backbones_say_what_they_need(client: httpx.Client) -> None:
         "parameters": 25_557_032,
         "image_size": 224,
         "weights": ["IMAGENET1K_V2", "IMAGENET1K_V1"],
-        "available": None,
+        "available": "download",
+        "is_obtainable": False,
         "license": "",
     }
 

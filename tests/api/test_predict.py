@@ -122,6 +122,12 @@ def test_single_unreadable_picture_is_422(client: httpx.Client, model: str, cont
     assert_is_problem(client.post("/predict", content=content), 422, "unreadable-image")
 
 
+def test_single_picture_over_the_limit_is_413(client: httpx.Client, model: str) -> None:
+    too_large = PICTURE + bytes(32 * 1024**2)
+
+    assert_is_problem(client.post("/predict", content=too_large), 413, "too-large")
+
+
 def test_all_unreadable_is_422_for_the_whole(client: httpx.Client, model: str) -> None:
     response = client.post("/predict", json={"images": [{"b64": "!!"}, {"b64": b64(b"text"), "filename": "x"}]})
 

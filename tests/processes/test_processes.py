@@ -47,6 +47,7 @@ def submit(http: httpx.Client, dataset_id: str, hyperparameters: dict[str, Any])
         "backbone": "squeezenet1_1",
         "recipe": "classic",
         "hyperparameters": hyperparameters,
+        "promote": "always",
     }
     submitted = http.post("/v1/jobs", json=request)
     assert submitted.status_code == 201, submitted.text
@@ -74,6 +75,7 @@ def assert_whole(http: httpx.Client, job: dict[str, Any], epochs: int) -> None:
     assert (job["status"], job["error"]) == ("succeeded", None)
     history = http.get(f"/v1/jobs/{job['id']}/history").json()["data"]
     assert [entry["epoch"] for entry in history] == list(range(1, epochs + 1))
+    assert (job["progress"]["epoch"], job["progress"]["fraction"]) == (epochs, 1.0)
     answer = http.post("/predict", params={"model": job["model"]}, content=picture(0, chance=random.Random(1)))
     assert answer.status_code == 200, answer.text
 
@@ -177,7 +179,7 @@ def test_the_command_trains_and_predicts(graft: RunningGraft, tmp_path: Path) ->
     photo.write_bytes(picture(0, chance=random.Random(3)))
     options = "--method from_scratch --backbone squeezenet1_1 --recipe classic --epochs 2 -H image_size=32 --json"
 
-    trained = run_graft(tmp_path, graft.url, "train", str(archive), *options.split())
+    trained = run_graft(tmp_path, graft.url, "train", str(archive), "--promote", "always", *options.split())
     predicted = run_graft(tmp_path, graft.url, "predict", str(photo), "--json")
 
     assert trained.returncode == 0, trained.stderr
