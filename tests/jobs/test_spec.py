@@ -246,9 +246,11 @@ def test_auto_takes_the_best_backbone_that_can_be_had_and_says_so() -> None:
     ("train", "device_type", "backbone", "method"),
     [
         (10, "cpu", "mobilenet_v3_small", "feature_extraction"),
-        (120, "cpu", "mobilenet_v3_small", "full_fine_tuning"),
-        (120, "cpu", "resnet50", "fine_tuning"),
-        (120, "cuda", "resnet50", "full_fine_tuning"),
+        (120, "cpu", "mobilenet_v3_small", "fine_tuning"),
+        (120, "cuda", "resnet50", "fine_tuning"),
+        (500, "cpu", "resnet50", "fine_tuning"),
+        (500, "cpu", "mobilenet_v3_small", "full_fine_tuning"),
+        (500, "cuda", "resnet50", "full_fine_tuning"),
     ],
 )
 def test_auto_chooses_the_method_by_images_and_cost(train: int, device_type: str, backbone: str, method: str) -> None:
