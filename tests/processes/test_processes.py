@@ -98,6 +98,19 @@ def test_three_requests_lead_from_a_zip_to_a_prediction(http: httpx.Client) -> N
     assert predicted["model"] == job["model"]
 
 
+def test_a_data_set_gets_ready_while_a_job_trains(http: httpx.Client) -> None:
+    job_id = submit(http, ready_dataset(http), LONG | {"epochs": 1000})
+    wait_until(
+        lambda: epochs_done(http, job_id) >= 1, within_seconds=FINISH_WITHIN_SECONDS, otherwise="the job did not train"
+    )
+
+    uploaded = http.put("/v1/datasets", params={"wait": 60}, content=pictures_zip()).json()
+    job = http.post(f"/v1/jobs/{job_id}/cancel").json()
+
+    assert (uploaded["status"], job["status"]) == ("ready", "running")
+    assert finished(http, job_id)["status"] == "cancelled"
+
+
 def test_from_a_zip_to_predictions_by_way_of_the_event_stream(http: httpx.Client) -> None:
     job_id = submit(http, ready_dataset(http), SHORT)
     with http.stream("GET", f"/v1/jobs/{job_id}/events", headers={"Accept": "text/event-stream"}) as stream:
