@@ -102,6 +102,7 @@ class DatasetRow(Base):
     rejected: Mapped[list[Any]] = mapped_column(default=list)  # [{"path", "reason"}]
     warnings: Mapped[list[Any]] = mapped_column(default=list)  # [{"code", "detail", "paths"}]
     error: Mapped[dict[str, Any] | None]
+    packed_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of the pixel store; stated before it is written
 
 
 class JobRow(Base):
@@ -160,6 +161,7 @@ class EpochRow(Base):
     val_accuracy: Mapped[float] = mapped_column(Float)
     learning_rate: Mapped[float] = mapped_column(Float)
     seconds: Mapped[float] = mapped_column(Float)
+    method: Mapped[str | None]  # of this epoch's candidate, in a job of method auto
 
 
 class EventRow(Base):
@@ -192,10 +194,10 @@ class EventRow(Base):
 
 
 class ModelRow(Base):
-    """A trained, registered model. The unique job_id is what makes a second registration impossible."""
+    """A trained, registered model. The unique (job_id, role) is what makes a second registration impossible."""
 
     __tablename__ = "models"
-    __table_args__ = (UniqueConstraint("job_id"), {"sqlite_autoincrement": True})
+    __table_args__ = (UniqueConstraint("job_id", "role"), {"sqlite_autoincrement": True})
 
     seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
@@ -208,6 +210,9 @@ class ModelRow(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str]  # of weights.safetensors
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    # probe: the instant model that a job of method auto serves until its final one.
+    role: Mapped[str] = mapped_column(default="final", server_default="final")
+    promotion: Mapped[dict[str, Any] | None]  # {"promoted", "reason", ...}: what the promotion gate said
 
 
 class AliasRow(Base):
@@ -218,6 +223,7 @@ class AliasRow(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     updated_at: Mapped[datetime] = mapped_column(default=utc_now, onupdate=utc_now)
+    previous_model_id: Mapped[str | None]  # what it pointed at before; no foreign key, since that may be deleted
 
 
 class IdempotencyRow(Base):
