@@ -85,6 +85,11 @@ class Settings(BaseSettings):
     )
 
     # Worker
+    feature_cache_bytes: Annotated[int, Field(ge=0)] = Field(
+        20 * GIBIBYTE,
+        description="Features of frozen stages kept on disk for later jobs, all data sets together, in bytes; what was "
+        "used least goes first.",
+    )
     device: str = Field("auto", description="Device for training and prediction: auto, cpu, cuda, cuda:N or mps.")
     poll_interval_seconds: Annotated[float, Field(gt=0, le=60)] = Field(
         0.2, description="How often an idle worker looks for work, in seconds."

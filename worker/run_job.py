@@ -32,8 +32,9 @@ from app.vision.weights import WeightStore
 from worker.reporter import Reporter, ShuttingDown
 from worker.training import loop, methods
 from worker.training.checkpoint import Checkpoint, Checkpoints
+from worker.training.features import FeatureCache
 from worker.training.loop import EpochResult, Hooks, LoopState, Precision, StepProgress
-from worker.training.methods import Conclusion, Training
+from worker.training.methods import Conclusion, Surroundings, Training
 
 _DOWNLOAD_EVENT_SECONDS = 2.0
 
@@ -44,180 +45,34 @@ def run_training(
     """Raises GraftError for what can be explained to the job's user, and whatever the reporter raises."""
     spec = TrainingSpec.model_validate(claim.spec)
     reporter.progress("prepare", fraction=0.0, epoch=0, epochs=spec.hyperparameters.epochs)
-    manifest = _read_manifest(storage, claim.dataset_id)
-    images = ensure_packed(
-        storage,
-        claim.dataset_id,
-        spec.preprocessing.side,
-        limits=IngestLimits.from_settings(settings),
-        tick=lambda _share: reporter.tick(),
-    )
-    classifier = _build(spec, len(manifest.classes), settings=settings, storage=storage, reporter=reporter)
-    checkpoints = Checkpoints(storage, job_id=claim.job_id, fence=claim.fence)
-    found = checkpoints.newest(on_damaged=reporter.log)
-    device = resolve_device(settings.device)
-    training = methods.prepare(
-        spec,
-        classifier=classifier,
-        manifest=manifest,
-        images=images,
-        device=device,
-        precision=found.numbers["precision"] if found else _remembered_precision(spec, device, storage),
-    )
-    _remember_precision(training.state.precision, spec, device, storage)
-    _announce(training, spec, found, reporter)
-    _fit(training, checkpoints, reporter)
+    workbench = Workbench.open(spec, claim, settings=settings, storage=storage, reporter=reporter)
+    publisher = Publisher(claim, database=database, storage=storage, reporter=reporter)
+    if spec.candidates:
+        _run_auto(spec, workbench, publisher)
+    else:
+        checkpoints = workbench.checkpoints()
+        training = workbench.prepare(spec, checkpoints.newest(on_damaged=reporter.log), Share())
+        workbench.fit(training, checkpoints, Share())
+        reporter.progress("evaluate", fraction=1.0, eta_seconds=0.0)
+        conclusion = methods.conclude(training, workbench.manifest, on_batch=reporter.tick)
+        publisher.publish(training, conclusion, spec, role="final")
+    workbench.checkpoints().drop_all()
+
+
+def _run_auto(spec: TrainingSpec, workbench: Workbench, publisher: Publisher) -> None:
+    def serve_probe(entry: Entry) -> None:
+        if not publisher.is_published("probe"):
+            publisher.publish(entry.training, entry.conclusion, entry.spec, role="probe")
+
+    outcome = compete(spec, workbench, serve_probe=serve_probe)
+    won, reporter = outcome.winner, workbench.reporter
     reporter.progress("evaluate", fraction=1.0, eta_seconds=0.0)
-    conclusion = methods.conclude(training, manifest, on_batch=reporter.tick)
-    _publish(training, conclusion, spec, claim, database=database, storage=storage, reporter=reporter)
-    checkpoints.drop_all()
-
-
-def _read_manifest(storage: LocalStorage, dataset_id: str) -> Manifest:
-    try:
-        return Manifest.read(storage.path(manifest_key(dataset_id)))
-    except (OSError, ValueError) as error:
-        raise JobFailed(
-            "The data set's files are missing or damaged; delete it, upload it again and submit the job again.",
-            code="dataset_unreadable",
-        ) from error
-
-
-def _build(
-    spec: TrainingSpec, class_count: int, *, settings: Settings, storage: LocalStorage, reporter: Reporter
-) -> Classifier:
-    """The network before training; weights that are not on this machine are downloaded, which is told as events."""
-    if spec.backbone.model is not None:
-        earlier = artifact.load(storage.path(f"models/{spec.backbone.model}")).classifier
-        return methods.build_classifier(spec, class_count, earlier=earlier)
-    if spec.method == "from_scratch":
-        return methods.build_classifier(spec, class_count)
-    store = WeightStore.from_settings(settings)
-    found = store.obtain(spec.backbone.name, _download_events(spec.backbone.name, reporter))
-    if found.weights.name != spec.backbone.weights:
-        reporter.log(
-            f"Training starts from the weights {found.weights.name}; {spec.backbone.weights} was there at submission."
-        )
-    return methods.build_classifier(spec, class_count, state_dict=store.load(found))
-
-
-def _precision_key(spec: TrainingSpec, device: torch.device) -> str:
-    values = spec.hyperparameters
-    trained = f"{spec.method}-{values.unfreeze}-{values.feature_layer}"
-    return (
-        f"precisions/{device.type}/{spec.recipe}/{spec.backbone.name}-{trained}-{values.image_size}-{values.batch_size}"
-    )
-
-
-def _remembered_precision(spec: TrainingSpec, device: torch.device, storage: LocalStorage) -> Precision | None:
-    """What was measured for the first job of this kind: a second measurement might fall out otherwise by chance, and
-    the same spec would give another model."""
-    path = storage.path(_precision_key(spec, device))
-    text = path.read_text("utf-8") if path.exists() else ""
-    return next((precision for precision in get_args(Precision) if precision == text), None)
-
-
-def _remember_precision(precision: Precision, spec: TrainingSpec, device: torch.device, storage: LocalStorage) -> None:
-    key = _precision_key(spec, device)
-    if not storage.exists(key):
-        with storage.staging() as staged:
-            staged.write_text(precision, "utf-8")
-            storage.publish(staged, key)
-
-
-def _download_events(backbone: str, reporter: Reporter) -> Callable[[int, int | None], None]:
-    next_event = 0.0
-
-    def on_progress(done_bytes: int, total_bytes: int | None) -> None:
-        nonlocal next_event
-        reporter.progress("download")
-        if time.monotonic() >= next_event or done_bytes == total_bytes:
-            next_event = time.monotonic() + _DOWNLOAD_EVENT_SECONDS
-            reporter.log(f"Downloading the weights of {backbone}.", bytes=done_bytes, total_bytes=total_bytes)
-
-    return on_progress
-
-
-def _announce(training: Training, spec: TrainingSpec, found: Checkpoint | None, reporter: Reporter) -> None:
-    """Restores the checkpoint, and tells what is about to be done."""
-    state = training.state
-    if found is not None:
-        state.restore(found.tensors, found.numbers)
-        reporter.log(
-            f"Going on from epoch {state.epoch}, step {state.step}.",
-            epoch=state.epoch,
-            step=state.step,
-            total_steps=state.total_steps,
-        )
-        return
-    for reason in spec.reasons:
-        reporter.log(reason)
-    reporter.log(
-        f"Training {spec.backbone.name} ({spec.method}) on {len(training.plan.train)} images, validating on "
-        f"{len(training.plan.val)}; {state.device.type}, {state.precision}.",
-        device=str(state.device),
-        precision=state.precision,
-    )
-
-
-def _fit(training: Training, checkpoints: Checkpoints, reporter: Reporter) -> None:
-    """Runs the loop to its end; asked to give the job back, leaves a checkpoint of the very step."""
-
-    def on_progress(progress: StepProgress) -> bool:
-        reporter.progress(
-            "train",
-            epoch=progress.epoch,
-            epochs=progress.epochs,
-            fraction=progress.fraction,
-            images_per_second=progress.images_per_second,
-            eta_seconds=progress.eta_seconds,
-        )
-        return reporter.stop_requested
-
-    def save(state: LoopState) -> None:
-        checkpoints.save(state.tensors(), state.numbers())
-        reporter.checkpoint(state.total_steps)
-
-    hooks = Hooks(on_progress=on_progress, save=save, log=lambda message, details: reporter.log(message, **details))
-    reporter.progress("train")
-    with closing(loop.fit(training.state, training.plan, hooks)) as epochs:
-        while True:
-            try:
-                result = next(epochs, None)
-            except ShuttingDown:
-                # Raised within the loop, whose state is whole again once it has been left.
-                save(training.state)
-                raise
-            if result is None:
-                return
-            _record(result, training.plan.epochs, reporter)
-
-
-def _record(result: EpochResult, epochs: int, reporter: Reporter) -> None:
-    reporter.epoch(
-        {
-            "epoch": result.epoch,
-            "train_loss": result.train_loss,
-            "train_accuracy": result.train_accuracy,
-            "val_loss": result.val_loss,
-            "val_accuracy": result.val_accuracy,
-            "learning_rate": result.learning_rate,
-            "seconds": result.seconds,
-        },
-        metrics={
-            "val_accuracy": result.best_val_accuracy,
-            "val_loss": result.best_val_loss,
-            "best_epoch": result.best_epoch,
-        },
-        progress={
-            "stage": "train",
-            "epoch": result.epoch,
-            "epochs": epochs,
-            "fraction": result.epoch / epochs,
-            "images_per_second": result.images_per_second,
-            "eta_seconds": (epochs - result.epoch) * result.seconds,
-        },
-    )
+    # The test images, if there are any, are looked at now, when nothing is left to choose.
+    won.training.classifier.to(workbench.device)
+    conclusion = methods.conclude(won.training, workbench.manifest, on_batch=reporter.tick)
+    reporter.log(outcome.reason, candidates=outcome.table)
+    story = {"method": won.spec.method, "reason": outcome.reason, "candidates": outcome.table}
+    publisher.publish(won.training, conclusion, won.spec, role="final", job_metrics=story)
 
 
 def _publish(

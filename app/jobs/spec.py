@@ -24,6 +24,9 @@ Method = Literal["feature_extraction", "fine_tuning", "full_fine_tuning", "from_
 Recipe = Literal["classic", "modern"]
 Promote = Literal["if_better", "always", "never"]
 Optimizer = Literal["sgd", "adamw"]
+# lbfgs: the head is solved for, on the features of the frozen backbone; not for a caller to ask for by name.
+ResolvedOptimizer = Literal["sgd", "adamw", "lbfgs"]
+HeadStart = Literal["random", "probe"]
 Scheduler = Literal["step", "cosine", "constant"]
 Augmentation = Literal["none", "classic", "strong"]
 ClassWeights = Literal["none", "balanced"]
@@ -79,6 +82,11 @@ class Hyperparameters(BaseModel):
         None, description="Side of the square that the network sees, in pixels."
     )
     augmentation: Augmentation | SkipJsonSchema[None] = Field(None, description="Random changes of training images.")
+    augmented_views: Annotated[int, Field(ge=1, le=64)] | SkipJsonSchema[None] = Field(
+        None,
+        description="How many random views of each training image go through the frozen stages, once each, and are "
+        "then used in turn; for feature_extraction and fine_tuning only.",
+    )
     mixup: Annotated[float, Field(ge=0, le=8)] | SkipJsonSchema[None] = Field(
         None, description="Alpha of the Beta distribution that images are mixed by; 0 is off."
     )
@@ -216,7 +224,8 @@ class ResolvedHyperparameters(BaseModel):
 
     epochs: int
     batch_size: int
-    optimizer: Optimizer
+    optimizer: ResolvedOptimizer
+    head_start: HeadStart  # probe: the head begins as the logistic regression on the untrained backbone's features
     learning_rate: float
     backbone_learning_rate: float | None
     momentum: float | None
@@ -232,6 +241,7 @@ class ResolvedHyperparameters(BaseModel):
     augmentation: Augmentation
     crop_scale: tuple[float, float]  # share of the image's area that a random crop covers
     horizontal_flip: bool
+    augmented_views: int | None  # of each training image, through the frozen stages; None: fresh ones in each epoch
     mixup: float
     ema: float
     class_weights: ClassWeights
@@ -254,7 +264,7 @@ class TrainingSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dataset: str
-    method: Method
+    method: Method | Literal["auto"]
     backbone: BackboneRef
     seed: int
     recipe: Recipe
@@ -264,6 +274,8 @@ class TrainingSpec(BaseModel):
     budget_seconds: float | None
     requested: dict[str, Any]
     reasons: list[str]
+    # For auto, which competes: a spec for each method, the simplest first. The values above are the last one's.
+    candidates: list["TrainingSpec"] = []
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -275,6 +287,7 @@ CLASSIC: dict[str, Any] = {
     "epochs": 25,
     "batch_size": 32,
     "optimizer": "sgd",
+    "head_start": "random",
     "learning_rate": 0.001,
     "momentum": 0.9,
     "weight_decay": 0.0,
@@ -291,6 +304,11 @@ CLASSIC: dict[str, Any] = {
     "class_weights": "none",
     "early_stopping_patience": None,
 }
+# Who sets none of these under modern gets a head that is solved for, not stepped towards.
+ITERATIVE = frozenset(
+    {"epochs", "batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "scheduler", "step_size", "gamma"}
+    | {"warmup_epochs", "label_smoothing", "augmentation", "augmented_views", "mixup", "ema", "early_stopping_patience"}
+)
 DEFAULT_MOMENTUM = 0.9
 DEFAULT_STEP_SIZE, DEFAULT_GAMMA = 7, 0.1
 DEFAULT_EMA = 0.999
@@ -328,6 +346,19 @@ MODERN: dict[tuple[Method, Family], ModernDefaults] = {
     ("from_scratch", "cnn"): _CNN_SCRATCH,
     ("from_scratch", "transformer"): _TRANSFORMER_SCRATCH,
 }
+# A logistic regression has no rate, no batches and no epochs; one pass over the images, and its line search's step.
+SOLVED: dict[str, Any] = {
+    "epochs": 1,
+    "optimizer": "lbfgs",
+    "learning_rate": 1.0,
+    "weight_decay": 0.0,
+    "scheduler": "constant",
+    "warmup_epochs": 0.0,
+    "augmentation": "none",
+    "augmented_views": None,
+    "early_stopping_patience": None,
+}
+MODERN_AUGMENTED_VIEWS = 8
 MODERN_BATCH_SIZE = 32
 MODERN_WARMUP_SHARE = 0.1  # of all epochs; 5 to 10 % is common to every recipe read
 SGD_RATE_FACTOR = 10.0  # sgd with momentum 0.9 wants about ten times adamw's rate: 0.01 beside 1e-3
@@ -388,7 +419,53 @@ def resolve(
     _check_dataset(dataset)
     reasons: list[str] = []
     start = _start(request, weights, device_type, starting_model, reasons)
+    if methods := _contenders(request, dataset, start, device_type, reasons):
+        rivals = [_resolved(_entered(request, m), m, dataset=dataset, start=start, reasons=[]) for m in methods]
+        return rivals[-1].model_copy(
+            update={
+                "method": "auto",
+                "requested": request.model_dump(mode="json", exclude_unset=True),
+                "reasons": reasons,
+                "candidates": rivals,
+            }
+        )
     method = _method(request, dataset, start, device_type, reasons)
+    return _resolved(request, method, dataset=dataset, start=start, reasons=reasons)
+
+
+def _contenders(
+    request: JobRequest, dataset: DatasetFacts, start: _Start, device_type: str, reasons: list[str]
+) -> list[Method]:
+    """The methods that compete under auto, the simplest first; none where one method is given by what was asked for."""
+    asked = request.hyperparameters.model_fields_set
+    if request.method != "auto" or request.recipe == "classic" or not start.is_pretrained:
+        return []
+    if {"feature_layer", "unfreeze", "augmented_views"} & asked:
+        return []
+    methods: list[Method] = ["feature_extraction", "fine_tuning", "full_fine_tuning"]
+    epochs = request.hyperparameters.epochs or _epochs_for_steps(
+        MODERN["full_fine_tuning", start.backbone.family], dataset.train, MODERN_BATCH_SIZE
+    )
+    # A backward pass costs about two forward passes.
+    if device_type == "cpu" and 3 * start.backbone.gflops * dataset.train * epochs > MAX_CPU_TRAINING_GFLOPS:
+        methods.remove("full_fine_tuning")
+        reasons.append(f"all of {start.backbone.name} on {dataset.train} images would take long on a CPU: left out.")
+    reasons.append(f"method auto: {', '.join(methods)} compete on the validation images; ties go to the simpler.")
+    return methods
+
+
+def _entered(request: JobRequest, method: Method) -> JobRequest:
+    """What was asked for, as far as it has a meaning for this method: the probe is solved for, whatever the epochs."""
+    asked = request.hyperparameters
+    if method == "feature_extraction":
+        values = asked.model_dump(exclude_unset=True, exclude={*ITERATIVE, "backbone_learning_rate"})
+        asked = Hyperparameters.model_validate(values)
+    return request.model_copy(update={"method": method, "hyperparameters": asked})
+
+
+def _resolved(
+    request: JobRequest, method: Method, *, dataset: DatasetFacts, start: _Start, reasons: list[str]
+) -> TrainingSpec:
     _check_start(method, start)
     _check_combinations(request, method, start.backbone)
     preprocessing = _preprocessing(request, start)
@@ -525,6 +602,8 @@ def _check_combinations(request: JobRequest, method: Method, backbone: BackboneS
         raise _bad_hyperparameter("feature_layer", f"is for the method feature_extraction only, and this is {method}")
     if asked.feature_layer is not None and asked.feature_layer not in stages:
         raise _bad_hyperparameter("feature_layer", f"must be one of {backbone.name}'s layers: {', '.join(stages)}")
+    if "augmented_views" in given and method not in ("feature_extraction", "fine_tuning"):
+        raise _bad_hyperparameter("augmented_views", f"is for methods that freeze stages, and this is {method}")
     if "backbone_learning_rate" in given and method == "feature_extraction":
         raise _bad_hyperparameter(
             "backbone_learning_rate", "has no meaning for feature_extraction, whose backbone is frozen"
@@ -570,6 +649,7 @@ def _modern(
         "epochs": epochs,
         "batch_size": batch_size,
         "optimizer": "adamw",
+        "head_start": "random" if method == "from_scratch" else "probe",
         "learning_rate": defaults.learning_rate * (SGD_RATE_FACTOR if is_sgd else 1.0),
         "momentum": DEFAULT_MOMENTUM if is_sgd else None,
         "weight_decay": SGD_WEIGHT_DECAY if is_sgd else defaults.weight_decay,
@@ -587,7 +667,13 @@ def _modern(
         # A third of the run without progress: the cosine's end, where most is gained, is then mostly still reached.
         "early_stopping_patience": max(5, math.ceil(epochs / 3)),
     } | given
-    return values | _per_method(asked, method, backbone_rate=values["learning_rate"] * defaults.backbone_ratio)
+    values |= _per_method(asked, method, backbone_rate=values["learning_rate"] * defaults.backbone_ratio)
+    if method in ("feature_extraction", "fine_tuning") and values["augmentation"] != "none":
+        values["augmented_views"] = min(given.get("augmented_views", MODERN_AUGMENTED_VIEWS), values["epochs"])
+    if method == "feature_extraction" and not ITERATIVE & set(given):
+        reasons.append("the head is solved for: a logistic regression, regularised as cross-validation says.")
+        values |= SOLVED
+    return values
 
 
 def _per_method(asked: Hyperparameters, method: Method, *, backbone_rate: float) -> dict[str, Any]:
@@ -595,6 +681,7 @@ def _per_method(asked: Hyperparameters, method: Method, *, backbone_rate: float)
     return {
         "unfreeze": (asked.unfreeze or 1) if method == "fine_tuning" else None,
         "feature_layer": asked.feature_layer,
+        "augmented_views": asked.augmented_views,
         "backbone_learning_rate": (
             None if method == "feature_extraction" else asked.backbone_learning_rate or backbone_rate
         ),

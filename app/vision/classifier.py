@@ -31,6 +31,7 @@ class Classifier(nn.Module):
         self.head = head
         self.feature_layer = feature_layer
         self._frozen_stages = 0
+        self._keeps_statistics = False
 
     @classmethod
     def new(
@@ -92,6 +93,15 @@ class Classifier(nn.Module):
     def class_count(self) -> int:
         return self.head.out_features
 
+    @property
+    def frozen_stage_names(self) -> tuple[str, ...]:
+        return self.stage_names[: self._frozen_stages]
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the frozen stages."""
+        state = self.backbone.stages[: self._frozen_stages].state_dict()
+        return {name: state[name] for name in sorted(state)}
+
     def freeze(self, trainable_stages: int) -> None:
         """Leaves the last `trainable_stages` stages and the head trainable; 0 freezes the whole backbone.
 
@@ -103,10 +113,19 @@ class Classifier(nn.Module):
             stage.requires_grad_(index >= self._frozen_stages)
         self.train(self.training)
 
+    def keep_statistics(self) -> None:
+        """Leaves every batch-norm with the statistics it has, though its scale and shift may be trained."""
+        self._keeps_statistics = True
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         for stage in list(self.backbone.stages)[: self._frozen_stages]:
             stage.eval()
+        if self._keeps_statistics:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
 
     def forward(self, images: Tensor) -> Tensor:

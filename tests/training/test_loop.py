@@ -16,7 +16,7 @@ from app.storage import LocalStorage
 from worker.training.checkpoint import Checkpoints
 from worker.training.loop import Hooks, LoopState, StepProgress, fit, predict_logits, trains_batch_norm
 from worker.training.optim import Schedule
-from worker.training.pixels import Split, batch_positions
+from worker.training.pixels import Source, batch_positions
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +197,7 @@ def test_the_best_epoch_is_the_most_accurate_one_and_among_equals_the_one_of_lea
     state.load_best()
     plan = builders.plan()
     logits = predict_logits(
-        state.network, plan.val, prepare=builders.prepare, normalise=plan.normalise, device=torch.device("cpu")
+        state.network, plan.val, normalise=plan.normalise, device=torch.device("cpu")
     )
     assert functional.cross_entropy(logits, torch.from_numpy(plan.val.labels)).item() == best.val_loss
 
@@ -293,10 +293,8 @@ def _run_until_step(state: LoopState, plan: object, steps: int) -> None:
             list(fit(state, plan, Hooks(on_progress=leave)))  # type: ignore[arg-type]
 
 
-def _tensors(split: Split, positions: np.ndarray) -> Tensor:
-    plan = builders.plan()
-    images = [builders.prepare(torch.from_numpy(split.images[int(p)].copy())) for p in positions]
-    return plan.normalise(torch.stack(images))
+def _tensors(source: Source, positions: np.ndarray) -> Tensor:
+    return builders.plan().normalise(source.batch(positions).inputs)
 
 
 def test_plans_are_replaced_not_changed() -> None:

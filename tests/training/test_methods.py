@@ -98,7 +98,7 @@ def test_modern_batch_norm_follows_short_runs_and_classic_is_torchvisions(recipe
 def test_balanced_weights_are_inverse_to_the_counts_and_one_in_the_mean() -> None:
     split = builders.split(9)
     uneven = type(split)(split.images, split.indices[:6], np.array([0, 0, 0, 0, 1, 1]))
-    weights = methods._balanced(uneven, 3)
+    weights = methods._balanced(uneven.labels, 3)
     assert weights == (6 / (2 * 4), 6 / (2 * 2), 0.0)
     assert sum(weights[label] for label in uneven.labels) / 6 == 1.0
 

@@ -50,10 +50,8 @@ def test_a_batch_begun_in_the_middle_of_an_epoch_is_the_one_it_would_have_been()
     plan = builders.plan()
 
     def batches(first_step: int) -> list[torch.Tensor]:
-        made = training_batches(
-            plan.train, batch_size=5, seed=7, epoch=2, first_step=first_step, merge_single=False, augment=plan.augment
-        )
-        return [batch.pixels for batch in made]
+        made = training_batches(plan.train, batch_size=5, seed=7, epoch=2, first_step=first_step, merge_single=False)
+        return [batch.inputs for batch in made]
 
     whole, rest = batches(0), batches(3)
     assert len(whole) == 5
@@ -61,9 +59,9 @@ def test_a_batch_begun_in_the_middle_of_an_epoch_is_the_one_it_would_have_been()
 
 
 def test_validation_keeps_the_splits_order() -> None:
-    split = builders.split(7)
-    labels = [label for b in ordered_batches(split, batch_size=3, prepare=builders.prepare) for label in b.labels]
-    assert [int(label) for label in labels] == split.labels.tolist()
+    source = builders.plan(train=builders.split(7)).train
+    labels = [label for b in ordered_batches(source, batch_size=3) for label in b.labels]
+    assert [int(label) for label in labels] == source.labels.tolist()
 
 
 def test_prefetching_gives_the_same_items_in_the_same_order() -> None:

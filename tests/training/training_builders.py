@@ -13,7 +13,7 @@ from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 from worker.training.augment import training_transform
 from worker.training.loop import LoopState, Plan
 from worker.training.optim import Schedule, build_optimizer
-from worker.training.pixels import Split, steps_per_epoch
+from worker.training.pixels import PixelSource, Split, steps_per_epoch
 
 SMALL = Preprocessing(resize=20, crop=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), interpolation="bilinear")
 
@@ -59,24 +59,23 @@ def plan(**changes: Any) -> Plan:
     train = changes.pop("train", None) or split(22)
     batch_size, epochs = changes.pop("batch_size", 5), changes.pop("epochs", 2)
     augmentation = changes.pop("augmentation", "classic")
+    augment = training_transform(
+        augmentation,
+        image_size=SMALL.crop,
+        crop_scale=(0.3, 1.0),
+        horizontal_flip=True,
+        interpolation="bilinear",
+        eval_transform=prepare,
+    )
     defaults = Plan(
-        train=train,
-        val=split(12, seed=1),
+        train=PixelSource(train, augment, prepare),
+        val=PixelSource(split(12, seed=1), augment, prepare),
         class_count=3,
         epochs=epochs,
         batch_size=batch_size,
         seed=0,
         schedule=Schedule("constant", epochs, steps_per_epoch(len(train), batch_size)),
         normalise=lambda batch: normalise(batch, SMALL),
-        augment=training_transform(
-            augmentation,
-            image_size=SMALL.crop,
-            crop_scale=(0.3, 1.0),
-            horizontal_flip=True,
-            interpolation="bilinear",
-            eval_transform=prepare,
-        ),
-        prepare_eval=prepare,
     )
     return replace(defaults, **changes)
 

@@ -25,9 +25,8 @@ from worker.training.optim import Schedule, load_optimizer_tensors, optimizer_te
 from worker.training.pixels import (
     MIX,
     NETWORK,
-    Augment,
     Batch,
-    Split,
+    Source,
     ordered_batches,
     prefetched,
     random_stream,
@@ -51,26 +50,25 @@ _PROBE_STEPS = 3
 class Plan:
     """What stays the same over the whole run.
 
-    normalise: uint8 (N, 3, S, S) on the device -> float32, as serving does it. augment: per training image.
-    prepare_eval: per validation image, exactly serving's. class_weights: one per class, or None.
+    normalise: a batch's inputs on the device -> what the network takes: for pixels float32, as serving does it.
+    class_weights: one per class, or None. start_counts: the weights at the start are a candidate too, as epoch 0.
     """
 
-    train: Split
-    val: Split
+    train: Source
+    val: Source
     class_count: int
     epochs: int
     batch_size: int
     seed: int
     schedule: Schedule
     normalise: Callable[[Tensor], Tensor]
-    augment: Augment
-    prepare_eval: Callable[[Tensor], Tensor]
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
     mixup: float = 0.0
     early_stopping_patience: int | None = None
     budget_seconds: float | None = None
     merge_single: bool = False
+    start_counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +147,7 @@ class LoopState:
     epoch_seconds: float = 0.0  # training time of the running epoch, over all attempts
     elapsed_seconds: float = 0.0  # of all done epochs
     is_finished: bool = False
+    val_accuracies: list[float] = field(default_factory=list)  # one per done epoch
     best: Best | None = None
     changing: tuple[str, ...] = field(default=())
 
@@ -199,6 +198,7 @@ class LoopState:
             "epoch_seconds": self.epoch_seconds,
             "elapsed_seconds": self.elapsed_seconds,
             "is_finished": self.is_finished,
+            "val_accuracies": list(self.val_accuracies),
             "best": best and {"epoch": best.epoch, "val_accuracy": best.val_accuracy, "val_loss": best.val_loss},
         }
 
@@ -220,6 +220,46 @@ class LoopState:
             setattr(self, name, value)
         self.best = Best(**numbers["best"], weights=parts["best"]) if numbers["best"] else None
 
+    def keep_if_best(self, epoch: int, *, val_accuracy: float, val_loss: float) -> bool:
+        """Keeps the network's weights as the best epoch's, if it beats the one before."""
+        if self.best is not None and not self.best.is_beaten_by(val_accuracy, val_loss):
+            return False
+        weights = self.network.state_dict()
+        kept = {name: weights[name].detach().to("cpu", copy=True).contiguous() for name in self.changing}
+        self.best = Best(epoch, val_accuracy, val_loss, kept)
+        return True
+
+    def finish_in_one(
+        self,
+        *,
+        train_loss: float,
+        train_accuracy: float,
+        val_loss: float,
+        val_accuracy: float,
+        learning_rate: float,
+        seconds: float,
+        images: int,
+    ) -> EpochResult:
+        """Ends a run whose weights are final without any step, as one epoch."""
+        self.keep_if_best(1, val_accuracy=val_accuracy, val_loss=val_loss)
+        self.val_accuracies.append(val_accuracy)
+        self.epoch, self.is_finished, self.elapsed_seconds = 1, True, seconds
+        return EpochResult(
+            epoch=1,
+            train_loss=train_loss,
+            train_accuracy=train_accuracy,
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
+            learning_rate=learning_rate,
+            seconds=seconds,
+            images_per_second=images / max(seconds, 1e-9),
+            is_best=True,
+            best_epoch=1,
+            best_val_accuracy=val_accuracy,
+            best_val_loss=val_loss,
+            step=0,
+        )
+
     def load_best(self) -> None:
         """Makes the network what it was at its best validation epoch."""
         assert self.best is not None
@@ -235,6 +275,9 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
     """
     hooks = hooks or Hooks()
     pace = _Pace(state, plan, hooks)
+    if plan.start_counts and state.best is None and state.total_steps == 0:
+        val_loss, val_accuracy = _validate(state, plan, pace)
+        state.keep_if_best(0, val_accuracy=val_accuracy, val_loss=val_loss)
     while not state.is_finished:
         stop = _train_epoch(state, plan, pace)
         if stop and state.best is not None:
@@ -264,7 +307,6 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
         epoch=state.epoch,
         first_step=state.step,
         merge_single=plan.merge_single,
-        augment=plan.augment,
     )
     state.network.train()
     with prefetched(batches) as prepared:
@@ -300,7 +342,7 @@ def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, hooks: Hooks) ->
 def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
     torch.manual_seed(torch_seed(plan.seed, NETWORK, state.epoch, state.step))  # dropout, stochastic depth
     labels = batch.labels.to(state.device, non_blocking=True)
-    images = plan.normalise(batch.pixels.to(state.device, non_blocking=True))
+    images = plan.normalise(batch.inputs.to(state.device, non_blocking=True))
     images, targets = _mixed(state, plan, images, labels)
     weights = None if plan.class_weights is None else torch.tensor(plan.class_weights, device=state.device)
     scale = _loss_scale(targets, weights)
@@ -377,7 +419,6 @@ def _validate(state: LoopState, plan: Plan, pace: "_Pace") -> tuple[float, float
     logits = predict_logits(
         state.network,
         plan.val,
-        prepare=plan.prepare_eval,
         normalise=plan.normalise,
         device=state.device,
         precision=state.precision,
@@ -393,26 +434,25 @@ def _validate(state: LoopState, plan: Plan, pace: "_Pace") -> tuple[float, float
 
 def predict_logits(
     network: nn.Module,
-    split: Split,
+    source: Source,
     *,
-    prepare: Callable[[Tensor], Tensor],
     normalise: Callable[[Tensor], Tensor],
     device: torch.device,
     precision: Precision = "fp32",
     on_batch: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Logits of the whole split in its own order: float32 (N, C) on the CPU. Leaves the network in eval mode."""
+    """Logits of the whole source in its own order: float32 (N, C) on the CPU. Leaves the network in eval mode."""
     network.eval()
     batch_size = EVAL_BATCH_SIZE
     found: list[Tensor] = []
 
     def run(start: int, batch: Batch) -> None:
         del found[start:]
-        for pixels in torch.split(batch.pixels, batch_size):
+        for inputs in torch.split(batch.inputs, batch_size):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                found.append(network(normalise(pixels.to(device))).float().cpu())
+                found.append(network(normalise(inputs.to(device))).float().cpu())
 
-    with torch.inference_mode(), prefetched(ordered_batches(split, batch_size=batch_size, prepare=prepare)) as batches:
+    with torch.inference_mode(), prefetched(ordered_batches(source, batch_size=batch_size)) as batches:
         for batch in batches:
             start = len(found)
             while not _attempt(lambda start=start, batch=batch: run(start, batch)):  # type: ignore[misc]
@@ -427,11 +467,8 @@ def _end_epoch(state: LoopState, plan: Plan, pace: "_Pace", *, val_loss: float, 
     loss_sum, correct, count = state.sums.tolist()  # waits for the device, so once per epoch
     if not math.isfinite(loss_sum):
         raise _diverged()
-    is_best = state.best is None or state.best.is_beaten_by(val_accuracy, val_loss)
-    if is_best:
-        weights = state.network.state_dict()
-        kept = {name: weights[name].detach().to("cpu", copy=True).contiguous() for name in state.changing}
-        state.best = Best(state.epoch + 1, val_accuracy, val_loss, kept)
+    is_best = state.keep_if_best(state.epoch + 1, val_accuracy=val_accuracy, val_loss=val_loss)
+    state.val_accuracies.append(val_accuracy)
     assert state.best is not None
     seconds = pace.end_epoch()
     state.epoch += 1

@@ -5,27 +5,41 @@
     full_fine_tuning     every parameter
     from_scratch         every parameter, from random weights
 
-`prepare` builds a training from a spec and data, `loop.fit` runs it, `conclude` measures what came of it.
+`prepare` builds a training from a spec and data, `loop.fit` runs it, `conclude` measures what came of it. What is
+frozen runs once, in `prepare`; a head that is solved for is done by then too, and `fit` has nothing left to do.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from app.datasets.manifest import Manifest
+from app.errors import StorageFull
 from app.jobs.spec import TrainingSpec
 from app.vision.classifier import Classifier
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 from worker.training import evaluate
 from worker.training.augment import training_transform
-from worker.training.loop import LoopState, Plan, Precision, choose_precision, predict_logits, trains_batch_norm
+from worker.training.features import Activations, ActivationSource, FeatureCache, activations
+from worker.training.loop import (
+    EpochResult,
+    LoopState,
+    Plan,
+    Precision,
+    choose_precision,
+    predict_logits,
+    trains_batch_norm,
+)
 from worker.training.optim import Schedule, build_optimizer
-from worker.training.pixels import Images, Split, class_counts, steps_per_epoch
+from worker.training.pixels import Images, PixelSource, Source, Split, class_counts, steps_per_epoch
+from worker.training.probe import Probe, fit_probe
 
 # torch's own default, which most of torchvision's networks were trained with.
 MIN_BATCH_NORM_MOMENTUM = 0.1
@@ -33,14 +47,32 @@ MIN_BATCH_NORM_MOMENTUM = 0.1
 
 @dataclass
 class Training:
-    """A training ready to run: the network, what stays the same, and what changes. test: used once, in the end."""
+    """A training ready to run: the network, what stays the same, and what changes.
+
+    val, test: as pixels, for the conclusion; test is used once, there. solved: the one epoch of a head that was solved
+    for.
+    """
 
     classifier: Classifier
     plan: Plan
     state: LoopState
-    test: Split | None
+    val: PixelSource
+    test: PixelSource | None
     class_names: list[str]
     preprocessing: Preprocessing
+    solved: EpochResult | None = None
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a training may use besides its data: where frozen features are kept, and who hears how far it is.
+
+    on_features: images done and images in all of a pass through frozen stages; may raise to leave.
+    """
+
+    cache: FeatureCache | None = None
+    on_features: Callable[[int, int], None] = lambda _done, _all: None
+    log: Callable[[str], None] = lambda _message: None
 
 
 @dataclass(frozen=True)
@@ -77,22 +109,39 @@ def prepare(
     images: Images,
     device: torch.device,
     precision: Precision | None = None,
+    surroundings: Surroundings | None = None,
+    is_resumed: bool = False,
 ) -> Training:
-    """images: packed at preprocessing.side or more. precision: as an earlier attempt chose it; None chooses now."""
-    values = spec.hyperparameters
-    classifier.freeze(_trainable_stages(spec, classifier))
+    """images: packed at preprocessing.side or more. precision: as an earlier attempt chose it; None chooses now.
+
+    is_resumed: the state will be restored from a checkpoint, so that its start need not be computed.
+    """
+    values, surroundings = spec.hyperparameters, surroundings or Surroundings()
     classifier.to(device)
     if device.type != "mps":
         # The layout that convolutions are fastest in; it moves numbers in memory and changes none of them.
         classifier.to(memory_format=torch.channels_last)
     if spec.recipe == "modern":
         _quicken_batch_norm(classifier)
+    pixels = _Pixels(spec, manifest, images)
+    frozen = _Frozen(spec, classifier, pixels, device, surroundings)
+    is_solved = values.optimizer == "lbfgs"
+    began = time.monotonic()
+    probe = frozen.probe() if values.head_start == "probe" and not is_resumed else None
+    classifier.freeze(_trainable_stages(spec, classifier))
     classifier.train()
-    train, val, test = (_split(manifest, images, manifest.indices(name)) for name in ("train", "val", "test"))
+    train, val = pixels.source("train"), pixels.source("val")
+    if precision is None:
+        precision = "fp32" if is_solved else _precision(spec, classifier, device)
+    network: nn.Module = classifier
+    sources = frozen.sources(precision)
+    to_input = _normaliser(spec.preprocessing)
+    if sources is not None:
+        network, to_input = Suffix(classifier), Tensor.float
     merge_single = trains_batch_norm(classifier)
     plan = Plan(
-        train=train,
-        val=val,
+        train=sources[0] if sources else train,
+        val=sources[1] if sources else val,
         class_count=len(manifest.classes),
         epochs=values.epochs,
         batch_size=values.batch_size,
@@ -105,34 +154,174 @@ def prepare(
             step_size=values.step_size,
             gamma=values.gamma,
         ),
-        normalise=_normaliser(spec.preprocessing),
-        augment=training_transform(
-            values.augmentation,
-            image_size=values.image_size,
-            crop_scale=values.crop_scale,
-            horizontal_flip=values.horizontal_flip,
-            interpolation=spec.preprocessing.interpolation,
-            eval_transform=_eval_transform(spec.preprocessing),
-        ),
-        prepare_eval=_eval_transform(spec.preprocessing),
+        normalise=to_input,
         label_smoothing=values.label_smoothing,
-        class_weights=_balanced(train, len(manifest.classes)) if values.class_weights == "balanced" else None,
+        class_weights=_class_weights(spec, train, manifest),
         mixup=values.mixup,
         early_stopping_patience=values.early_stopping_patience,
         budget_seconds=spec.budget_seconds,
         merge_single=merge_single,
+        start_counts=values.head_start == "probe",
     )
     optimizer = build_optimizer(
         [(classifier.head, values.learning_rate), (classifier.backbone, _backbone_rate(spec))],
-        optimizer=values.optimizer,
+        optimizer="sgd" if values.optimizer == "sgd" else "adamw",
         momentum=values.momentum,
         weight_decay=values.weight_decay,
         device_type=device.type,
     )
-    state = LoopState.begin(
-        classifier, optimizer, precision=precision or _precision(spec, classifier, plan, device), ema=values.ema
+    if probe is not None:
+        _set_head(classifier, probe)
+    state = LoopState.begin(network, optimizer, precision=precision, ema=values.ema)
+    test = pixels.source("test")
+    training = Training(
+        classifier, plan, state, val, test if len(test) else None, list(manifest.classes), spec.preprocessing
     )
-    return Training(classifier, plan, state, test if len(test) else None, list(manifest.classes), spec.preprocessing)
+    if is_solved and probe is not None:
+        training.solved = _solved(training, seconds=time.monotonic() - began)
+    return training
+
+
+class Suffix(nn.Module):
+    """The part of a classifier behind its frozen stages, as a network that takes their output."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """activations: as Classifier.frozen_prefix gives them. Returns logits (N, C)."""
+        return self.classifier.trainable_suffix(activations)
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """A data set's splits as pixels, changed at random as the spec says."""
+
+    spec: TrainingSpec
+    manifest: Manifest
+    images: Images
+
+    def source(self, split: Literal["train", "val", "test"]) -> PixelSource:
+        return self.of(self.manifest.indices(split))
+
+    def of(self, indices: NDArray[np.int64]) -> PixelSource:
+        values, prepare_eval = self.spec.hyperparameters, _eval_transform(self.spec.preprocessing)
+        augment = training_transform(
+            values.augmentation,
+            image_size=values.image_size,
+            crop_scale=values.crop_scale,
+            horizontal_flip=values.horizontal_flip,
+            interpolation=self.spec.preprocessing.interpolation,
+            eval_transform=prepare_eval,
+        )
+        return PixelSource(Split(self.images, indices, self.manifest.labels[indices]), augment, prepare_eval)
+
+    def described(self, *, augmented: bool) -> dict[str, Any]:
+        """What the pixels that a network sees depend on."""
+        values = self.spec.hyperparameters
+        described: dict[str, Any] = {"preprocessing": self.spec.preprocessing.to_dict()}
+        if augmented:
+            described |= {
+                "augmentation": values.augmentation,
+                "crop_scale": list(values.crop_scale),
+                "horizontal_flip": values.horizontal_flip,
+            }
+        return described
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """What runs once: the passes through frozen stages. All images are taken, so that jobs that leave some out share."""
+
+    spec: TrainingSpec
+    classifier: Classifier
+    pixels: _Pixels
+    device: torch.device
+    surroundings: Surroundings
+
+    def probe(self) -> Probe:
+        """The logistic regression on what the head sees, from the training images alone. Freezes all stages."""
+        self.classifier.freeze(0)
+        # In full precision, as serving computes: this head is served as it is where nothing beats it.
+        features = self._pass(None, "fp32")
+        train = self.pixels.source("train").split
+        return fit_probe(
+            features.rows(0, train.indices).float(),
+            train.labels,
+            len(self.pixels.manifest.classes),
+            class_weights=_class_weights(self.spec, train, self.pixels.manifest),
+            seed=self.spec.seed,
+        )
+
+    def sources(self, precision: Precision) -> tuple[ActivationSource, ActivationSource] | None:
+        """Training and validation as stored activations; None where training is to see pixels.
+
+        That is where nothing is frozen, where every epoch is to see fresh views, and where there is no room to store.
+        """
+        values = self.spec.hyperparameters
+        is_augmented = values.augmentation != "none"
+        if not self.classifier.frozen_stage_names or (is_augmented and values.augmented_views is None):
+            return None
+        try:
+            plain = self._pass(None, "fp32" if values.optimizer == "lbfgs" else precision)
+            augmented = self._pass(values.augmented_views, precision) if is_augmented else None
+        except StorageFull:
+            self.surroundings.log("There is no room to store features: the frozen stages run in each epoch instead.")
+            return None
+        train, val = (self.pixels.manifest.indices(name) for name in ("train", "val"))
+        labels, trained_on = self.pixels.manifest.labels, self._trained_on()
+        return (
+            ActivationSource(labels[train], plain, train, augmented, np.searchsorted(trained_on, train)),
+            ActivationSource(labels[val], plain, val, None, val),
+        )
+
+    def _trained_on(self) -> NDArray[np.int64]:
+        return self.pixels.manifest.indices("train")
+
+    def _pass(self, views: int | None, precision: Precision) -> Activations:
+        indices = np.arange(len(self.pixels.manifest.records)) if views is None else self._trained_on()
+        return activations(
+            self.classifier,
+            self.pixels.of(indices),
+            views=views,
+            seed=self.spec.seed,
+            normalise=_normaliser(self.spec.preprocessing),
+            device=self.device,
+            precision=precision,
+            described=self.pixels.described(augmented=views is not None),
+            cache=self.surroundings.cache,
+            on_batch=self.surroundings.on_features,
+        )
+
+
+def _set_head(classifier: Classifier, probe: Probe) -> None:
+    with torch.no_grad():
+        classifier.head.weight.copy_(probe.weight)
+        classifier.head.bias.copy_(probe.bias)
+
+
+def _solved(training: Training, *, seconds: float) -> EpochResult:
+    """The result of a head that is solved already, as the one epoch of its training."""
+    state, plan = training.state, training.plan
+
+    def measured(source: Source) -> tuple[float, float]:
+        logits = predict_logits(state.network, source, normalise=plan.normalise, device=state.device)
+        labels = torch.from_numpy(source.labels)
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
+        return functional.cross_entropy(logits, labels).item(), accuracy
+
+    train_loss, train_accuracy = measured(plan.train)
+    val_loss, val_accuracy = measured(plan.val)
+    return state.finish_in_one(
+        train_loss=train_loss,
+        train_accuracy=train_accuracy,
+        val_loss=val_loss,
+        val_accuracy=val_accuracy,
+        learning_rate=state.optimizer.param_groups[0]["lr"],
+        seconds=seconds,
+        images=len(plan.train),
+    )
 
 
 def conclude(training: Training, manifest: Manifest, *, on_batch: Callable[[], None] = lambda: None) -> Conclusion:
@@ -142,28 +331,27 @@ def conclude(training: Training, manifest: Manifest, *, on_batch: Callable[[], N
     """
     training.state.load_best()
     assert training.state.best is not None
-    plan, names = training.plan, training.class_names
+    names = training.class_names
 
-    def logits_of(split: Split) -> Tensor:
+    def logits_of(source: PixelSource) -> Tensor:
         return predict_logits(
             training.classifier,
-            split,
-            prepare=plan.prepare_eval,
-            normalise=plan.normalise,
+            source,
+            normalise=_normaliser(training.preprocessing),
             device=training.state.device,
             on_batch=on_batch,
         )
 
-    val_logits = logits_of(plan.val)
-    temperature = evaluate.fit_temperature(val_logits, plan.val.labels)
-    val = evaluate.evaluate(val_logits, plan.val.labels, names, temperature=temperature)
+    val_logits = logits_of(training.val)
+    temperature = evaluate.fit_temperature(val_logits, training.val.labels)
+    val = evaluate.evaluate(val_logits, training.val.labels, names, temperature=temperature)
     metrics = val.metrics("val") | {"best_epoch": training.state.best.epoch, "temperature": temperature}
-    record = _evaluation_record(val, plan.val, manifest)
+    record = _evaluation_record(val, training.val.split, manifest)
     if training.test is not None:
         test_logits = logits_of(training.test)
         test = evaluate.evaluate(test_logits, training.test.labels, names, temperature=temperature)
         metrics |= test.metrics("test")
-        record["test"] = _evaluation_record(test, training.test, manifest)
+        record["test"] = _evaluation_record(test, training.test.split, manifest)
     return Conclusion(temperature, metrics, record)
 
 
@@ -192,21 +380,17 @@ def _backbone_rate(spec: TrainingSpec) -> float:
     return spec.hyperparameters.learning_rate if rate is None else rate  # None: frozen, so it has no group anyway
 
 
-def _precision(spec: TrainingSpec, classifier: Classifier, plan: Plan, device: torch.device) -> Precision:
+def _precision(spec: TrainingSpec, classifier: Classifier, device: torch.device) -> Precision:
     """classic is the textbook's in full precision, except on cuda, where nobody trains without tensor cores today."""
     if spec.recipe == "classic" and device.type != "cuda":
         return "fp32"
     return choose_precision(
         classifier,
-        plan.normalise,
+        _normaliser(spec.preprocessing),
         image_size=spec.preprocessing.crop,
-        batch_size=plan.batch_size,
-        seed=plan.seed,
+        batch_size=spec.hyperparameters.batch_size,
+        seed=spec.seed,
     )
-
-
-def _split(manifest: Manifest, images: Images, indices: NDArray[np.int64]) -> Split:
-    return Split(images, indices, manifest.labels[indices])
 
 
 def _normaliser(preprocessing: Preprocessing) -> Callable[[Tensor], Tensor]:
@@ -217,11 +401,15 @@ def _eval_transform(preprocessing: Preprocessing) -> Callable[[Tensor], Tensor]:
     return lambda pixels: eval_pixels(pixels, preprocessing)
 
 
-def _balanced(train: Split, class_count: int) -> tuple[float, ...]:
+def _class_weights(spec: TrainingSpec, train: Split | PixelSource, manifest: Manifest) -> tuple[float, ...] | None:
+    return _balanced(train.labels, len(manifest.classes)) if spec.hyperparameters.class_weights == "balanced" else None
+
+
+def _balanced(labels: NDArray[np.int64], class_count: int) -> tuple[float, ...]:
     """Weights inverse to the number of training images, 1 in the mean over images; 0 for a class without any."""
-    counts = class_counts(train, class_count)
+    counts = class_counts(labels, class_count)
     present = int((counts > 0).sum())
-    return tuple(len(train) / (present * int(n)) if n else 0.0 for n in counts)
+    return tuple(len(labels) / (present * int(n)) if n else 0.0 for n in counts)
 
 
 def _evaluation_record(found: evaluate.Evaluation, split: Split, manifest: Manifest) -> dict[str, Any]:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 Augment = Callable[[Tensor, np.random.Generator], Tensor]
 
 # What a random stream is for; each purpose has its own, so that one more draw here shifts nothing there.
-ORDER, AUGMENT, MIX, NETWORK, HEAD = range(5)
+ORDER, AUGMENT, MIX, NETWORK, HEAD, VIEW = range(6)
 _PREPARED_BATCHES = 2
 
 
@@ -47,13 +47,52 @@ class Split:
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels: uint8 (N, 3, S, S) in channels-last memory; labels: int64 (N,). Both on the CPU."""
+    """inputs: uint8 pixels (N, 3, S, S) in channels-last memory, or cached activations; labels: int64 (N,)."""
 
-    pixels: Tensor
+    inputs: Tensor
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+class Source(Protocol):
+    """What is trained or validated on, as batches. positions: places within the source, from 0 to len - 1."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+
+    def __len__(self) -> int: ...
+
+    def training_batch(self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int) -> Batch:
+        """The images at these positions, changed at random as follows from (seed, epoch, step)."""
+        ...
+
+    def batch(self, positions: NDArray[np.int64]) -> Batch:
+        """The images at these positions, as they are served."""
+        ...
+
+
+@dataclass(frozen=True)
+class PixelSource:
+    """Batches of pixels. prepare: per image and not random, uint8 (H, W, 3) -> uint8 (3, S, S), as serving does it."""
+
+    split: Split
+    augment: Augment
+    prepare: Callable[[Tensor], Tensor]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return self.split.labels
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def training_batch(self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int) -> Batch:
+        return _batch(self.split, positions, _changed(self.augment, random_stream(seed, AUGMENT, epoch, step)))
+
+    def batch(self, positions: NDArray[np.int64]) -> Batch:
+        return _batch(self.split, positions, self.prepare)
 
 
 def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generator:
@@ -88,25 +127,18 @@ def steps_per_epoch(count: int, batch_size: int, *, merge_single: bool = False) 
 
 
 def training_batches(
-    split: Split,
-    *,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    first_step: int,
-    merge_single: bool,
-    augment: Augment,
+    source: Source, *, batch_size: int, seed: int, epoch: int, first_step: int, merge_single: bool
 ) -> Iterator[Batch]:
     """The epoch's batches from `first_step` on."""
-    positions = batch_positions(len(split), batch_size, seed=seed, epoch=epoch, merge_single=merge_single)
+    positions = batch_positions(len(source), batch_size, seed=seed, epoch=epoch, merge_single=merge_single)
     for step in range(first_step, len(positions)):
-        yield _batch(split, positions[step], _changed(augment, random_stream(seed, AUGMENT, epoch, step)))
+        yield source.training_batch(positions[step], seed=seed, epoch=epoch, step=step)
 
 
-def ordered_batches(split: Split, *, batch_size: int, prepare: Callable[[Tensor], Tensor]) -> Iterator[Batch]:
-    """The split once, in its own order. prepare: uint8 (H, W, 3) -> uint8 (3, S, S)."""
-    for start in range(0, len(split), batch_size):
-        yield _batch(split, np.arange(start, min(start + batch_size, len(split))), prepare)
+def ordered_batches(source: Source, *, batch_size: int) -> Iterator[Batch]:
+    """The source once, in its own order."""
+    for start in range(0, len(source), batch_size):
+        yield source.batch(np.arange(start, min(start + batch_size, len(source))))
 
 
 def prefetch(items: Iterable[T], *, depth: int = _PREPARED_BATCHES) -> Generator[T, None, None]:
@@ -155,8 +187,8 @@ def prefetched(items: Iterable[T], *, depth: int = _PREPARED_BATCHES) -> "closin
     return closing(prefetch(items, depth=depth))
 
 
-def class_counts(split: Split, class_count: int) -> NDArray[np.int64]:
-    return np.bincount(split.labels, minlength=class_count)
+def class_counts(labels: NDArray[np.int64], class_count: int) -> NDArray[np.int64]:
+    return np.bincount(labels, minlength=class_count)
 
 
 def _changed(augment: Augment, random: np.random.Generator) -> Callable[[Tensor], Tensor]:
@@ -167,4 +199,4 @@ def _batch(split: Split, positions: Sequence[int] | NDArray[np.int64], prepare: 
     # A copy of each picture, since the store is mapped read-only and torch wants memory it may write to.
     prepared = [prepare(torch.from_numpy(np.array(split.images[int(split.indices[p])]))) for p in positions]
     pixels = torch.stack(prepared).contiguous(memory_format=torch.channels_last)
-    return Batch(pixels=pixels, labels=torch.from_numpy(split.labels[positions]))
+    return Batch(inputs=pixels, labels=torch.from_numpy(split.labels[positions]))

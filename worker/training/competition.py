@@ -1,0 +1,129 @@
+"""Method auto's rules: who may go on, who wins, and how that is told. Pure numbers; no networks, no jobs.
+
+Successive halving (Jamieson and Talwalkar 2016) with what is particular here: the methods are ordered from the simplest
+to the most expensive, each gets a short heat against the best so far before it is trained to the end, and all are
+compared on the same validation images.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Share of a method's epochs that it may train before it must have shown that it can win.
+HEAT_SHARE = 0.25
+MIN_HEAT_EPOCHS = 2
+# Less than this is not worth another method's time, and within it the simpler method wins.
+TIE_POINTS = 0.005
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method's result. correct: per validation image. val_accuracies: of its epochs; seconds: all it took."""
+
+    method: str
+    correct: NDArray[np.bool_]
+    accuracy_ci95: tuple[float, float]
+    val_loss: float
+    macro_f1: float
+    val_accuracies: tuple[float, ...]
+    seconds: float
+    latency_seconds: float  # of one image, forward pass alone
+    size_bytes: int
+
+    @property
+    def val_accuracy(self) -> float:
+        return float(self.correct.mean())
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A method that was not trained to the end, and why."""
+
+    method: str
+    reason: str
+    val_accuracy: float | None = None
+    seconds: float = 0.0
+
+
+def heat_epochs(epochs: int) -> int:
+    """How many of its epochs a method may train before it is compared."""
+    return min(epochs, max(MIN_HEAT_EPOCHS, math.ceil(HEAT_SHARE * epochs)))
+
+
+def has_room(leader: Contender) -> bool:
+    """Whether another method could still be better by more than a tie."""
+    return 1 - leader.val_accuracy > TIE_POINTS
+
+
+def survives(val_accuracies: Sequence[float], leader: Contender) -> bool:
+    """Whether a method that has trained these epochs may go on.
+
+    It may if it is ahead of the leader's final accuracy, or of where the leader was after as many epochs; a leader
+    whose head was solved for has no such past, and all of its accuracy at once.
+    """
+    best = max(val_accuracies)
+    if best > leader.val_accuracy:
+        return True
+    past = leader.val_accuracies[: len(val_accuracies)]
+    return len(leader.val_accuracies) > 1 and best > max(past)
+
+
+def winner(contenders: Sequence[Contender]) -> Contender:
+    """The most accurate on the validation images; among those within a tie of it, the first, which is the simplest."""
+    best = max(contender.val_accuracy for contender in contenders)
+    return next(c for c in contenders if c.val_accuracy >= best - TIE_POINTS)
+
+
+def reason(contenders: Sequence[Contender], dropped: Sequence[Dropped]) -> str:
+    """One sentence: who won, and against whom."""
+    won = winner(contenders)
+    parts = []
+    for other in contenders:
+        if other is won:
+            continue
+        gap = 100 * (won.val_accuracy - other.val_accuracy)
+        parts.append(f"{other.method} is within a tie of it" if abs(gap) <= 100 * TIE_POINTS else f"{gap:+.1f} points on {other.method}")
+    parts += [f"{other.method} was left: {other.reason}" for other in dropped]
+    rivals = f"; {'; '.join(parts)}" if parts else ""
+    low, high = won.accuracy_ci95
+    images = len(won.correct)
+    return f"{won.method} wins with {won.val_accuracy:.3f} ({low:.3f} to {high:.3f}) on {images} validation images{rivals}."
+
+
+def table(contenders: Sequence[Contender], dropped: Sequence[Dropped]) -> list[dict[str, Any]]:
+    """A row per method, in the order that they were tried, as the job's metrics show it."""
+    rows: list[dict[str, Any]] = [
+        {
+            "method": c.method,
+            "val_accuracy": c.val_accuracy,
+            "val_accuracy_ci95": list(c.accuracy_ci95),
+            "val_loss": c.val_loss,
+            "macro_f1": c.macro_f1,
+            "latency_seconds": c.latency_seconds,
+            "size_bytes": c.size_bytes,
+            "seconds": c.seconds,
+            "is_winner": c is winner(contenders),
+            "dropped": None,
+        }
+        for c in contenders
+    ]
+    rows += [
+        {
+            "method": d.method,
+            "val_accuracy": d.val_accuracy,
+            "val_accuracy_ci95": None,
+            "val_loss": None,
+            "macro_f1": None,
+            "latency_seconds": None,
+            "size_bytes": None,
+            "seconds": d.seconds,
+            "is_winner": False,
+            "dropped": d.reason,
+        }
+        for d in dropped
+    ]
+    return rows

@@ -1,0 +1,242 @@
+"""What the frozen stages make of a data set's images, computed once and kept: training then pays for the rest alone.
+
+Kept below the data set, named by everything that they depend on (the frozen weights themselves, preprocessing,
+augmentation, number of views, precision), so any job that needs the same finds them. Deleted with the data set, or when
+others need the room. Knows networks, pixels and storage; not jobs.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from app.errors import StorageFull
+from app.storage import LocalStorage
+from app.vision.classifier import Classifier
+from worker.training.pixels import VIEW, Batch, PixelSource, prefetched, random_stream
+
+FORMAT_VERSION = 1
+# One size for all, so that the same image has the same features whichever job computes them.
+BATCH_SIZE = 64
+_VALUES = "values.bin"
+_SHAPE = "shape.json"
+
+OnBatch = Callable[[int, int], None]  # images done, images in all
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Stored values: (views, N, ...), as float32 or as the bits of bfloat16, mapped from disk or in memory.
+
+    channels_last: a row is (H, W, C) in memory and (C, H, W) to the network.
+    """
+
+    values: NDArray[Any]
+    channels_last: bool
+
+    @property
+    def views(self) -> int:
+        return len(self.values)
+
+    def rows(self, views: NDArray[np.int64] | int, rows: NDArray[np.int64]) -> Tensor:
+        """A copy of these rows: float32 or bfloat16 (len(rows), ...)."""
+        taken = torch.from_numpy(np.ascontiguousarray(self.values[views, rows]))
+        taken = taken.view(torch.bfloat16) if taken.dtype == torch.uint16 else taken
+        return taken.permute(0, 3, 1, 2) if self.channels_last else taken
+
+
+@dataclass(frozen=True)
+class ActivationSource:
+    """Batches of stored activations. plain: as served, one view. augmented: another view in each epoch, or None.
+
+    rows, augmented_rows: where this source's images are within `plain` and `augmented`.
+    """
+
+    labels: NDArray[np.int64]
+    plain: Activations
+    rows: NDArray[np.int64]
+    augmented: Activations | None
+    augmented_rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def training_batch(self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int) -> Batch:
+        if self.augmented is None:
+            return self.batch(positions)
+        # Each image goes round its views from a place of its own, so that no epoch is all of one view.
+        first = random_stream(seed, VIEW).integers(0, self.augmented.views, len(self))
+        views = (first[positions] + epoch) % self.augmented.views
+        inputs = self.augmented.rows(views, self.augmented_rows[positions])
+        return Batch(inputs, torch.from_numpy(self.labels[positions]))
+
+    def batch(self, positions: NDArray[np.int64]) -> Batch:
+        return Batch(self.plain.rows(0, self.rows[positions]), torch.from_numpy(self.labels[positions]))
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """The stored activations of one data set. max_bytes: of all data sets' together; what was used least goes first."""
+
+    storage: LocalStorage
+    dataset_id: str
+    max_bytes: int
+
+    def find(self, key: str) -> Activations | None:
+        folder = self.storage.path(self._place(key))
+        if not folder.is_dir():
+            return None
+        os.utime(folder)  # used now
+        return _read(folder)
+
+    @contextmanager
+    def writing(self, key: str, shape: Sequence[int], dtype: Any, *, channels_last: bool) -> Iterator[NDArray[Any]]:
+        """An array to be filled; kept when the block ends well. Raises StorageFull if there is no room for it."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self._make_room(size)
+        with self.storage.staging() as folder:
+            folder.mkdir()
+            values = np.memmap(folder / _VALUES, dtype=dtype, mode="w+", shape=tuple(shape))
+            yield values
+            values.flush()
+            record = {"shape": list(shape), "dtype": np.dtype(dtype).name, "channels_last": channels_last}
+            (folder / _SHAPE).write_text(json.dumps(record), "utf-8")
+            self.storage.publish(folder, self._place(key))
+
+    def _place(self, key: str) -> str:
+        return f"datasets/{self.dataset_id}/features/{key}"
+
+    def _make_room(self, incoming_bytes: int) -> None:
+        if incoming_bytes > self.max_bytes:
+            raise StorageFull("The features are larger than GRAFT_FEATURE_CACHE_BYTES allows.")
+        self.storage.check_room(incoming_bytes)
+        kept = sorted(self.storage.path("datasets").glob("*/features/*"), key=lambda path: path.stat().st_mtime)
+        sizes = [(path / _VALUES).stat().st_size for path in kept]
+        for path, size in zip(kept, sizes, strict=True):
+            if sum(sizes) + incoming_bytes <= self.max_bytes:
+                return
+            # Whoever has it mapped can go on reading it.
+            self.storage.delete(path.relative_to(self.storage.root.resolve()).as_posix())
+            sizes.remove(size)
+
+
+def activations(
+    classifier: Classifier,
+    source: PixelSource,
+    *,
+    views: int | None,
+    seed: int,
+    normalise: Callable[[Tensor], Tensor],
+    device: torch.device,
+    precision: str,
+    described: Mapping[str, Any],
+    cache: FeatureCache | None,
+    on_batch: OnBatch = lambda _done, _all: None,
+) -> Activations:
+    """The output of the classifier's frozen stages for every image of the source, in its order.
+
+    views: how many times each image is changed at random; None takes it as it is served, once. described: what the
+    pixels depend on, preprocessing and augmentation, as JSON. Without a cache the values are kept in memory.
+    Raises StorageFull if they fit nowhere, and what on_batch raises.
+    """
+    key = _key(classifier, source, views=views, seed=seed, precision=precision, described=described)
+    found = cache.find(key) if cache else None
+    if found is not None:
+        return found
+    first = _forward(classifier, _view(source, [0], None, seed), normalise, device, precision)
+    is_map = first.ndim > 2
+    channels_last = first.ndim == 4 and classifier.backbone.layout == "NCHW"
+    row = first.permute(0, 2, 3, 1).shape[1:] if channels_last else first.shape[1:]
+    # What the head sees stays exact; maps are large, and training does not notice their last bits.
+    dtype = np.uint16 if is_map else np.float32
+    shape = (views or 1, len(source), *row)
+
+    def fill(values: NDArray[Any]) -> None:
+        total = shape[0] * len(source)
+        done = 0
+        with prefetched(_all_views(source, views, seed)) as batches:
+            for view, start, batch in batches:
+                made = _forward(classifier, batch, normalise, device, precision)
+                made = made.permute(0, 2, 3, 1) if channels_last else made
+                kept = made.to(torch.bfloat16 if is_map else torch.float32).contiguous()
+                values[view, start : start + len(batch)] = (kept.view(torch.uint16) if is_map else kept).numpy()
+                done += len(batch)
+                on_batch(done, total)
+
+    if cache is None:
+        values = np.empty(shape, dtype=dtype)
+        fill(values)
+        return Activations(values, channels_last)
+    with cache.writing(key, shape, dtype, channels_last=channels_last) as values:
+        fill(values)
+    written = cache.find(key)
+    assert written is not None
+    return written
+
+
+def _key(
+    classifier: Classifier,
+    source: PixelSource,
+    *,
+    views: int | None,
+    seed: int,
+    precision: str,
+    described: Mapping[str, Any],
+) -> str:
+    record = {
+        "version": FORMAT_VERSION,
+        "weights": _digest_of_frozen(classifier),
+        "rows": hashlib.sha256(source.split.indices.tobytes()).hexdigest(),
+        "views": views,
+        "seed": None if views is None else seed,
+        "precision": precision,
+        "described": dict(described),
+    }
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest_of_frozen(classifier: Classifier) -> str:
+    """Of the frozen stages' names and values: whatever made them, the same weights have the same features."""
+    digest = hashlib.sha256(repr((classifier.backbone.name, classifier.frozen_stage_names)).encode())
+    for name, tensor in classifier.frozen_state().items():
+        # Batch-norm counts its steps, which changes nothing of what it does.
+        if not name.endswith("num_batches_tracked"):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _all_views(source: PixelSource, views: int | None, seed: int) -> Iterator[tuple[int, int, Batch]]:
+    """(view, place of the batch's first image, batch)."""
+    for view in range(views or 1):
+        for start in range(0, len(source), BATCH_SIZE):
+            positions = range(start, min(start + BATCH_SIZE, len(source)))
+            yield view, start, _view(source, positions, None if views is None else view, seed)
+
+
+def _view(source: PixelSource, positions: Sequence[int], view: int | None, seed: int) -> Batch:
+    if view is None:
+        return source.batch(np.array(positions))
+    return source.training_batch(np.array(positions), seed=seed, epoch=view, step=positions[0] // BATCH_SIZE)
+
+
+def _forward(
+    classifier: Classifier, batch: Batch, normalise: Callable[[Tensor], Tensor], device: torch.device, precision: str
+) -> Tensor:
+    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        return classifier.frozen_prefix(normalise(batch.inputs.to(device, non_blocking=True))).cpu()
+
+
+def _read(folder: Path) -> Activations:
+    record = json.loads((folder / _SHAPE).read_bytes())
+    values = np.memmap(folder / _VALUES, dtype=record["dtype"], mode="r", shape=tuple(record["shape"]))
+    return Activations(values, record["channels_last"])

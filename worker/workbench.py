@@ -1,0 +1,258 @@
+"""Where a training is set up and run: the data, the device, the network before training, the loop with its reports.
+
+Used by both stories, of one method (run_job.py) and of several that compete (run_auto.py).
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+
+from app.datasets.ingest import IngestLimits, ensure_packed, manifest_key
+from app.datasets.manifest import Manifest
+from app.errors import JobFailed
+from app.jobs.queue import Claim
+from app.jobs.spec import TrainingSpec
+from app.settings import Settings
+from app.storage import LocalStorage
+from app.vision import artifact
+from app.vision.classifier import Classifier
+from app.vision.device import resolve_device
+from app.vision.weights import WeightStore
+from worker.reporter import Reporter, ShuttingDown
+from worker.training import loop, methods
+from worker.training.checkpoint import Checkpoint, Checkpoints
+from worker.training.features import FeatureCache
+from worker.training.loop import EpochResult, Hooks, LoopState, Precision, StepProgress
+from worker.training.methods import Surroundings, Training
+from worker.training.pixels import Images
+
+_DOWNLOAD_EVENT_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a job that a training is, so that progress and history go on where the one before ended.
+
+    start, size: shares of the job's work, 0 to 1. epochs, steps: done before this training.
+    """
+
+    start: float = 0.0
+    size: float = 1.0
+    epochs: int = 0
+    steps: int = 0
+    method: str | None = None  # shown with the epochs where several methods compete
+
+    def fraction(self, own: float) -> float:
+        return self.start + self.size * own
+
+
+@dataclass(frozen=True)
+class Workbench:
+    claim: Claim
+    settings: Settings
+    storage: LocalStorage
+    reporter: Reporter
+    manifest: Manifest
+    images: Images
+    device: torch.device
+
+    @classmethod
+    def open(
+        cls, spec: TrainingSpec, claim: Claim, *, settings: Settings, storage: LocalStorage, reporter: Reporter
+    ) -> "Workbench":
+        """Raises JobFailed for a data set whose files are gone or damaged, and what packing and the reporter raise."""
+        try:
+            manifest = Manifest.read(storage.path(manifest_key(claim.dataset_id)))
+        except (OSError, ValueError) as error:
+            raise JobFailed(
+                "The data set's files are missing or damaged; delete it, upload it again and submit the job again.",
+                code="dataset_unreadable",
+            ) from error
+        images = ensure_packed(
+            storage,
+            claim.dataset_id,
+            spec.preprocessing.side,
+            limits=IngestLimits.from_settings(settings),
+            tick=lambda _share: reporter.tick(),
+        )
+        return cls(claim, settings, storage, reporter, manifest, images, resolve_device(settings.device))
+
+    def checkpoints(self, method: str | None = None) -> Checkpoints:
+        """Of the job, or of one of the methods that compete in it."""
+        job = self.claim.job_id
+        return Checkpoints(self.storage, job_id=f"{job}/{method}" if method else job, fence=self.claim.fence)
+
+    def prepare(self, spec: TrainingSpec, found: Checkpoint | None, share: Share) -> Training:
+        """A training at its start, or where the checkpoint left it; tells which."""
+        training = methods.prepare(
+            spec,
+            classifier=self._build(spec),
+            manifest=self.manifest,
+            images=self.images,
+            device=self.device,
+            precision=found.numbers["precision"] if found else self._remembered_precision(spec),
+            surroundings=Surroundings(
+                cache=FeatureCache(self.storage, self.claim.dataset_id, self.settings.feature_cache_bytes),
+                on_features=lambda _done, _all: self.reporter.progress("features", fraction=share.fraction(0.0)),
+                log=self.reporter.log,
+            ),
+            is_resumed=found is not None,
+        )
+        if training.solved is None:
+            self._remember_precision(training.state.precision, spec)
+        if found is not None:
+            training.state.restore(found.tensors, found.numbers)
+        self._announce(training, spec, is_resumed=found is not None)
+        return training
+
+    def fit(
+        self,
+        training: Training,
+        checkpoints: Checkpoints,
+        share: Share,
+        *,
+        is_enough: Callable[[EpochResult], bool] = lambda _result: False,
+    ) -> None:
+        """Runs the loop to its end, or until is_enough says so after an epoch; then the state is finished.
+
+        Asked to give the job back, leaves a checkpoint of the very step.
+        """
+        reporter, epochs_in_all = self.reporter, training.plan.epochs
+
+        def on_progress(progress: StepProgress) -> bool:
+            reporter.progress(
+                "train",
+                epoch=progress.epoch,
+                epochs=progress.epochs,
+                fraction=share.fraction(progress.fraction),
+                images_per_second=progress.images_per_second,
+                eta_seconds=progress.eta_seconds,
+            )
+            return reporter.stop_requested
+
+        def save(state: LoopState) -> None:
+            checkpoints.save(state.tensors(), state.numbers())
+            reporter.checkpoint(share.steps + state.total_steps)
+
+        if training.solved is not None:
+            self._record(training.solved, epochs_in_all, share)
+            return
+        hooks = Hooks(on_progress=on_progress, save=save, log=lambda message, details: reporter.log(message, **details))
+        reporter.progress("train")
+        with closing(loop.fit(training.state, training.plan, hooks)) as epochs:
+            while True:
+                try:
+                    result = next(epochs, None)
+                except ShuttingDown:
+                    # Raised within the loop, whose state is whole again once it has been left.
+                    save(training.state)
+                    raise
+                if result is None:
+                    return
+                self._record(result, epochs_in_all, share)
+                if is_enough(result):
+                    training.state.is_finished = True
+                    save(training.state)
+                    return
+
+    def _build(self, spec: TrainingSpec) -> Classifier:
+        """The network before training; weights not on this machine are downloaded, which is told as events."""
+        classes, reporter = len(self.manifest.classes), self.reporter
+        if spec.backbone.model is not None:
+            earlier = artifact.load(self.storage.path(f"models/{spec.backbone.model}")).classifier
+            return methods.build_classifier(spec, classes, earlier=earlier)
+        if spec.method == "from_scratch":
+            return methods.build_classifier(spec, classes)
+        store = WeightStore.from_settings(self.settings)
+        found = store.obtain(spec.backbone.name, _download_events(spec.backbone.name, reporter))
+        if found.weights.name != spec.backbone.weights:
+            reporter.log(
+                f"Training starts from the weights {found.weights.name}; {spec.backbone.weights} was there at "
+                "submission."
+            )
+        return methods.build_classifier(spec, classes, state_dict=store.load(found))
+
+    def _precision_key(self, spec: TrainingSpec) -> str:
+        values = spec.hyperparameters
+        trained = f"{spec.method}-{values.unfreeze}-{values.feature_layer}"
+        return (
+            f"precisions/{self.device.type}/{spec.recipe}/"
+            f"{spec.backbone.name}-{trained}-{values.image_size}-{values.batch_size}"
+        )
+
+    def _remembered_precision(self, spec: TrainingSpec) -> Precision | None:
+        """What was measured for the first job of this kind: a second measurement might fall out otherwise by chance,
+        and the same spec would give another model."""
+        path = self.storage.path(self._precision_key(spec))
+        text = path.read_text("utf-8") if path.exists() else ""
+        return next((precision for precision in get_args(Precision) if precision == text), None)
+
+    def _remember_precision(self, precision: Precision, spec: TrainingSpec) -> None:
+        key = self._precision_key(spec)
+        if not self.storage.exists(key):
+            with self.storage.staging() as staged:
+                staged.write_text(precision, "utf-8")
+                self.storage.publish(staged, key)
+
+    def _announce(self, training: Training, spec: TrainingSpec, *, is_resumed: bool) -> None:
+        state = training.state
+        if is_resumed:
+            self.reporter.log(
+                f"Going on from epoch {state.epoch}, step {state.step}.",
+                epoch=state.epoch,
+                step=state.step,
+                total_steps=state.total_steps,
+            )
+            return
+        for reason in spec.reasons:
+            self.reporter.log(reason)
+        self.reporter.log(
+            f"Training {spec.backbone.name} ({spec.method}) on {len(training.plan.train)} images, validating on "
+            f"{len(training.plan.val)}; {state.device.type}, {state.precision}.",
+            device=str(state.device),
+            precision=state.precision,
+        )
+
+    def _record(self, result: EpochResult, epochs: int, share: Share) -> None:
+        self.reporter.epoch(
+            {
+                "epoch": share.epochs + result.epoch,
+                "train_loss": result.train_loss,
+                "train_accuracy": result.train_accuracy,
+                "val_loss": result.val_loss,
+                "val_accuracy": result.val_accuracy,
+                "learning_rate": result.learning_rate,
+                "seconds": result.seconds,
+                "method": share.method,
+            },
+            metrics={
+                "val_accuracy": result.best_val_accuracy,
+                "val_loss": result.best_val_loss,
+                "best_epoch": result.best_epoch,
+            },
+            progress={
+                "stage": "train",
+                "epoch": result.epoch,
+                "epochs": epochs,
+                "fraction": share.fraction(result.epoch / epochs),
+                "images_per_second": result.images_per_second,
+                "eta_seconds": (epochs - result.epoch) * result.seconds,
+            },
+        )
+
+
+def _download_events(backbone: str, reporter: Reporter) -> Callable[[int, int | None], None]:
+    next_event = 0.0
+
+    def on_progress(done_bytes: int, total_bytes: int | None) -> None:
+        nonlocal next_event
+        reporter.progress("download")
+        if time.monotonic() >= next_event or done_bytes == total_bytes:
+            next_event = time.monotonic() + _DOWNLOAD_EVENT_SECONDS
+            reporter.log(f"Downloading the weights of {backbone}.", bytes=done_bytes, total_bytes=total_bytes)
+
+    return on_progress
