@@ -5,7 +5,7 @@ Every function works in the caller's transaction. Knows rows; not files, not net
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from sqlalchemy import delete as delete_from
 from sqlalchemy import select
@@ -16,17 +16,8 @@ from app.errors import Conflict, FieldError, InvalidRequest, NotFound
 
 DEFAULT_ALIAS = "default"
 
-PromotePolicy = Literal["if_better", "always", "never"]
-
 _ALIAS_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _ID_PREFIXES = ("mdl_", "ds_", "job_", "key_")
-
-
-class Promotion(NamedTuple):
-    """Whether a new model becomes the default, and why, for the job's events."""
-
-    is_due: bool
-    reason: str
 
 
 def register(
@@ -41,8 +32,14 @@ def register(
     metrics: Mapping[str, Any],
     size_bytes: int,
     sha256: str,
+    role: Literal["probe", "final"] = "final",
+    promotion: Mapping[str, Any] | None = None,
 ) -> ModelRow:
-    """Records a model whose artifact is published. Raises sqlalchemy's IntegrityError if the job has one already."""
+    """Records a model whose artifact is published. promotion: what the promotion gate said of it.
+
+    role: probe for the one that a job of method auto serves until it has its final one.
+    Raises sqlalchemy's IntegrityError if the job has one of this role already.
+    """
     model = ModelRow(
         id=model_id,
         job_id=job_id,
@@ -53,6 +50,8 @@ def register(
         metrics=dict(metrics),
         size_bytes=size_bytes,
         sha256=sha256,
+        role=role,
+        promotion=None if promotion is None else dict(promotion),
     )
     session.add(model)
     session.flush()
@@ -82,6 +81,11 @@ def find(session: Session, name_or_id: str) -> ModelRow:
         "There is no model with this id or alias; GET /v1/models lists the models, GET /v1/aliases the aliases.",
         code="model-not-found",
     )
+
+
+def find_of_job(session: Session, job_id: str, *, role: Literal["probe", "final"]) -> str | None:
+    """The id of the model that a job made in this role; None where there is none (any more)."""
+    return session.scalar(select(ModelRow.id).where(ModelRow.job_id == job_id, ModelRow.role == role))
 
 
 def exists(session: Session, model_id: str) -> bool:
@@ -145,8 +149,17 @@ def default_model_id(session: Session) -> str | None:
     return session.scalar(select(AliasRow.model_id).where(AliasRow.name == DEFAULT_ALIAS))
 
 
-def point_alias(session: Session, name: str, model_id: str) -> AliasRow:
-    """Makes `name` mean this model from now on. Raises InvalidRequest for a bad name, NotFound for an unknown model."""
+def lock_default(session: Session) -> str | None:
+    """The same, and nobody else moves it until the transaction ends."""
+    return session.scalar(select(AliasRow.model_id).where(AliasRow.name == DEFAULT_ALIAS).with_for_update())
+
+
+def point_alias(session: Session, name: str, model_id: str, *, replaces_interim: bool = False) -> AliasRow:
+    """Makes `name` mean this model from now on, and keeps in mind which it meant before.
+
+    replaces_interim: the one before was only to bridge the time; what is kept in mind is the one before that.
+    Raises InvalidRequest for a bad name, NotFound for an unknown model.
+    """
     if not _ALIAS_NAME.fullmatch(name) or name.startswith(_ID_PREFIXES):
         raise InvalidRequest(
             "An alias has 1 to 63 characters: small letters, digits, '.', '_' and '-', the first a letter or digit; "
@@ -158,58 +171,48 @@ def point_alias(session: Session, name: str, model_id: str) -> AliasRow:
     if alias is None:
         alias = AliasRow(name=name, model_id=model.id)
         session.add(alias)
-    else:
+    elif alias.model_id != model.id:
+        if not replaces_interim:
+            alias.previous_model_id = alias.model_id
         alias.model_id = model.id
         alias.updated_at = utc_now()
     session.flush()
     return alias
 
 
+def previous_model_id(session: Session, name: str) -> str:
+    """The model that the alias meant before; pointing it there rolls it back, and doing so twice undoes it.
+
+    Raises NotFound for an unknown alias, Conflict if there was none before or it was deleted.
+    """
+    alias = session.get(AliasRow, name)
+    if alias is None:
+        raise _no_alias()
+    if alias.previous_model_id is None:
+        raise Conflict(
+            f"The alias {name} has never pointed at another model. Choose one of GET /v1/models: "
+            f"PUT /v1/aliases/{name} "
+            'with {"model": "<its id>"}.',
+            code="no-previous-model",
+        )
+    if not exists(session, alias.previous_model_id):
+        raise Conflict(
+            f"The model that the alias {name} pointed at before, {alias.previous_model_id}, was deleted. Choose one of "
+            f'GET /v1/models: PUT /v1/aliases/{name} with {{"model": "<its id>"}}.',
+            code="no-previous-model",
+        )
+    return alias.previous_model_id
+
+
 def remove_alias(session: Session, name: str) -> None:
     """Raises NotFound if there is none of this name."""
     removed = session.scalar(delete_from(AliasRow).where(AliasRow.name == name).returning(AliasRow.name))
     if removed is None:
-        raise NotFound("There is no alias of this name; GET /v1/aliases lists them.", code="alias-not-found")
+        raise _no_alias()
 
 
-def should_promote(
-    session: Session,
-    *,
-    candidate_metrics: Mapping[str, Any],
-    candidate_classes: Sequence[str],
-    policy: PromotePolicy,
-) -> Promotion:
-    """Whether a model with these metrics, not yet pointed at, is to become the default.
-
-    if_better compares models of the same classes, from whichever data set: the same pictures uploaded again are another
-    data set, and a worse model must not come to be served that way. A model of other classes is promoted, since
-    somebody who trains it wants it served; `promote: never` says otherwise.
-    """
-    if policy == "always":
-        return Promotion(True, "The model becomes the default, as the job asked for (promote: always).")
-    if policy == "never":
-        return Promotion(False, "The default model stays, as the job asked for (promote: never).")
-    default = session.scalar(
-        select(ModelRow).join(AliasRow, AliasRow.model_id == ModelRow.id).where(AliasRow.name == DEFAULT_ALIAS)
-    )
-    if default is None:
-        return Promotion(True, "The model becomes the default: there was none.")
-    if set(default.classes) != set(candidate_classes):
-        return Promotion(
-            True,
-            f"The model becomes the default: {default.id}, the one before, knows other classes, so that their "
-            "accuracies cannot be compared.",
-        )
-    accuracy, best = candidate_metrics["val_accuracy"], default.metrics["val_accuracy"]
-    if accuracy > best:
-        return Promotion(
-            True,
-            f"The model becomes the default: validation accuracy {accuracy:.4f}, before {best:.4f} ({default.id}).",
-        )
-    return Promotion(
-        False,
-        f"The default model stays {default.id}: its validation accuracy is {best:.4f}, the new one's {accuracy:.4f}.",
-    )
+def _no_alias() -> NotFound:
+    return NotFound("There is no alias of this name; GET /v1/aliases lists them.", code="alias-not-found")
 
 
 def _by_id(session: Session, model_id: str) -> ModelRow:

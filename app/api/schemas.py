@@ -283,6 +283,18 @@ class Event(Schema):
 # Models
 
 
+class Promotion(Schema):
+    """What was decided when the model was registered. Numbers are null where there was nothing to compare."""
+
+    promoted: bool = Field(description="Whether the model became the default.")
+    reason: str
+    incumbent: str | None = Field(description="The default at that time.")
+    images: int | None = Field(description="Validation images, new to both, that they were compared on.")
+    candidate_right_only: int | None = Field(description="Images that this model alone got right.")
+    incumbent_right_only: int | None
+    p_value: float | None = Field(description="One-sided exact McNemar test; below 0.05 it is better beyond chance.")
+
+
 class Model(Schema):
     id: str
     object: Literal["model"] = "model"
@@ -295,6 +307,7 @@ class Model(Schema):
     metrics: JsonObject
     size_bytes: int
     sha256: str = Field(description="Of its weights file.")
+    promotion: Promotion | None = Field(description="Whether it became the default and why; null if that is unknown.")
     created_at: datetime
 
     @classmethod
@@ -310,6 +323,7 @@ class Model(Schema):
             metrics=row.metrics,
             size_bytes=row.size_bytes,
             sha256=row.sha256,
+            promotion=row.promotion,
             created_at=row.created_at,
         )
 
@@ -322,6 +336,7 @@ class ClassQuality(Schema):
     recall: FiniteFloat
     f1: FiniteFloat
     support: int = Field(description="Validation images of this class.")
+    recall_ci95: tuple[FiniteFloat, FiniteFloat] | None = None
 
 
 class Mistake(Schema):
@@ -346,7 +361,9 @@ class SplitEvaluation(Schema):
     accuracy_ci95: tuple[FiniteFloat, FiniteFloat]
     loss: FiniteFloat
     macro_f1: FiniteFloat
+    macro_f1_ci95: tuple[FiniteFloat, FiniteFloat] | None = None
     expected_calibration_error: FiniteFloat
+    warnings: list[str] = Field([], description="Why the figures are to be taken with care; empty with images enough.")
     confusion_matrix: list[list[int]] = Field(description="Rows are true classes, columns predicted ones.")
     per_class: list[ClassQuality]
     mistakes: list[Mistake] = Field(description="What it got wrong, the most confident first.")
@@ -365,11 +382,12 @@ class Alias(Schema):
     name: str
     object: Literal["alias"] = "alias"
     model: str
+    previous_model: str | None = Field(description="What it pointed at before, and what a rollback makes it point at.")
     updated_at: datetime
 
     @classmethod
     def of(cls, row: AliasRow) -> Self:
-        return cls(name=row.name, model=row.model_id, updated_at=row.updated_at)
+        return cls(name=row.name, model=row.model_id, previous_model=row.previous_model_id, updated_at=row.updated_at)
 
 
 class AliasRequest(BaseModel):

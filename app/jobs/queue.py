@@ -341,9 +341,14 @@ def record_log(session: Session, claim: Claim, message: str, **details: Any) -> 
 
 
 def succeed(
-    session: Session, claim: Claim, *, model_id: str | None = None, metrics: dict[str, Any] | None = None
+    session: Session,
+    claim: Claim,
+    *,
+    model_id: str | None = None,
+    metrics: dict[str, Any] | None = None,
+    method: str | None = None,
 ) -> None:
-    """Ends the job, in the transaction that stores what it made.
+    """Ends the job, in the transaction that stores what it made. method: what it chose, where it was to choose.
 
     Raises ClaimLost or Cancelled: the transaction must then be rolled back, and what was made with it.
     """
@@ -351,9 +356,11 @@ def succeed(
     if job.cancel_requested:
         raise Cancelled
     progress = {**(job.progress or {}), "stage": "done", "fraction": 1.0, "eta_seconds": 0.0}
-    values = {"progress": progress, "model_id": model_id}
+    values: dict[str, Any] = {"progress": progress, "model_id": model_id}
     if metrics is not None:
         values["metrics"] = metrics
+    if method is not None:
+        values["method"] = method
     _leave(session, claim, JobStatus.succeeded, JobRow.cancel_requested.is_(False), **values)
     if model_id is not None:
         events.append(session, claim.job_id, claim.fence, "model", {"model": model_id, "metrics": metrics})

@@ -306,7 +306,17 @@ CLASSIC: dict[str, Any] = {
 }
 # Who sets none of these under modern gets a head that is solved for, not stepped towards.
 ITERATIVE = frozenset(
-    {"epochs", "batch_size", "optimizer", "learning_rate", "momentum", "weight_decay", "scheduler", "step_size", "gamma"}
+    {
+        "epochs",
+        "batch_size",
+        "optimizer",
+        "learning_rate",
+        "momentum",
+        "weight_decay",
+        "scheduler",
+        "step_size",
+        "gamma",
+    }
     | {"warmup_epochs", "label_smoothing", "augmentation", "augmented_views", "mixup", "ema", "early_stopping_patience"}
 )
 DEFAULT_MOMENTUM = 0.9

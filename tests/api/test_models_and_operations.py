@@ -16,7 +16,7 @@ from app.access import Scope
 
 PICTURE = builders.jpeg(1)
 
-EVALUATION = {
+EVALUATION: dict[str, Any] = {
     "classes": ["cat", "dog"],
     "images": 3,
     "accuracy": 2 / 3,
@@ -70,8 +70,49 @@ def test_evaluation_points_at_the_mistakes(server: RunningServer, client: httpx.
     evaluation = client.get("/v1/models/default/evaluation").json()
 
     assert (evaluation["model"], evaluation["confusion_matrix"]) == (model_id, [[1, 1], [0, 1]])
-    assert evaluation["per_class"] == EVALUATION["per_class"]
+    assert evaluation["per_class"] == [row | {"recall_ci95": None} for row in EVALUATION["per_class"]]
     assert evaluation["mistakes"][0]["thumbnail"] == "/v1/datasets/ds_1/images/img_1/thumbnail"
+
+
+def test_evaluation_has_its_intervals_and_warnings_and_no_line_for_each_image(
+    server: RunningServer, client: httpx.Client
+) -> None:
+    predictions = {"digests": ["00"], "true": ["cat"], "predicted": ["dog"], "probability_of_true": [0.2]}
+    new = EVALUATION | {
+        "macro_f1_ci95": [0.1, 0.9],
+        "warnings": ["Measured on only 3 pictures."],
+        "per_class": [row | {"recall_ci95": [0.1, 0.9]} for row in EVALUATION["per_class"]],
+    }
+    api_builders.register_model(
+        server.services,
+        dataset_id="ds_1",
+        evaluation=new | {"predictions": predictions, "test": new | {"predictions": predictions}},
+    )
+
+    evaluation = client.get("/v1/models/default/evaluation").json()
+
+    for split in (evaluation, evaluation["test"]):
+        assert "predictions" not in split
+        assert (split["macro_f1_ci95"], split["warnings"]) == (new["macro_f1_ci95"], new["warnings"])
+        assert split["per_class"] == new["per_class"]
+
+
+def test_model_shows_what_was_decided_of_its_promotion(server: RunningServer, client: httpx.Client) -> None:
+    unknown = api_builders.register_model(server.services)
+    promotion = {
+        "promoted": True,
+        "reason": "The model becomes the default.",
+        "incumbent": unknown,
+        "images": 60,
+        "candidate_right_only": 9,
+        "incumbent_right_only": 1,
+        "p_value": 0.0107,
+    }
+    decided = api_builders.register_model(server.services, promotion=promotion)
+
+    assert client.get(f"/v1/models/{unknown}").json()["promotion"] is None
+    assert client.get(f"/v1/models/{decided}").json()["promotion"] == promotion
+    assert [model["promotion"] for model in client.get("/v1/models").json()["data"]] == [promotion, None]
 
 
 def test_missing_evaluation_is_503(server: RunningServer, client: httpx.Client) -> None:
@@ -120,6 +161,48 @@ def test_alias_does_not_move_to_a_model_that_cannot_be_loaded(server: RunningSer
     server.services.storage.delete(f"models/{damaged}")
 
     assert_is_problem(client.put("/v1/aliases/default", json={"model": damaged}), 503, "model-unavailable")
+    assert client.get("/v1/models/default").json()["id"] == good
+
+
+def test_rollback_goes_to_the_model_from_before_and_back(server: RunningServer, client: httpx.Client) -> None:
+    first = api_builders.register_model(server.services, seed=1)
+    second = api_builders.register_model(server.services, seed=2, aliases=())
+    assert client.get("/v1/aliases").json()["data"][0]["previous_model"] is None
+    client.put("/v1/aliases/default", json={"model": second})
+
+    back = client.post("/v1/aliases/default/rollback")
+
+    assert (back.status_code, back.json()["model"], back.json()["previous_model"]) == (200, first, second)
+    assert set(back.json()) == set(client.put("/v1/aliases/default", json={"model": first}).json())
+    assert client.post("/predict", content=PICTURE).json()["model"] == first
+    again = client.post("/v1/aliases/default/rollback").json()
+    assert (again["model"], again["previous_model"]) == (second, first)
+    assert client.post("/predict", content=PICTURE).json()["model"] == second
+
+
+def test_rollback_to_nothing_is_refused_with_a_way_out(server: RunningServer, client: httpx.Client) -> None:
+    first = api_builders.register_model(server.services, seed=1)
+    second = api_builders.register_model(server.services, seed=2, aliases=())
+
+    never_moved = client.post("/v1/aliases/default/rollback")
+    client.put("/v1/aliases/default", json={"model": second})
+    client.delete(f"/v1/models/{first}")
+    deleted = client.post("/v1/aliases/default/rollback")
+
+    for refusal in (never_moved, deleted):
+        problem = assert_is_problem(refusal, 409, "no-previous-model")
+        assert "PUT /v1/aliases/default" in problem["detail"]
+        assert refusal.headers["x-should-retry"] == "false"
+    assert client.get("/v1/models/default").json()["id"] == second
+    assert_is_problem(client.post("/v1/aliases/none/rollback"), 404, "alias-not-found")
+
+
+def test_rollback_does_not_go_to_a_model_that_cannot_be_loaded(server: RunningServer, client: httpx.Client) -> None:
+    damaged = api_builders.register_model(server.services)
+    good = api_builders.register_model(server.services)
+    server.services.storage.delete(f"models/{damaged}")
+
+    assert_is_problem(client.post("/v1/aliases/default/rollback"), 503, "model-unavailable")
     assert client.get("/v1/models/default").json()["id"] == good
 
 
@@ -234,6 +317,7 @@ def test_once_there_is_a_key_every_route_but_the_probes_needs_one(server: Runnin
         ("POST", "/v1/jobs", Scope.train),
         ("POST", "/v1/datasets", Scope.train),
         ("PUT", "/v1/aliases/default", Scope.train),
+        ("POST", "/v1/aliases/default/rollback", Scope.train),
         ("DELETE", "/v1/models/default", Scope.train),
         ("GET", "/v1/nothing", Scope.train),
     ],

@@ -196,9 +196,7 @@ def test_the_best_epoch_is_the_most_accurate_one_and_among_equals_the_one_of_lea
     assert (state.best.epoch, state.best.val_loss) == (best.epoch, best.val_loss)
     state.load_best()
     plan = builders.plan()
-    logits = predict_logits(
-        state.network, plan.val, normalise=plan.normalise, device=torch.device("cpu")
-    )
+    logits = predict_logits(state.network, plan.val, normalise=plan.normalise, device=torch.device("cpu"))
     assert functional.cross_entropy(logits, torch.from_numpy(plan.val.labels)).item() == best.val_loss
 
 

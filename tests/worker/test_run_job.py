@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from app import registry
-from app.datasets.ingest import manifest_key, packed_key
+from app.datasets.ingest import ensure_packed, manifest_key, packed_key
 from app.datasets.manifest import Manifest, Record
 from app.datasets.packed import PackedWriter
 from app.db.engine import Database
@@ -28,6 +28,7 @@ from app.vision import artifact
 from app.vision.preprocessing import eval_pixels, normalise
 from worker import run_job
 from worker.reporter import Reporter, ShuttingDown
+from worker.training import loop
 from worker.training.loop import Hooks, StepProgress
 from worker.wakeup import Wakeup
 
@@ -157,14 +158,19 @@ def test_a_job_ends_with_a_registered_model_its_history_and_no_checkpoints(
         "val_accuracy_ci95",
         "val_loss",
         "macro_f1",
+        "macro_f1_ci95",
         "expected_calibration_error",
+        "expected_calibration_error_uncalibrated",
+        "validation_warning",
         "best_epoch",
         "temperature",
         "test_accuracy",
         "test_accuracy_ci95",
         "test_loss",
         "test_macro_f1",
+        "test_macro_f1_ci95",
         "test_expected_calibration_error",
+        "test_expected_calibration_error_uncalibrated",
     }
     with database.read() as session:
         model = registry.find(session, "default")
@@ -186,19 +192,27 @@ def test_the_evaluation_agrees_with_the_model_that_was_saved(
     folder = storage.path(f"models/{done.row.model_id}")
     evaluation = json.loads((folder / "evaluation.json").read_bytes())
     loaded = artifact.load(folder)
-    images = run_job.ensure_packed(storage, DATASET, 256, limits=None, tick=lambda _share: None)  # type: ignore[arg-type]
+    images = ensure_packed(storage, DATASET, 256, limits=None, tick=lambda _share: None)  # type: ignore[arg-type]
     wrong, confusion = set(), np.zeros((3, 3), dtype=int)
+    predictions: dict[str, list[Any]] = {"digests": [], "true": [], "predicted": [], "probability_of_true": []}
     with torch.inference_mode():
         for i in dataset.indices("val"):
             pixels = eval_pixels(images[int(i)], loaded.preprocessing).unsqueeze(0)
             scores = loaded.classifier.probabilities(normalise(pixels, loaded.preprocessing), loaded.temperature)[0]
             record = dataset.records[int(i)]
             confusion[record.label, int(scores.argmax())] += 1
+            predictions["digests"].append(record.digest)
+            predictions["true"].append(CLASSES[record.label])
+            predictions["predicted"].append(CLASSES[int(scores.argmax())])
+            predictions["probability_of_true"].append(pytest.approx(float(scores[record.label]), abs=1e-5))
             if int(scores.argmax()) != record.label:
                 wrong.add((record.image_id, record.path, CLASSES[record.label], CLASSES[int(scores.argmax())]))
     assert evaluation["classes"] == CLASSES
     assert evaluation["confusion_matrix"] == confusion.tolist()
     assert {(m["image_id"], m["path"], m["true"], m["predicted"]) for m in evaluation["mistakes"]} == wrong
+    assert evaluation["predictions"] == predictions
+    assert "predictions" not in evaluation["test"]
+    assert len(evaluation["warnings"]) == 2
     assert sum(row["support"] for row in evaluation["per_class"]) == 9
     assert sum(row["support"] for row in evaluation["test"]["per_class"]) == 3
 
@@ -209,6 +223,60 @@ def test_the_same_job_gives_the_same_model_and_another_seed_another(job: Callabl
         one.run()
     assert _equal(first.weights(), again.weights())
     assert not _equal(first.weights(), other.weights())
+
+
+def test_the_same_training_again_is_not_better_and_the_default_stays(
+    job: Callable[..., Job], database: Database
+) -> None:
+    first, again = job(), job()
+    first.run()
+    again.run()
+
+    with database.read() as session:
+        models = [registry.find(session, str(one.row.model_id)) for one in (first, again)]
+        assert registry.default_model_id(session) == first.row.model_id
+    decided = [model.promotion or {} for model in models]
+    assert [one["promoted"] for one in decided] == [True, False]
+    assert decided[0] == dict.fromkeys(decided[1]) | {
+        "promoted": True,
+        "reason": "The model becomes the default: there was none.",
+    }
+    assert decided[1] == {
+        "promoted": False,
+        "reason": f"The default model stays {first.row.model_id}; the new one is not better: of the same 9 validation "
+        "images, both get the same ones right. `graft models promote` makes it the default all the same.",
+        "incumbent": first.row.model_id,
+        "images": 9,
+        "candidate_right_only": 0,
+        "incumbent_right_only": 0,
+        "p_value": 1.0,
+    }
+    assert decided[1]["reason"] in again.messages
+
+
+def test_a_default_that_moves_while_a_model_is_compared_with_it_is_compared_anew(
+    job: Callable[..., Job], database: Database, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (job(promote=promote) for promote in ("if_better", "never", "if_better"))
+    first.run()
+    second.run()
+    publish = storage.publish
+
+    def publish_then_move(staged: Path, key: str) -> None:
+        publish(staged, key)
+        if key.startswith("models/"):
+            with database.write() as session:
+                registry.point_alias(session, "default", str(second.row.model_id))
+
+    monkeypatch.setattr(storage, "publish", publish_then_move)
+    third.run()
+
+    with database.read() as session:
+        decided = registry.find(session, str(third.row.model_id)).promotion
+        assert registry.default_model_id(session) == second.row.model_id
+    assert decided is not None
+    assert (decided["promoted"], decided["incumbent"]) == (False, second.row.model_id)
+    assert sum("The default model stays" in message for message in third.messages) == 1
 
 
 def test_a_job_given_back_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(
@@ -377,7 +445,7 @@ def _claimed(database: Database, spec: Mapping[str, Any]) -> Claim:
 
 def _after_steps(monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[], object]) -> None:
     """Lets the loop's own report of that step be preceded by `act`."""
-    fit = run_job.loop.fit
+    fit = loop.fit
 
     def watched(state: Any, plan: Any, hooks: Hooks) -> Any:
         def on_progress(progress: StepProgress) -> bool:
@@ -387,7 +455,7 @@ def _after_steps(monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[], 
 
         return fit(state, plan, Hooks(on_progress, hooks.save, hooks.log))
 
-    monkeypatch.setattr(run_job.loop, "fit", watched)
+    monkeypatch.setattr(loop, "fit", watched)
 
 
 def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

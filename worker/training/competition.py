@@ -86,7 +86,11 @@ def reason(contenders: Sequence[Contender], dropped: Sequence[Dropped]) -> str:
         if other is won:
             continue
         gap = 100 * (won.val_accuracy - other.val_accuracy)
-        parts.append(f"{other.method} is within a tie of it" if abs(gap) <= 100 * TIE_POINTS else f"{gap:+.1f} points on {other.method}")
+        parts.append(
+            f"{other.method} is within a tie of it"
+            if abs(gap) <= 100 * TIE_POINTS
+            else f"{gap:+.1f} points on {other.method}"
+        )
     parts += [f"{other.method} was left: {other.reason}" for other in dropped]
     rivals = f"; {'; '.join(parts)}" if parts else ""
     low, high = won.accuracy_ci95

@@ -82,6 +82,7 @@ class Conclusion:
     temperature: float
     metrics: dict[str, Any]
     evaluation: dict[str, Any]
+    val: evaluate.Evaluation
 
 
 def build_classifier(
@@ -324,7 +325,9 @@ def _solved(training: Training, *, seconds: float) -> EpochResult:
     )
 
 
-def conclude(training: Training, manifest: Manifest, *, on_batch: Callable[[], None] = lambda: None) -> Conclusion:
+def conclude(
+    training: Training, manifest: Manifest, *, use_test: bool = True, on_batch: Callable[[], None] = lambda: None
+) -> Conclusion:
     """Loads the best epoch's weights, calibrates and measures them, in full precision as serving computes.
 
     Test images, where there are any, are looked at here and nowhere else: nothing is chosen by them.
@@ -346,13 +349,14 @@ def conclude(training: Training, manifest: Manifest, *, on_batch: Callable[[], N
     temperature = evaluate.fit_temperature(val_logits, training.val.labels)
     val = evaluate.evaluate(val_logits, training.val.labels, names, temperature=temperature)
     metrics = val.metrics("val") | {"best_epoch": training.state.best.epoch, "temperature": temperature}
-    record = _evaluation_record(val, training.val.split, manifest)
-    if training.test is not None:
+    predictions = _predictions(val, training.val.split, manifest)
+    record = _evaluation_record(val, training.val.split, manifest) | {"predictions": predictions}
+    if use_test and training.test is not None:
         test_logits = logits_of(training.test)
         test = evaluate.evaluate(test_logits, training.test.labels, names, temperature=temperature)
         metrics |= test.metrics("test")
         record["test"] = _evaluation_record(test, training.test.split, manifest)
-    return Conclusion(temperature, metrics, record)
+    return Conclusion(temperature, metrics, record, val)
 
 
 def _trainable_stages(spec: TrainingSpec, classifier: Classifier) -> int:
@@ -422,8 +426,10 @@ def _evaluation_record(found: evaluate.Evaluation, split: Split, manifest: Manif
         "accuracy_ci95": list(found.accuracy_ci95),
         "loss": found.loss,
         "macro_f1": found.macro_f1,
+        "macro_f1_ci95": list(found.macro_f1_ci95),
         "expected_calibration_error": found.expected_calibration_error,
         "expected_calibration_error_uncalibrated": found.expected_calibration_error_uncalibrated,
+        "warnings": list(found.warnings),
         "confusion_matrix": found.confusion.tolist(),
         "per_class": [asdict(report) for report in found.classes],
         "mistakes": [
@@ -436,4 +442,14 @@ def _evaluation_record(found: evaluate.Evaluation, split: Split, manifest: Manif
             }
             for mistake, record in zip(worst_first, records, strict=True)
         ],
+    }
+
+
+def _predictions(found: evaluate.Evaluation, split: Split, manifest: Manifest) -> dict[str, list[Any]]:
+    """What was said of each image, in the manifest's order: what a later model is compared by, image for image."""
+    return {
+        "digests": [manifest.records[i].digest for i in split.indices.tolist()],
+        "true": [manifest.classes[label] for label in split.labels.tolist()],
+        "predicted": [manifest.classes[label] for label in found.predicted.tolist()],
+        "probability_of_true": [round(p, 6) for p in found.probability_of_true.tolist()],
     }
