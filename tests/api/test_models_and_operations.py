@@ -198,9 +198,11 @@ def test_rollback_to_nothing_is_refused_with_a_way_out(server: RunningServer, cl
 
 
 def test_rollback_does_not_go_to_a_model_that_cannot_be_loaded(server: RunningServer, client: httpx.Client) -> None:
-    damaged = api_builders.register_model(server.services)
-    good = api_builders.register_model(server.services)
+    damaged, good = (api_builders.register_model(server.services, aliases=()) for _ in range(2))
     server.services.storage.delete(f"models/{damaged}")
+    with server.services.database.write() as session:
+        for model_id in (damaged, good):
+            api_builders.registry.point_alias(session, "default", model_id)
 
     assert_is_problem(client.post("/v1/aliases/default/rollback"), 503, "model-unavailable")
     assert client.get("/v1/models/default").json()["id"] == good
