@@ -22,7 +22,9 @@ def read_evaluation(model: ModelRow, storage: LocalStorage) -> Evaluation:
 
 
 def _with_thumbnails(record: dict[str, Any], dataset_id: str) -> dict[str, Any]:
+    """Without `predictions`: a line for each image, kept for comparing models and not for callers."""
     mistakes = [
         {**mistake, "thumbnail": thumbnail_path(dataset_id, mistake["image_id"])} for mistake in record["mistakes"]
     ]
-    return {**record, "mistakes": mistakes}
+    shown = {name: value for name, value in record.items() if name != "predictions"}
+    return {**shown, "mistakes": mistakes}

@@ -322,6 +322,7 @@ class ClassQuality(Schema):
     recall: FiniteFloat
     f1: FiniteFloat
     support: int = Field(description="Validation images of this class.")
+    recall_ci95: tuple[FiniteFloat, FiniteFloat] | None = None
 
 
 class Mistake(Schema):
@@ -346,7 +347,9 @@ class SplitEvaluation(Schema):
     accuracy_ci95: tuple[FiniteFloat, FiniteFloat]
     loss: FiniteFloat
     macro_f1: FiniteFloat
+    macro_f1_ci95: tuple[FiniteFloat, FiniteFloat] | None = None
     expected_calibration_error: FiniteFloat
+    warnings: list[str] = Field([], description="Why the figures are to be taken with care; empty with images enough.")
     confusion_matrix: list[list[int]] = Field(description="Rows are true classes, columns predicted ones.")
     per_class: list[ClassQuality]
     mistakes: list[Mistake] = Field(description="What it got wrong, the most confident first.")

@@ -16,7 +16,7 @@ from app.access import Scope
 
 PICTURE = builders.jpeg(1)
 
-EVALUATION = {
+EVALUATION: dict[str, Any] = {
     "classes": ["cat", "dog"],
     "images": 3,
     "accuracy": 2 / 3,
@@ -70,8 +70,31 @@ def test_evaluation_points_at_the_mistakes(server: RunningServer, client: httpx.
     evaluation = client.get("/v1/models/default/evaluation").json()
 
     assert (evaluation["model"], evaluation["confusion_matrix"]) == (model_id, [[1, 1], [0, 1]])
-    assert evaluation["per_class"] == EVALUATION["per_class"]
+    assert evaluation["per_class"] == [row | {"recall_ci95": None} for row in EVALUATION["per_class"]]
     assert evaluation["mistakes"][0]["thumbnail"] == "/v1/datasets/ds_1/images/img_1/thumbnail"
+
+
+def test_evaluation_has_its_intervals_and_warnings_and_no_line_for_each_image(
+    server: RunningServer, client: httpx.Client
+) -> None:
+    predictions = {"digests": ["00"], "true": ["cat"], "predicted": ["dog"], "probability_of_true": [0.2]}
+    new = EVALUATION | {
+        "macro_f1_ci95": [0.1, 0.9],
+        "warnings": ["Measured on only 3 pictures."],
+        "per_class": [row | {"recall_ci95": [0.1, 0.9]} for row in EVALUATION["per_class"]],
+    }
+    api_builders.register_model(
+        server.services,
+        dataset_id="ds_1",
+        evaluation=new | {"predictions": predictions, "test": new | {"predictions": predictions}},
+    )
+
+    evaluation = client.get("/v1/models/default/evaluation").json()
+
+    for split in (evaluation, evaluation["test"]):
+        assert "predictions" not in split
+        assert (split["macro_f1_ci95"], split["warnings"]) == (new["macro_f1_ci95"], new["warnings"])
+        assert split["per_class"] == new["per_class"]
 
 
 def test_missing_evaluation_is_503(server: RunningServer, client: httpx.Client) -> None:

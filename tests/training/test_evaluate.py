@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch.nn import functional
 
+from worker.training import evaluate as figures
 from worker.training.evaluate import (
     TEMPERATURE_RANGE,
     evaluate,
     expected_calibration_error,
     fit_temperature,
+    macro_f1_interval,
     wilson_interval,
 )
 
@@ -45,14 +47,19 @@ def test_metrics_name_their_split() -> None:
         "val_accuracy_ci95",
         "val_loss",
         "macro_f1",
+        "macro_f1_ci95",
         "expected_calibration_error",
+        "expected_calibration_error_uncalibrated",
+        "validation_warning",
     }
     assert set(found.metrics("test")) == {
         "test_accuracy",
         "test_accuracy_ci95",
         "test_loss",
         "test_macro_f1",
+        "test_macro_f1_ci95",
         "test_expected_calibration_error",
+        "test_expected_calibration_error_uncalibrated",
     }
 
 
@@ -82,7 +89,89 @@ def test_the_temperature_undoes_a_factor_on_calibrated_logits(factor: float) -> 
     assert fit_temperature((logits * factor).float(), labels) == pytest.approx(factor, rel=0.06)
 
 
+def all_right(images: int, margin: float) -> tuple[torch.Tensor, np.ndarray]:
+    """Two classes in turn, each image right by the same margin of logits."""
+    labels = np.arange(images) % 2
+    return functional.one_hot(torch.from_numpy(labels), 2).float() * margin, labels
+
+
+def test_eight_of_eight_right_do_not_make_the_network_surer_of_itself() -> None:
+    logits, labels = all_right(8, 5.0)
+    assert fit_temperature(logits, labels) == pytest.approx(0.94, abs=0.01)
+    # Even where it was hardly sure at all, the range's end is not reached.
+    assert fit_temperature(*all_right(8, 1.0)) == pytest.approx(0.59, abs=0.01)
+
+
 def test_the_temperature_stays_in_range_where_validation_cannot_tell() -> None:
-    all_right = torch.tensor([[5.0, 0.0], [0.0, 5.0]])
-    assert fit_temperature(all_right, np.array([0, 1])) == pytest.approx(TEMPERATURE_RANGE[0], rel=1e-3)
-    assert fit_temperature(all_right, np.array([1, 0])) == pytest.approx(TEMPERATURE_RANGE[1], rel=1e-3)
+    logits, labels = all_right(20000, 5.0)
+    assert fit_temperature(logits, labels) == pytest.approx(TEMPERATURE_RANGE[0], rel=1e-3)
+    assert fit_temperature(logits, 1 - labels) == pytest.approx(TEMPERATURE_RANGE[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [0.7, 2.0])
+def test_the_prior_does_not_count_beside_three_hundred_images(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(1)
+    logits = torch.from_numpy(random.normal(size=(300, 5)) * 3)
+    labels = np.array([random.choice(5, p=row / row.sum()) for row in logits.softmax(1).numpy()])
+    with_prior = fit_temperature(logits * factor, labels)
+    monkeypatch.setattr(figures, "LOG_TEMPERATURE_PRIOR_SD", math.inf)
+    without = fit_temperature(logits * factor, labels)
+    assert with_prior == pytest.approx(without, rel=0.03)
+    sure, surer = ((logits * factor / t).softmax(1).max(1).values for t in (with_prior, without))
+    assert (sure - surer).abs().max() < 0.01
+
+
+def test_the_interval_of_macro_f1_is_that_of_the_accuracy_where_classes_are_alike() -> None:
+    confusion = np.array([[180, 20], [20, 180]])
+    assert macro_f1_interval(confusion, 0.9) == pytest.approx(wilson_interval(360, 400), abs=0.006)
+    assert macro_f1_interval(confusion, 0.9) == macro_f1_interval(confusion, 0.9)
+
+
+def test_the_interval_of_macro_f1_is_as_wide_as_its_smallest_class_makes_it() -> None:
+    alike, uneven = np.array([[90, 10], [10, 90]]), np.array([[171, 19], [1, 9]])
+    widths = [high - low for low, high in (macro_f1_interval(alike, 0.9), macro_f1_interval(uneven, 0.71))]
+    assert widths[1] > 1.5 * widths[0]
+
+
+def test_all_right_is_not_taken_for_certainty() -> None:
+    low, high = macro_f1_interval(np.diag([4, 4]), 1.0)
+    assert high == 1.0
+    assert 0.5 < low < 0.8
+    assert macro_f1_interval(np.diag([5000, 5000]), 1.0)[0] > 0.999
+
+
+def test_the_interval_of_macro_f1_leaves_classes_without_images_out() -> None:
+    assert macro_f1_interval(np.array([[40, 0, 0], [0, 40, 0], [0, 0, 0]]), 1.0)[0] > 0.9
+    assert macro_f1_interval(np.array([[3]]), 1.0) == (1.0, 1.0)
+
+
+def test_each_class_has_an_interval_of_its_recall() -> None:
+    logits, labels = all_right(8, 5.0)
+    found = evaluate(logits, labels, ["a", "b"], temperature=1.0)
+    assert [report.recall_ci95 for report in found.classes] == [wilson_interval(4, 4)] * 2
+    wider = torch.cat([logits, torch.full((8, 1), -9.0)], 1)
+    assert evaluate(wider, labels, ["a", "b", "unseen"], temperature=1.0).classes[2].recall_ci95 is None
+
+
+def test_too_small_a_validation_is_said_to_be_with_what_it_would_take() -> None:
+    found = evaluate(*all_right(8, 5.0), ["a", "b"], temperature=1.0)
+    assert found.warnings == (
+        "Measured on only 8 pictures: 8 are right (100%), so the true accuracy may well be anywhere between 68% and "
+        "100%. About 220 pictures would tell it to within 5 points.",
+        "With 4 pictures per class on average, the figures of single classes are rough; they need about 30 each, 60 "
+        "together.",
+    )
+    assert found.metrics("val")["validation_warning"] == " ".join(found.warnings)
+
+
+def test_images_enough_need_no_warning() -> None:
+    found = evaluate(*all_right(300, 5.0), ["a", "b"], temperature=1.0)
+    assert found.warnings == ()
+    assert found.metrics("val")["validation_warning"] is None
+
+
+def test_each_image_has_its_prediction_and_the_probability_of_what_it_is() -> None:
+    logits = torch.log(torch.tensor([[0.9, 0.1], [0.7, 0.3]]))
+    found = evaluate(logits, np.array([0, 1]), ["a", "b"], temperature=1.0)
+    assert found.predicted.tolist() == [0, 0]
+    assert found.probability_of_true.tolist() == pytest.approx([0.9, 0.3])

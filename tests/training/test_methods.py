@@ -115,3 +115,49 @@ def test_validation_and_conclusion_see_the_same_pixels_in_the_same_order() -> No
     assert conclusion.metrics["val_accuracy"] == best.val_accuracy
     assert conclusion.metrics["val_loss"] == pytest.approx(best.val_loss, abs=1e-6)
     assert "test" not in conclusion.evaluation
+
+
+class WatchedImages(builders.ListedImages):
+    """Notes which pictures are read."""
+
+    def __init__(self, images: list[np.ndarray]) -> None:
+        super().__init__(images)
+        self.read: list[int] = []
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def test_test_pictures_are_looked_at_once_in_the_end_and_choose_nothing() -> None:
+    source = builders.split(24).images
+    splits = ["train"] * 12 + ["val"] * 6 + ["test"] * 6
+
+    def train(*, test_labels_shift: int) -> tuple[methods.Conclusion, dict[str, torch.Tensor]]:
+        wanted = spec("full_fine_tuning", epochs=3)
+        records = [
+            Record(f"img_{i}", f"{i}.png", (i + (test_labels_shift if i >= 18 else 0)) % 3, split, str(i), 30, 24)  # type: ignore[arg-type]
+            for i, split in enumerate(splits)
+        ]
+        manifest, images = Manifest(CLASSES, records), WatchedImages([source[i] for i in range(24)])
+        prepared = methods.prepare(
+            wanted,
+            classifier=methods.build_classifier(wanted, 3),
+            manifest=manifest,
+            images=images,
+            device=torch.device("cpu"),
+        )
+        list(loop.fit(prepared.state, prepared.plan))
+        assert set(images.read) == set(range(18))
+        images.read.clear()
+        concluded = methods.conclude(prepared, manifest)
+        assert sorted(images.read) == list(range(12, 24))
+        return concluded, builders.weights(prepared.classifier)
+
+    (as_it_is, weights), (mislabelled, other_weights) = (train(test_labels_shift=n) for n in (0, 1))
+    assert as_it_is.metrics["test_loss"] != mislabelled.metrics["test_loss"]
+    assert builders.same(weights, other_weights)
+    assert as_it_is.temperature == mislabelled.temperature
+    of_validation = {name: value for name, value in as_it_is.metrics.items() if not name.startswith("test_")}
+    assert of_validation == {k: v for k, v in mislabelled.metrics.items() if not k.startswith("test_")}
+    assert as_it_is.evaluation["predictions"] == mislabelled.evaluation["predictions"]

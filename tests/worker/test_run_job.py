@@ -157,14 +157,19 @@ def test_a_job_ends_with_a_registered_model_its_history_and_no_checkpoints(
         "val_accuracy_ci95",
         "val_loss",
         "macro_f1",
+        "macro_f1_ci95",
         "expected_calibration_error",
+        "expected_calibration_error_uncalibrated",
+        "validation_warning",
         "best_epoch",
         "temperature",
         "test_accuracy",
         "test_accuracy_ci95",
         "test_loss",
         "test_macro_f1",
+        "test_macro_f1_ci95",
         "test_expected_calibration_error",
+        "test_expected_calibration_error_uncalibrated",
     }
     with database.read() as session:
         model = registry.find(session, "default")
@@ -188,17 +193,25 @@ def test_the_evaluation_agrees_with_the_model_that_was_saved(
     loaded = artifact.load(folder)
     images = run_job.ensure_packed(storage, DATASET, 256, limits=None, tick=lambda _share: None)  # type: ignore[arg-type]
     wrong, confusion = set(), np.zeros((3, 3), dtype=int)
+    predictions: dict[str, list[Any]] = {"digests": [], "true": [], "predicted": [], "probability_of_true": []}
     with torch.inference_mode():
         for i in dataset.indices("val"):
             pixels = eval_pixels(images[int(i)], loaded.preprocessing).unsqueeze(0)
             scores = loaded.classifier.probabilities(normalise(pixels, loaded.preprocessing), loaded.temperature)[0]
             record = dataset.records[int(i)]
             confusion[record.label, int(scores.argmax())] += 1
+            predictions["digests"].append(record.digest)
+            predictions["true"].append(CLASSES[record.label])
+            predictions["predicted"].append(CLASSES[int(scores.argmax())])
+            predictions["probability_of_true"].append(pytest.approx(float(scores[record.label]), abs=1e-5))
             if int(scores.argmax()) != record.label:
                 wrong.add((record.image_id, record.path, CLASSES[record.label], CLASSES[int(scores.argmax())]))
     assert evaluation["classes"] == CLASSES
     assert evaluation["confusion_matrix"] == confusion.tolist()
     assert {(m["image_id"], m["path"], m["true"], m["predicted"]) for m in evaluation["mistakes"]} == wrong
+    assert evaluation["predictions"] == predictions
+    assert "predictions" not in evaluation["test"]
+    assert len(evaluation["warnings"]) == 2
     assert sum(row["support"] for row in evaluation["per_class"]) == 9
     assert sum(row["support"] for row in evaluation["test"]["per_class"]) == 3
 

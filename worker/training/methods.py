@@ -158,7 +158,7 @@ def conclude(training: Training, manifest: Manifest, *, on_batch: Callable[[], N
     temperature = evaluate.fit_temperature(val_logits, plan.val.labels)
     val = evaluate.evaluate(val_logits, plan.val.labels, names, temperature=temperature)
     metrics = val.metrics("val") | {"best_epoch": training.state.best.epoch, "temperature": temperature}
-    record = _evaluation_record(val, plan.val, manifest)
+    record = _evaluation_record(val, plan.val, manifest) | {"predictions": _predictions(val, plan.val, manifest)}
     if training.test is not None:
         test_logits = logits_of(training.test)
         test = evaluate.evaluate(test_logits, training.test.labels, names, temperature=temperature)
@@ -234,8 +234,10 @@ def _evaluation_record(found: evaluate.Evaluation, split: Split, manifest: Manif
         "accuracy_ci95": list(found.accuracy_ci95),
         "loss": found.loss,
         "macro_f1": found.macro_f1,
+        "macro_f1_ci95": list(found.macro_f1_ci95),
         "expected_calibration_error": found.expected_calibration_error,
         "expected_calibration_error_uncalibrated": found.expected_calibration_error_uncalibrated,
+        "warnings": list(found.warnings),
         "confusion_matrix": found.confusion.tolist(),
         "per_class": [asdict(report) for report in found.classes],
         "mistakes": [
@@ -248,4 +250,14 @@ def _evaluation_record(found: evaluate.Evaluation, split: Split, manifest: Manif
             }
             for mistake, record in zip(worst_first, records, strict=True)
         ],
+    }
+
+
+def _predictions(found: evaluate.Evaluation, split: Split, manifest: Manifest) -> dict[str, list[Any]]:
+    """What was said of each image, in the manifest's order: what a later model is compared by, image for image."""
+    return {
+        "digests": [manifest.records[i].digest for i in split.indices.tolist()],
+        "true": [manifest.classes[label] for label in split.labels.tolist()],
+        "predicted": [manifest.classes[label] for label in found.predicted.tolist()],
+        "probability_of_true": [round(p, 6) for p in found.probability_of_true.tolist()],
     }
