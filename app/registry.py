@@ -5,7 +5,7 @@ Every function works in the caller's transaction. Knows rows; not files, not net
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from sqlalchemy import delete as delete_from
 from sqlalchemy import select
@@ -16,17 +16,8 @@ from app.errors import Conflict, FieldError, InvalidRequest, NotFound
 
 DEFAULT_ALIAS = "default"
 
-PromotePolicy = Literal["if_better", "always", "never"]
-
 _ALIAS_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _ID_PREFIXES = ("mdl_", "ds_", "job_", "key_")
-
-
-class Promotion(NamedTuple):
-    """Whether a new model becomes the default, and why, for the job's events."""
-
-    is_due: bool
-    reason: str
 
 
 def register(
@@ -41,8 +32,12 @@ def register(
     metrics: Mapping[str, Any],
     size_bytes: int,
     sha256: str,
+    promotion: Mapping[str, Any] | None = None,
 ) -> ModelRow:
-    """Records a model whose artifact is published. Raises sqlalchemy's IntegrityError if the job has one already."""
+    """Records a model whose artifact is published. promotion: what the promotion gate said of it.
+
+    Raises sqlalchemy's IntegrityError if the job has one already.
+    """
     model = ModelRow(
         id=model_id,
         job_id=job_id,
@@ -53,6 +48,7 @@ def register(
         metrics=dict(metrics),
         size_bytes=size_bytes,
         sha256=sha256,
+        promotion=None if promotion is None else dict(promotion),
     )
     session.add(model)
     session.flush()
@@ -145,8 +141,16 @@ def default_model_id(session: Session) -> str | None:
     return session.scalar(select(AliasRow.model_id).where(AliasRow.name == DEFAULT_ALIAS))
 
 
+def lock_default(session: Session) -> str | None:
+    """The same, and nobody else moves it until the transaction ends."""
+    return session.scalar(select(AliasRow.model_id).where(AliasRow.name == DEFAULT_ALIAS).with_for_update())
+
+
 def point_alias(session: Session, name: str, model_id: str) -> AliasRow:
-    """Makes `name` mean this model from now on. Raises InvalidRequest for a bad name, NotFound for an unknown model."""
+    """Makes `name` mean this model from now on, and keeps in mind which it meant before.
+
+    Raises InvalidRequest for a bad name, NotFound for an unknown model.
+    """
     if not _ALIAS_NAME.fullmatch(name) or name.startswith(_ID_PREFIXES):
         raise InvalidRequest(
             "An alias has 1 to 63 characters: small letters, digits, '.', '_' and '-', the first a letter or digit; "
@@ -169,47 +173,11 @@ def remove_alias(session: Session, name: str) -> None:
     """Raises NotFound if there is none of this name."""
     removed = session.scalar(delete_from(AliasRow).where(AliasRow.name == name).returning(AliasRow.name))
     if removed is None:
-        raise NotFound("There is no alias of this name; GET /v1/aliases lists them.", code="alias-not-found")
+        raise _no_alias()
 
 
-def should_promote(
-    session: Session,
-    *,
-    candidate_metrics: Mapping[str, Any],
-    candidate_classes: Sequence[str],
-    policy: PromotePolicy,
-) -> Promotion:
-    """Whether a model with these metrics, not yet pointed at, is to become the default.
-
-    if_better compares models of the same classes, from whichever data set: the same pictures uploaded again are another
-    data set, and a worse model must not come to be served that way. A model of other classes is promoted, since
-    somebody who trains it wants it served; `promote: never` says otherwise.
-    """
-    if policy == "always":
-        return Promotion(True, "The model becomes the default, as the job asked for (promote: always).")
-    if policy == "never":
-        return Promotion(False, "The default model stays, as the job asked for (promote: never).")
-    default = session.scalar(
-        select(ModelRow).join(AliasRow, AliasRow.model_id == ModelRow.id).where(AliasRow.name == DEFAULT_ALIAS)
-    )
-    if default is None:
-        return Promotion(True, "The model becomes the default: there was none.")
-    if set(default.classes) != set(candidate_classes):
-        return Promotion(
-            True,
-            f"The model becomes the default: {default.id}, the one before, knows other classes, so that their "
-            "accuracies cannot be compared.",
-        )
-    accuracy, best = candidate_metrics["val_accuracy"], default.metrics["val_accuracy"]
-    if accuracy > best:
-        return Promotion(
-            True,
-            f"The model becomes the default: validation accuracy {accuracy:.4f}, before {best:.4f} ({default.id}).",
-        )
-    return Promotion(
-        False,
-        f"The default model stays {default.id}: its validation accuracy is {best:.4f}, the new one's {accuracy:.4f}.",
-    )
+def _no_alias() -> NotFound:
+    return NotFound("There is no alias of this name; GET /v1/aliases lists them.", code="alias-not-found")
 
 
 def _by_id(session: Session, model_id: str) -> ModelRow:

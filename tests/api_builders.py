@@ -121,6 +121,7 @@ def register_model(
     aliases: tuple[str, ...] = ("default",),
     dataset_id: str = "ds_none",
     evaluation: Mapping[str, Any] | None = None,
+    promotion: Mapping[str, Any] | None = None,
 ) -> str:
     """A model with random weights, published and registered as a worker does it. Returns its id."""
     model_id = new_id("mdl")
@@ -149,6 +150,7 @@ def register_model(
             metrics={"val_accuracy": 0.5},
             size_bytes=saved.size_bytes,
             sha256=saved.sha256,
+            promotion=promotion,
         )
         for alias in aliases:
             registry.point_alias(session, alias, model_id)

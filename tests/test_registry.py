@@ -1,4 +1,4 @@
-"""Models are registered once, found by id and alias, and promoted by rule."""
+"""Models are registered once, found by id and alias, and aliases move and move back."""
 
 from typing import Any
 
@@ -170,38 +170,19 @@ def test_a_model_in_use_cannot_be_deleted(database: Database) -> None:
             registry.delete(session, "mdl_1")
 
 
-@pytest.mark.parametrize(
-    ("policy", "classes", "accuracy", "is_due"),
-    [
-        ("if_better", CLASSES, 0.91, True),
-        ("if_better", CLASSES, 0.90, False),
-        ("if_better", CLASSES, 0.89, False),
-        ("if_better", ["cat", "dog"], 0.10, True),
-        ("always", CLASSES, 0.10, True),
-        ("never", CLASSES, 1.00, False),
-    ],
-)
-def test_promotion_beside_a_default_with_accuracy_090(
-    database: Database, policy: registry.PromotePolicy, classes: list[str], accuracy: float, is_due: bool
-) -> None:
+def test_a_model_keeps_what_was_said_of_its_promotion(database: Database) -> None:
     with database.write() as session:
+        register(session, 1, promotion={"promoted": True, "reason": "There was none."})
+        register(session, 2)
+
+    with database.read() as session:
+        assert registry.find(session, "mdl_1").promotion == {"promoted": True, "reason": "There was none."}
+        assert registry.find(session, "mdl_2").promotion is None
+
+
+def test_the_default_is_told_inside_the_transaction_that_may_move_it(database: Database) -> None:
+    with database.write() as session:
+        assert registry.lock_default(session) is None
         register(session, 1)
         registry.point_alias(session, "default", "mdl_1")
-
-    with database.read() as session:
-        promotion = registry.should_promote(
-            session, candidate_metrics={"val_accuracy": accuracy}, candidate_classes=classes, policy=policy
-        )
-
-    assert promotion.is_due is is_due
-    assert promotion.reason.startswith("The model becomes the default" if is_due else "The default model stays")
-
-
-@pytest.mark.parametrize(("policy", "is_due"), [("if_better", True), ("always", True), ("never", False)])
-def test_promotion_where_there_is_no_default(database: Database, policy: registry.PromotePolicy, is_due: bool) -> None:
-    with database.read() as session:
-        promotion = registry.should_promote(
-            session, candidate_metrics={"val_accuracy": 0.0}, candidate_classes=CLASSES, policy=policy
-        )
-
-    assert promotion.is_due is is_due
+        assert registry.lock_default(session) == "mdl_1"

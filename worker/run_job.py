@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -29,9 +30,12 @@ from app.vision.artifact import Artifact
 from app.vision.classifier import Classifier
 from app.vision.device import resolve_device
 from app.vision.weights import WeightStore
+from worker import promotion
+from worker.promotion import Candidate, Decision
 from worker.reporter import Reporter, ShuttingDown
 from worker.training import loop, methods
 from worker.training.checkpoint import Checkpoint, Checkpoints
+from worker.training.compare import Predictions
 from worker.training.loop import EpochResult, Hooks, LoopState, Precision, StepProgress
 from worker.training.methods import Conclusion, Training
 
@@ -69,7 +73,9 @@ def run_training(
     _fit(training, checkpoints, reporter)
     reporter.progress("evaluate", fraction=1.0, eta_seconds=0.0)
     conclusion = methods.conclude(training, manifest, on_batch=reporter.tick)
-    _publish(training, conclusion, spec, claim, database=database, storage=storage, reporter=reporter)
+    _publish(
+        training, conclusion, spec, claim, settings=settings, database=database, storage=storage, reporter=reporter
+    )
     checkpoints.drop_all()
 
 
@@ -226,11 +232,16 @@ def _publish(
     spec: TrainingSpec,
     claim: Claim,
     *,
+    settings: Settings,
     database: Database,
     storage: LocalStorage,
     reporter: Reporter,
 ) -> None:
-    """Files first, whole and synced; then the model, the alias and the job's success in one transaction."""
+    """Files first, whole and synced; then the model, the alias and the job's success in one transaction.
+
+    The comparison with the default, which may run it, comes before the transaction; should the default be another by
+    then, the new model is compared with that one.
+    """
     model_id = new_id("mdl")
     key = f"models/{model_id}"
     classifier = training.classifier.to("cpu")
@@ -248,19 +259,36 @@ def _publish(
             "torch": torch.__version__,
         },
     )
+    candidate = Candidate(
+        dataset_id=claim.dataset_id,
+        start=spec.backbone.model,
+        classes=training.class_names,
+        predictions=Predictions.from_record(conclusion.evaluation["predictions"]),
+    )
+
+    def decide() -> Decision:
+        return promotion.decide(
+            candidate,
+            policy=spec.promote,
+            database=database,
+            storage=storage,
+            device=training.state.device,
+            limits=IngestLimits.from_settings(settings),
+            tick=reporter.tick,
+        )
+
+    # Before the files, since a default that is run takes longer than an announcement is meant to last.
+    decision = decide()
     with storage.staging() as folder:
         saved = artifact.save(folder, result)
         (folder / "evaluation.json").write_text(json.dumps(conclusion.evaluation, ensure_ascii=False), "utf-8")
         storage.announce(key)
         storage.publish(folder, key)
 
-    def register(session: Session) -> None:
-        promotion = registry.should_promote(
-            session,
-            candidate_metrics=conclusion.metrics,
-            candidate_classes=training.class_names,
-            policy=spec.promote,
-        )
+    def register(session: Session, decision: Decision) -> bool:
+        """False, with nothing written, if the default is no longer the one that was decided beside."""
+        if registry.lock_default(session) != decision.incumbent:
+            return False
         registry.register(
             session,
             model_id=model_id,
@@ -272,14 +300,17 @@ def _publish(
             metrics=conclusion.metrics,
             size_bytes=saved.size_bytes,
             sha256=saved.sha256,
+            promotion=decision.as_record(),
         )
-        if promotion.is_due:
+        if decision.promoted:
             registry.point_alias(session, registry.DEFAULT_ALIAS, model_id)
-        queue.record_log(session, claim, promotion.reason, promoted=promotion.is_due)
+        queue.record_log(session, claim, decision.reason, promoted=decision.promoted)
         queue.succeed(session, claim, model_id=model_id, metrics=conclusion.metrics)
+        return True
 
     try:
-        reporter.transaction(register)
+        while not reporter.transaction(partial(register, decision=decision)):
+            decision = decide()
     finally:
         # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
         with database.read() as session:

@@ -283,6 +283,18 @@ class Event(Schema):
 # Models
 
 
+class Promotion(Schema):
+    """What was decided when the model was registered. Numbers are null where there was nothing to compare."""
+
+    promoted: bool = Field(description="Whether the model became the default.")
+    reason: str
+    incumbent: str | None = Field(description="The default at that time.")
+    images: int | None = Field(description="Validation images, new to both, that they were compared on.")
+    candidate_right_only: int | None = Field(description="Images that this model alone got right.")
+    incumbent_right_only: int | None
+    p_value: float | None = Field(description="One-sided exact McNemar test; below 0.05 it is better beyond chance.")
+
+
 class Model(Schema):
     id: str
     object: Literal["model"] = "model"
@@ -295,6 +307,7 @@ class Model(Schema):
     metrics: JsonObject
     size_bytes: int
     sha256: str = Field(description="Of its weights file.")
+    promotion: Promotion | None = Field(description="Whether it became the default and why; null if that is unknown.")
     created_at: datetime
 
     @classmethod
@@ -310,6 +323,7 @@ class Model(Schema):
             metrics=row.metrics,
             size_bytes=row.size_bytes,
             sha256=row.sha256,
+            promotion=row.promotion,
             created_at=row.created_at,
         )
 

@@ -97,6 +97,24 @@ def test_evaluation_has_its_intervals_and_warnings_and_no_line_for_each_image(
         assert split["per_class"] == new["per_class"]
 
 
+def test_model_shows_what_was_decided_of_its_promotion(server: RunningServer, client: httpx.Client) -> None:
+    unknown = api_builders.register_model(server.services)
+    promotion = {
+        "promoted": True,
+        "reason": "The model becomes the default.",
+        "incumbent": unknown,
+        "images": 60,
+        "candidate_right_only": 9,
+        "incumbent_right_only": 1,
+        "p_value": 0.0107,
+    }
+    decided = api_builders.register_model(server.services, promotion=promotion)
+
+    assert client.get(f"/v1/models/{unknown}").json()["promotion"] is None
+    assert client.get(f"/v1/models/{decided}").json()["promotion"] == promotion
+    assert [model["promotion"] for model in client.get("/v1/models").json()["data"]] == [promotion, None]
+
+
 def test_missing_evaluation_is_503(server: RunningServer, client: httpx.Client) -> None:
     api_builders.register_model(server.services)
 

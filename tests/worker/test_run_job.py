@@ -224,6 +224,60 @@ def test_the_same_job_gives_the_same_model_and_another_seed_another(job: Callabl
     assert not _equal(first.weights(), other.weights())
 
 
+def test_the_same_training_again_is_not_better_and_the_default_stays(
+    job: Callable[..., Job], database: Database
+) -> None:
+    first, again = job(), job()
+    first.run()
+    again.run()
+
+    with database.read() as session:
+        models = [registry.find(session, str(one.row.model_id)) for one in (first, again)]
+        assert registry.default_model_id(session) == first.row.model_id
+    decided = [model.promotion or {} for model in models]
+    assert [one["promoted"] for one in decided] == [True, False]
+    assert decided[0] == dict.fromkeys(decided[1]) | {
+        "promoted": True,
+        "reason": "The model becomes the default: there was none.",
+    }
+    assert decided[1] == {
+        "promoted": False,
+        "reason": f"The default model stays {first.row.model_id}; the new one is not better: of the same 9 validation "
+        "images, both get the same ones right. `graft models promote` makes it the default all the same.",
+        "incumbent": first.row.model_id,
+        "images": 9,
+        "candidate_right_only": 0,
+        "incumbent_right_only": 0,
+        "p_value": 1.0,
+    }
+    assert decided[1]["reason"] in again.messages
+
+
+def test_a_default_that_moves_while_a_model_is_compared_with_it_is_compared_anew(
+    job: Callable[..., Job], database: Database, storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (job(promote=promote) for promote in ("if_better", "never", "if_better"))
+    first.run()
+    second.run()
+    publish = storage.publish
+
+    def publish_then_move(staged: Path, key: str) -> None:
+        publish(staged, key)
+        if key.startswith("models/"):
+            with database.write() as session:
+                registry.point_alias(session, "default", str(second.row.model_id))
+
+    monkeypatch.setattr(storage, "publish", publish_then_move)
+    third.run()
+
+    with database.read() as session:
+        decided = registry.find(session, str(third.row.model_id)).promotion
+        assert registry.default_model_id(session) == second.row.model_id
+    assert decided is not None
+    assert (decided["promoted"], decided["incumbent"]) == (False, second.row.model_id)
+    assert sum("The default model stays" in message for message in third.messages) == 1
+
+
 def test_a_job_given_back_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(
     job: Callable[..., Job], every_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
