@@ -162,6 +162,9 @@ class GraftClient:
     def point_alias(self, alias: str, model_id: str) -> JsonObject:
         return self._json("PUT", f"/v1/aliases/{alias}", json={"model": model_id})
 
+    def roll_back_alias(self, alias: str) -> JsonObject:
+        return self._json("POST", f"/v1/aliases/{alias}/rollback")
+
     def delete_model(self, model_id: str) -> None:
         self._request("DELETE", f"/v1/models/{model_id}")
 

@@ -162,11 +162,35 @@ def point_alias(session: Session, name: str, model_id: str) -> AliasRow:
     if alias is None:
         alias = AliasRow(name=name, model_id=model.id)
         session.add(alias)
-    else:
-        alias.model_id = model.id
+    elif alias.model_id != model.id:
+        alias.previous_model_id, alias.model_id = alias.model_id, model.id
         alias.updated_at = utc_now()
     session.flush()
     return alias
+
+
+def previous_model_id(session: Session, name: str) -> str:
+    """The model that the alias meant before; pointing it there rolls it back, and doing so twice undoes it.
+
+    Raises NotFound for an unknown alias, Conflict if there was none before or it was deleted.
+    """
+    alias = session.get(AliasRow, name)
+    if alias is None:
+        raise _no_alias()
+    if alias.previous_model_id is None:
+        raise Conflict(
+            f"The alias {name} has never pointed at another model. Choose one of GET /v1/models: "
+            f"PUT /v1/aliases/{name} "
+            'with {"model": "<its id>"}.',
+            code="no-previous-model",
+        )
+    if not exists(session, alias.previous_model_id):
+        raise Conflict(
+            f"The model that the alias {name} pointed at before, {alias.previous_model_id}, was deleted. Choose one of "
+            f'GET /v1/models: PUT /v1/aliases/{name} with {{"model": "<its id>"}}.',
+            code="no-previous-model",
+        )
+    return alias.previous_model_id
 
 
 def remove_alias(session: Session, name: str) -> None:

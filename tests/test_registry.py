@@ -186,3 +186,47 @@ def test_the_default_is_told_inside_the_transaction_that_may_move_it(database: D
         register(session, 1)
         registry.point_alias(session, "default", "mdl_1")
         assert registry.lock_default(session) == "mdl_1"
+
+
+def test_an_alias_remembers_what_it_pointed_at_before(database: Database) -> None:
+    with database.write() as session:
+        register(session, 1)
+        register(session, 2)
+        assert registry.point_alias(session, "stable", "mdl_1").previous_model_id is None
+        assert registry.point_alias(session, "stable", "mdl_2").previous_model_id == "mdl_1"
+        # Pointed at what it points at already, it has not moved.
+        assert registry.point_alias(session, "stable", "mdl_2").previous_model_id == "mdl_1"
+
+
+def test_a_second_rollback_undoes_the_first(database: Database) -> None:
+    with database.write() as session:
+        register(session, 1)
+        register(session, 2)
+        registry.point_alias(session, "stable", "mdl_1")
+        registry.point_alias(session, "stable", "mdl_2")
+
+    for expected in ("mdl_1", "mdl_2"):
+        with database.write() as session:
+            registry.point_alias(session, "stable", registry.previous_model_id(session, "stable"))
+        with database.read() as session:
+            assert registry.find(session, "stable").id == expected
+
+
+def test_what_cannot_be_rolled_back_says_why(database: Database) -> None:
+    with database.write() as session:
+        register(session, 1)
+        register(session, 2)
+        registry.point_alias(session, "stable", "mdl_1")
+
+    with database.read() as session:
+        with pytest.raises(NotFound, match="no alias of this name"):
+            registry.previous_model_id(session, "other")
+        with pytest.raises(Conflict, match="never pointed at another model"):
+            registry.previous_model_id(session, "stable")
+
+    with database.write() as session:
+        registry.point_alias(session, "stable", "mdl_2")
+        registry.delete(session, "mdl_1")
+
+    with database.read() as session, pytest.raises(Conflict, match=r"mdl_1, was deleted\..*PUT /v1/aliases/stable"):
+        registry.previous_model_id(session, "stable")

@@ -99,6 +99,19 @@ async def put_alias(
     return await run_in_threadpool(_point_alias, services, name, model_id)
 
 
+@router.post(
+    "/v1/aliases/{name}/rollback",
+    response_model=Alias,
+    summary="Point an alias back at the model it pointed at before",
+    description="A second rollback undoes the first. The model is loaded and warm before the alias moves.",
+    responses=problems(404, 409),
+)
+async def roll_back_alias(services: ServicesDep, name: AliasName) -> Alias:
+    model_id = await run_in_threadpool(_previous_model_id, services, name)
+    await services.predictor.load(model_id)
+    return await run_in_threadpool(_point_alias, services, name, model_id)
+
+
 @router.delete("/v1/aliases/{name}", response_model=Deleted, summary="Remove an alias", responses=problems(404))
 def delete_alias(services: ServicesDep, name: AliasName) -> Deleted:
     with services.database.write() as session:
@@ -114,6 +127,11 @@ def list_backbones(services: ServicesDep) -> Backbones:
 def _model_id(services: Services, name: str) -> str:
     with services.database.read() as session:
         return registry.find(session, name).id
+
+
+def _previous_model_id(services: Services, alias: str) -> str:
+    with services.database.read() as session:
+        return registry.previous_model_id(session, alias)
 
 
 def _point_alias(services: Services, name: str, model_id: str) -> Alias:

@@ -382,11 +382,12 @@ class Alias(Schema):
     name: str
     object: Literal["alias"] = "alias"
     model: str
+    previous_model: str | None = Field(description="What it pointed at before, and what a rollback makes it point at.")
     updated_at: datetime
 
     @classmethod
     def of(cls, row: AliasRow) -> Self:
-        return cls(name=row.name, model=row.model_id, updated_at=row.updated_at)
+        return cls(name=row.name, model=row.model_id, previous_model=row.previous_model_id, updated_at=row.updated_at)
 
 
 class AliasRequest(BaseModel):

@@ -23,7 +23,7 @@ from app.client import DEFAULT_URL, JsonObject
 
 jobs = typer.Typer(help="Training jobs: list, show, watch, cancel, stop.", no_args_is_help=True)
 datasets = typer.Typer(help="Data sets: list, show, upload, delete.", no_args_is_help=True)
-models = typer.Typer(help="Trained models: list, show, promote, delete.", no_args_is_help=True)
+models = typer.Typer(help="Trained models: list, show, promote, rollback, delete.", no_args_is_help=True)
 
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET")]
@@ -240,6 +240,18 @@ def promote_model(
     with connect(url, api_key) as client:
         client.point_alias(alias, model_id)
     print_line(f"{alias} is now {model_id}.")
+
+
+@models.command("rollback")
+def roll_back_model(
+    alias: Annotated[str, typer.Option(help="The alias to move back; default is what /predict uses.")] = "default",
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+) -> None:
+    """Make the model from before the default again; a second time undoes it."""
+    with connect(url, api_key) as client:
+        model_id = client.roll_back_alias(alias)["model"]
+    print_line(f"{alias} is {model_id} again.")
 
 
 @models.command("delete")

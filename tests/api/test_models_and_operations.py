@@ -164,6 +164,50 @@ def test_alias_does_not_move_to_a_model_that_cannot_be_loaded(server: RunningSer
     assert client.get("/v1/models/default").json()["id"] == good
 
 
+def test_rollback_goes_to_the_model_from_before_and_back(server: RunningServer, client: httpx.Client) -> None:
+    first = api_builders.register_model(server.services, seed=1)
+    second = api_builders.register_model(server.services, seed=2, aliases=())
+    assert client.get("/v1/aliases").json()["data"][0]["previous_model"] is None
+    client.put("/v1/aliases/default", json={"model": second})
+
+    back = client.post("/v1/aliases/default/rollback")
+
+    assert (back.status_code, back.json()["model"], back.json()["previous_model"]) == (200, first, second)
+    assert set(back.json()) == set(client.put("/v1/aliases/default", json={"model": first}).json())
+    assert client.post("/predict", content=PICTURE).json()["model"] == first
+    again = client.post("/v1/aliases/default/rollback").json()
+    assert (again["model"], again["previous_model"]) == (second, first)
+    assert client.post("/predict", content=PICTURE).json()["model"] == second
+
+
+def test_rollback_to_nothing_is_refused_with_a_way_out(server: RunningServer, client: httpx.Client) -> None:
+    first = api_builders.register_model(server.services, seed=1)
+    second = api_builders.register_model(server.services, seed=2, aliases=())
+
+    never_moved = client.post("/v1/aliases/default/rollback")
+    client.put("/v1/aliases/default", json={"model": second})
+    client.delete(f"/v1/models/{first}")
+    deleted = client.post("/v1/aliases/default/rollback")
+
+    for refusal in (never_moved, deleted):
+        problem = assert_is_problem(refusal, 409, "no-previous-model")
+        assert "PUT /v1/aliases/default" in problem["detail"]
+        assert refusal.headers["x-should-retry"] == "false"
+    assert client.get("/v1/models/default").json()["id"] == second
+    assert_is_problem(client.post("/v1/aliases/none/rollback"), 404, "alias-not-found")
+
+
+def test_rollback_does_not_go_to_a_model_that_cannot_be_loaded(server: RunningServer, client: httpx.Client) -> None:
+    damaged, good = (api_builders.register_model(server.services, aliases=()) for _ in range(2))
+    server.services.storage.delete(f"models/{damaged}")
+    with server.services.database.write() as session:
+        for model_id in (damaged, good):
+            api_builders.registry.point_alias(session, "default", model_id)
+
+    assert_is_problem(client.post("/v1/aliases/default/rollback"), 503, "model-unavailable")
+    assert client.get("/v1/models/default").json()["id"] == good
+
+
 @pytest.mark.parametrize(
     ("name", "body", "status"),
     [("default", {"model": "mdl_none"}, 404), ("mdl_x", {"model": "default"}, 422), ("default", {"modl": "x"}, 422)],
@@ -275,6 +319,7 @@ def test_once_there_is_a_key_every_route_but_the_probes_needs_one(server: Runnin
         ("POST", "/v1/jobs", Scope.train),
         ("POST", "/v1/datasets", Scope.train),
         ("PUT", "/v1/aliases/default", Scope.train),
+        ("POST", "/v1/aliases/default/rollback", Scope.train),
         ("DELETE", "/v1/models/default", Scope.train),
         ("GET", "/v1/nothing", Scope.train),
     ],

@@ -51,6 +51,7 @@ def test_it_has_every_operation_of_this_version(document: dict[str, Any]) -> Non
         "GET /v1/aliases",
         "PUT /v1/aliases/{name}",
         "DELETE /v1/aliases/{name}",
+        "POST /v1/aliases/{name}/rollback",
         "GET /v1/backbones",
         "POST /predict",
         "GET /healthz",

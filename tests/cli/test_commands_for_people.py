@@ -312,6 +312,18 @@ def test_lists_are_tables(
         (["datasets", "delete", "ds_1"], ("DELETE", "/v1/datasets/ds_1"), {}, "Deleted ds_1."),
         (["models", "delete", "mdl_1"], ("DELETE", "/v1/models/mdl_1"), {}, "Deleted mdl_1."),
         (["models", "promote", "mdl_1"], ("PUT", "/v1/aliases/default"), {}, "default is now mdl_1."),
+        (
+            ["models", "rollback"],
+            ("POST", "/v1/aliases/default/rollback"),
+            {"model": "mdl_1"},
+            "default is mdl_1 again.",
+        ),
+        (
+            ["models", "rollback", "--alias", "stable"],
+            ("POST", "/v1/aliases/stable/rollback"),
+            {"model": "mdl_1"},
+            "stable is mdl_1 again.",
+        ),
     ],
 )
 def test_commands_that_change_something_say_what(
