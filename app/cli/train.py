@@ -150,6 +150,8 @@ def describe_model(client: GraftClient, model: JsonObject) -> None:
     print_line(f"  validation accuracy {percent(metrics['val_accuracy'])}{interval}")
     if metrics.get("macro_f1") is not None:
         print_line(f"  macro F1            {metrics['macro_f1']:.3f}")
+    if metrics.get("validation_warning"):
+        errors.print(f"Warning: {metrics['validation_warning']}", style="yellow", markup=False, soft_wrap=True)
     which = "" if "default" in model["aliases"] else f"?model={model['id']}"
     print_line(f"  curl -F file=@picture.jpg {client.url}/predict{which}")
 

@@ -103,6 +103,13 @@ def test_train_goes_from_an_archive_to_the_figures_and_the_curl_line(
     assert (upload.path, upload.body) == ("/v1/datasets?name=flowers", b"an archive")
 
 
+def test_train_warns_of_figures_that_say_little(training: ScriptedServer, graft: Graft) -> None:
+    metrics = MODEL["metrics"] | {"validation_warning": "Measured on only 8 pictures."}
+    training.answers["GET", "/v1/models/mdl_1"] = (200, MODEL | {"metrics": metrics})
+
+    assert graft("train", "ds_1").errors.splitlines()[-1] == "Warning: Measured on only 8 pictures."
+
+
 def test_train_passes_on_what_was_asked_for(training: ScriptedServer, graft: Graft, archive: Path) -> None:
     options = "--method fine_tuning --recipe classic --epochs 3 --seed 7 -H optimizer=adamw -H mixup=0.2 -H ema=true"
     graft("train", str(archive), *options.split())
