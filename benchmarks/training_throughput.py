@@ -14,12 +14,14 @@ three alike; ratios are taken within a round, and their median is shown with the
 - Limit: the frozen stages once, the trained ones in each epoch, on batches that are in memory already; precision,
   memory format, optimiser and batches are Graft's.
 
-Waiting is the share of Graft's time in which training stood still for its next batch.
+Waiting is the share of Graft's time in which training stood still for its next batch. CPU time, of all threads and
+loader processes, says on a busy machine what the clock cannot; with --threads 1, for idle threads spin.
 """
 
 import argparse
 import gc
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -61,10 +63,13 @@ class Measured:
     graft: list[float] = field(default_factory=list)
     limit: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
+    tutorial_cpu: list[float] = field(default_factory=list)
+    graft_cpu: list[float] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
         return self.__dict__ | {
             "times_tutorial": [t / g for t, g in zip(self.tutorial, self.graft, strict=True)],
+            "times_tutorial_cpu": [t / g for t, g in zip(self.tutorial_cpu, self.graft_cpu, strict=True)],
             "share_of_limit": [c / g for c, g in zip(self.limit, self.graft, strict=True)],
             "waiting_share": [w / g for w, g in zip(self.waited, self.graft, strict=True)],
         }
@@ -95,7 +100,7 @@ def main() -> None:
 
 def table(found: list[Measured]) -> str:
     header = ["model", "method", "measured", "tutorial, images/s", "Graft, images/s", "Graft / tutorial"]
-    header += ["Graft / limit", "waiting", "precision", "loader processes"]
+    header += ["by CPU time", "Graft / limit", "waiting", "precision", "loader processes"]
     rows = []
     for each in found:
         record = each.record()
@@ -107,6 +112,7 @@ def table(found: list[Measured]) -> str:
                 f"{each.images / statistics.median(each.tutorial):.0f}",
                 f"{each.images / statistics.median(each.graft):.0f}",
                 f"×{spread(record['times_tutorial'])}",
+                f"×{spread(record['times_tutorial_cpu'])}",
                 spread(record["share_of_limit"]),
                 spread(record["waiting_share"]),
                 each.precision,
@@ -146,13 +152,16 @@ def _measure(
     limit = _Limit(spec, data, device, precision)
     for _ in range(arguments.rounds):
         gc.collect()
-        start = time.perf_counter()
+        start, before = time.perf_counter(), _cpu_seconds()
         tutorial.train_epoch()
         if is_job:
             tutorial.validate()
         measured.tutorial.append((time.perf_counter() - start) * epochs)
+        measured.tutorial_cpu.append((_cpu_seconds() - before) * epochs)
+        before = _cpu_seconds()
         with _waiting() as waited:
             measured.graft.append(graft())
+        measured.graft_cpu.append(_cpu_seconds() - before)
         measured.waited.append(waited[0])
         measured.limit.append(limit.seconds(epochs, with_validation=is_job))
     measured.precision = limit.training.state.precision
@@ -272,6 +281,12 @@ def _waiting() -> Iterator[list[float]]:
         yield seconds
     finally:
         loop.prefetched = prefetched
+
+
+def _cpu_seconds() -> float:
+    """Of this process with all its threads, and of loader processes that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _arguments() -> argparse.Namespace:
