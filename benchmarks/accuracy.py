@@ -1,15 +1,18 @@
-"""Accuracy of each method on real data sets, over several seeds.
+r"""Accuracy of each method on real data sets, over several seeds.
 
-    python benchmarks/accuracy.py --data FOLDER_OF_ZIPS --weights FOLDER --results accuracy.jsonl [--recipe classic]
+    python benchmarks/accuracy.py --data FOLDER_OF_ZIPS --weights FOLDER --results accuracy.jsonl \
+        [--recipe classic,modern --compare]
 
 Ingests each zip and trains in this process, through the functions that a worker's job uses. One JSON line is written
 per run as it ends; runs that the results file has already are skipped, so it can be stopped and started again. Prints
-a markdown table of what the file holds: mean ± standard deviation over seeds.
+a markdown table of what the file holds: mean ± standard deviation over seeds; macro-F1 too where the training classes
+are of uneven size. --compare adds the paired difference of the recipes over equal seeds, with its standard error.
 """
 
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,104 +25,128 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from _setup import Ingested, classifier, ingested, markdown, resolved
 
-from app.datasets.ingest import IngestLimits, IngestOptions, ensure_packed, ingest, manifest_key
-from app.datasets.manifest import Manifest
-from app.datasets.report import IngestReport
-from app.jobs.spec import DatasetFacts, Method, Recipe, TrainingSpec, parse_request, resolve
-from app.settings import Settings
+from app.jobs.spec import Method, Recipe
 from app.storage import LocalStorage
 from app.vision.device import resolve_device
-from app.vision.weights import WeightStore
 from worker.training import loop, methods
 
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS = (*get_args(Method), "auto")
+# Largest training class over smallest, above which accuracy alone misleads.
+UNEVEN = 3.0
+_FIGURES = {"val_accuracy": "accuracy", "macro_f1": "macro-F1"}
 
 
 def main() -> None:
     arguments = _arguments()
-    settings = Settings(weights_dir=arguments.weights, device=arguments.device)
+    device = resolve_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     done = {_key(line) for line in _read(arguments.results)}
     zips = [path for path in sorted(arguments.data.glob("*.zip")) if not arguments.sets or path.stem in arguments.sets]
     with tempfile.TemporaryDirectory() as folder:
         storage = LocalStorage(Path(folder))
-        # Seeds outermost: stopped half-way, every set and method has been run as often.
-        for seed, path, method in itertools.product(arguments.seeds, zips, arguments.methods):
+        # Seeds outermost: stopped half-way, every set, method and recipe has been run as often.
+        for seed, path, method, recipe in itertools.product(arguments.seeds, zips, arguments.methods, arguments.recipe):
             run = {
                 "set": path.stem,
                 "method": method,
-                "recipe": arguments.recipe,
+                "recipe": recipe,
                 "backbone": arguments.backbone,
                 "seed": seed,
                 "hyperparameters": json.loads(arguments.hyperparameters),
             }
             if _key(run) in done:
                 continue
-            outcome = _run(run, path, settings=settings, storage=storage)
+            outcome = _run(run, ingested(path, storage), weights_dir=arguments.weights, device=device)
             with arguments.results.open("a", encoding="utf-8") as results:
                 results.write(json.dumps(run | outcome) + "\n")
             print(
-                f"{path.stem} {method} seed {seed}: {outcome['val_accuracy']:.4f} in {outcome['seconds']:.0f} s",
+                f"{path.stem} {method} {recipe} seed {seed}: "
+                f"{outcome['val_accuracy']:.4f} in {outcome['seconds']:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
-    print(table(_read(arguments.results)))
+    lines = _read(arguments.results)
+    print(table(lines))
+    if arguments.compare:
+        print(f"\n{comparison(lines)}")
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row per set, recipe and backbone, a column per method."""
+    """Markdown: a row per set, recipe and backbone, a column per method; macro-F1 too where training is uneven."""
     runs: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         overrides = json.dumps(line["hyperparameters"]) if line["hyperparameters"] else ""
         runs[line["set"], line["recipe"], line["backbone"], overrides][line["method"]].append(line)
     shown = [method for method in METHODS if any(method in by_method for by_method in runs.values())]
-    rows = [
-        ["set", "recipe", "backbone", "overrides", *shown],
-        ["---"] * (4 + len(shown)),
-        *([*key, *(_cell(by_method.get(method, [])) for method in shown)] for key, by_method in sorted(runs.items())),
-    ]
+    rows = []
+    for key, by_method in sorted(runs.items()):
+        figures = ["val_accuracy"]
+        if any(_is_uneven(run) for found in by_method.values() for run in found):
+            figures.append("macro_f1")
+        for figure in figures:
+            rows.append([*key, _FIGURES[figure], *(_cell(by_method.get(method, []), figure) for method in shown)])
     machines = sorted({f"{line['machine']}, torch {line['torch']}, {line['threads']} threads" for line in lines})
-    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{body}\n\nValidation accuracy, mean ± standard deviation (n runs, median seconds). {'; '.join(machines)}."
+    body = markdown(["set", "recipe", "backbone", "overrides", "figure", *shown], rows)
+    return f"{body}\n\nOn validation images, mean ± standard deviation (n runs, median seconds). {'; '.join(machines)}."
 
 
-def _cell(runs: Sequence[dict[str, Any]]) -> str:
+def comparison(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: modern minus classic, per set and method, over the seeds that both were run with."""
+    pairs: dict[tuple[str, str, str], dict[int, dict[str, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
+    for line in lines:
+        if not line["hyperparameters"]:  # overridden runs are experiments, and no recipe
+            pairs[line["set"], line["backbone"], line["method"]][line["seed"]][line["recipe"]] = line
+    rows = []
+    for key, by_seed in sorted(pairs.items()):
+        both = [found for found in by_seed.values() if {"modern", "classic"} <= found.keys()]
+        figures = ["val_accuracy", *(["macro_f1"] if any(_is_uneven(found["modern"]) for found in both) else [])]
+        for figure in figures if both else ():
+            differences = [found["modern"][figure] - found["classic"][figure] for found in both]
+            mean = statistics.mean(differences)
+            error = f"± {statistics.stdev(differences) / math.sqrt(len(both)):.3f}" if len(both) > 1 else ""
+            rows.append([*key, _FIGURES[figure], f"{mean:+.3f} {error}".strip(), str(len(both))])
+    body = markdown(["set", "backbone", "method", "figure", "modern - classic", "seeds"], rows)
+    return f"{body}\n\nMean of the differences over equal seeds ± its standard error."
+
+
+def _cell(runs: Sequence[dict[str, Any]], figure: str) -> str:
     if not runs:
         return ""
-    accuracies = [run["val_accuracy"] for run in runs]
-    spread = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
+    values = [run[figure] for run in runs]
+    deviation = statistics.stdev(values) if len(runs) > 1 else 0.0
     seconds = statistics.median(run["seconds"] for run in runs)
-    return f"{statistics.mean(accuracies):.3f} ± {spread:.3f} (n = {len(runs)}, {seconds:.0f} s)"
+    return f"{statistics.mean(values):.3f} ± {deviation:.3f} (n = {len(runs)}, {seconds:.0f} s)"
 
 
-def _run(run: dict[str, Any], path: Path, *, settings: Settings, storage: LocalStorage) -> dict[str, Any]:
-    manifest, facts = _ingested(path, settings=settings, storage=storage)
-    store = WeightStore.from_settings(settings)
-    found = store.find(run["backbone"])
-    spec = _spec(run, facts, weights={run["backbone"]: found.weights.name} if found else {})
-    images = ensure_packed(
-        storage,
-        path.stem,
-        spec.preprocessing.side,
-        limits=IngestLimits.from_settings(settings),
-        tick=lambda _share: None,
-    )
+def _is_uneven(run: dict[str, Any]) -> bool:
+    return run.get("train_imbalance", 1.0) > UNEVEN
+
+
+def _run(run: dict[str, Any], data: Ingested, *, weights_dir: Path, device: torch.device) -> dict[str, Any]:
+    asked = {name: run[name] for name in ("method", "backbone", "recipe", "seed", "hyperparameters")}
+    spec = resolved(data, **asked, device_type=device.type, weights_dir=weights_dir)
+    images = data.images(spec)
     start = time.perf_counter()
-    state_dict = store.load(found) if found and spec.method != "from_scratch" else None
-    classifier = methods.build_classifier(spec, len(manifest.classes), state_dict=state_dict)
     training = methods.prepare(
-        spec, classifier=classifier, manifest=manifest, images=images, device=resolve_device(settings.device)
+        spec,
+        classifier=classifier(spec, len(data.manifest.classes), weights_dir),
+        manifest=data.manifest,
+        images=images,
+        device=device,
     )
     epochs = list(loop.fit(training.state, training.plan))
-    conclusion = methods.conclude(training, manifest)
+    conclusion = methods.conclude(training, data.manifest)
     return {
         **conclusion.metrics,
         "seconds": time.perf_counter() - start,
         "epochs": len(epochs),
         "images_per_second": statistics.median(epoch.images_per_second for epoch in epochs),
         "train_accuracy": epochs[-1].train_accuracy,
+        "train_imbalance": data.facts.imbalance("train"),
+        "chosen_method": spec.method,
         "precision": training.state.precision,
         "spec": spec.hyperparameters.model_dump(mode="json"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -127,39 +154,6 @@ def _run(run: dict[str, Any], path: Path, *, settings: Settings, storage: LocalS
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-
-
-def _spec(run: dict[str, Any], facts: DatasetFacts, *, weights: dict[str, str]) -> TrainingSpec:
-    request = parse_request(
-        {
-            "dataset": "ds_benchmark",
-            "method": run["method"],
-            "backbone": run["backbone"],
-            "recipe": run["recipe"],
-            "seed": run["seed"],
-            "hyperparameters": run["hyperparameters"],
-        }
-    )
-    return resolve(request, dataset=facts, weights=weights, device_type="cpu")
-
-
-def _ingested(path: Path, *, settings: Settings, storage: LocalStorage) -> tuple[Manifest, DatasetFacts]:
-    """The data set of this zip, ingested once per process under the zip's name."""
-    if not storage.exists(manifest_key(path.stem)):
-        report: IngestReport = ingest(
-            path,
-            storage=storage,
-            dataset_id=path.stem,
-            options=IngestOptions(val_fraction=settings.val_fraction, seed=0),
-            limits=IngestLimits.from_settings(settings),
-            tick=lambda _share: None,
-        )
-        if report.error is not None:
-            raise report.error
-    manifest = Manifest.read(storage.path(manifest_key(path.stem)))
-    counts = zip(manifest.classes, manifest.counts("train"), manifest.counts("val"), strict=True)
-    facts = DatasetFacts.from_counts([{"name": name, "train": int(t), "val": int(v)} for name, t, v in counts])
-    return manifest, facts
 
 
 def _key(run: dict[str, Any]) -> str:
@@ -189,9 +183,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="folder of weight files; default GRAFT_WEIGHTS_DIR")
     parser.add_argument("--results", type=Path, required=True, help="file that runs are added to, a JSON line each")
     parser.add_argument("--sets", type=lambda text: text.split(","), help="names of zips without .zip; default all")
-    parser.add_argument("--methods", type=_names(METHODS), default=list(METHODS), help="comma-separated")
+    parser.add_argument("--methods", type=_names(METHODS), default=list(get_args(Method)), help="comma-separated")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--recipe", choices=get_args(Recipe), default="classic")
+    parser.add_argument("--recipe", type=_names(get_args(Recipe)), default=["classic"], help="comma-separated")
+    parser.add_argument("--compare", action="store_true", help="also modern minus classic, over equal seeds")
     parser.add_argument("--backbone", default="mobilenet_v3_small")
     parser.add_argument("--hyperparameters", default="{}", help="overrides, as JSON")
     parser.add_argument("--device", default="auto")
@@ -199,6 +194,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.weights is None and "GRAFT_WEIGHTS_DIR" in os.environ:
         arguments.weights = Path(os.environ["GRAFT_WEIGHTS_DIR"])
+    if arguments.weights is None:
+        parser.error("--weights or GRAFT_WEIGHTS_DIR is needed")
     return arguments
 
 

@@ -1,0 +1,157 @@
+"""What several of these programs need: a zip ingested, a request resolved, a job run, the machine described.
+
+Knows the public seams of app and worker; not what is measured.
+"""
+
+import os
+import platform
+import statistics
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.datasets.ingest import IngestLimits, IngestOptions, ensure_packed, ingest, manifest_key
+from app.datasets.manifest import Manifest
+from app.datasets.packed import PackedPixels
+from app.datasets.report import IngestReport
+from app.jobs.spec import DatasetFacts, TrainingSpec, parse_request, resolve
+from app.settings import Settings
+from app.storage import LocalStorage
+from app.vision import backbones
+from app.vision.classifier import Classifier
+from app.vision.weights import WeightStore
+from worker.training import methods
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """A data set as a job finds it, stored under the zip's name."""
+
+    name: str
+    manifest: Manifest
+    facts: DatasetFacts
+    storage: LocalStorage
+
+    def images(self, spec: TrainingSpec) -> PackedPixels:
+        return ensure_packed(
+            self.storage,
+            self.name,
+            spec.preprocessing.side,
+            limits=IngestLimits.from_settings(Settings()),
+            tick=lambda _share: None,
+        )
+
+
+def ingested(archive: Path, storage: LocalStorage) -> Ingested:
+    """The data set of this zip, ingested once per storage."""
+    settings = Settings()
+    if not storage.exists(manifest_key(archive.stem)):
+        report: IngestReport = ingest(
+            archive,
+            storage=storage,
+            dataset_id=archive.stem,
+            options=IngestOptions(val_fraction=settings.val_fraction, seed=0),
+            limits=IngestLimits.from_settings(settings),
+            tick=lambda _share: None,
+        )
+        if report.error is not None:
+            raise report.error
+    return opened(archive.stem, storage)
+
+
+def opened(name: str, storage: LocalStorage) -> Ingested:
+    """A data set that was ingested before, maybe by another process."""
+    manifest = Manifest.read(storage.path(manifest_key(name)))
+    counts = zip(manifest.classes, manifest.counts("train"), manifest.counts("val"), strict=True)
+    facts = DatasetFacts.from_counts([{"name": name, "train": int(t), "val": int(v)} for name, t, v in counts])
+    return Ingested(name, manifest, facts, storage)
+
+
+def resolved(
+    data: Ingested,
+    *,
+    method: str,
+    backbone: str,
+    recipe: str = "modern",
+    seed: int = 0,
+    hyperparameters: dict[str, Any] | None = None,
+    device_type: str = "cpu",
+    weights_dir: Path | None = None,
+) -> TrainingSpec:
+    """The spec of a job. weights_dir: None pretends that the backbone's first weights are at hand: see `classifier`."""
+    request = parse_request(
+        {
+            "dataset": "ds_benchmark",
+            "method": method,
+            "backbone": backbone,
+            "recipe": recipe,
+            "seed": seed,
+            "hyperparameters": hyperparameters or {},
+        }
+    )
+    network = backbones.find(backbone)
+    found = WeightStore.from_settings(Settings(weights_dir=weights_dir)).find(network.name) if weights_dir else None
+    weights = found.weights if found else network.weights[-1]
+    return resolve(request, dataset=data.facts, weights={network.name: weights.name}, device_type=device_type)
+
+
+def classifier(spec: TrainingSpec, class_count: int, weights_dir: Path | None) -> Classifier:
+    """The network before training. weights_dir: None for random weights, which take as long as pretrained ones.
+
+    Raises SystemExit where the folder has no weights of this backbone.
+    """
+    if weights_dir is None or spec.method == "from_scratch":
+        return methods.build_classifier(spec, class_count)
+    store = WeightStore.from_settings(Settings(weights_dir=weights_dir))
+    found = store.find(spec.backbone.name)
+    if found is None:
+        raise SystemExit(f"no weights of {spec.backbone.name} in {weights_dir}")
+    return methods.build_classifier(spec, class_count, state_dict=store.load(found))
+
+
+def extracted(archive: Path, folder: Path) -> Path:
+    """The zip's files in folder/<its name>, for loops that read an ImageFolder."""
+    target = folder / archive.stem
+    with zipfile.ZipFile(archive) as opened_archive:
+        opened_archive.extractall(target)
+    return target
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done what it was asked, so that a clock read next is right."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def hardware(device: torch.device) -> str:
+    """One line: what the figures were measured on."""
+    card = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    return (
+        f"{_processor()}, {os.cpu_count()} cores{card}, torch {torch.__version__} with {torch.get_num_threads()} "
+        f"threads, device {device}, Python {platform.python_version()}"
+    )
+
+
+def spread(values: Iterable[float], digits: int = 2) -> str:
+    """Median, and in brackets smallest and largest."""
+    found = sorted(values)
+    shown = (f"{value:.{digits}f}" for value in (statistics.median(found), found[0], found[-1]))
+    return "{} ({}–{})".format(*shown)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,311 @@
+r"""How fast each method trains, against the loop that courses teach and against the arithmetic alone.
+
+    python benchmarks/training_throughput.py --data FOLDER_OF_ZIPS [--models resnet18,mobilenet_v3_small] \
+        [--methods full_fine_tuning,fine_tuning,feature_extraction,from_scratch] [--rounds 5] [--epochs 25] \
+        [--recipe modern] [--device cpu] [--threads 1] [--json throughput.json]
+
+A round measures the tutorial, Graft and the limit one after the other, so that other work on the machine hits all
+three alike; ratios are taken within a round, and their median is shown with the smallest and largest. Random weights.
+
+- Tutorial: see _tutorial.py; it gets its best number of loader processes of 0, 1 and 2, measured first.
+- Graft: `methods.prepare` and `loop.fit`, nothing replaced. full_fine_tuning and from_scratch: an epoch of training.
+  fine_tuning and feature_extraction compute frozen stages as they see fit, so there a whole job of --epochs epochs
+  counts, preparation and validation included, against the tutorial's epoch (training and validation) times --epochs.
+- Limit: the frozen stages once, the trained ones in each epoch, on batches that are in memory already; precision,
+  memory format, optimiser and batches are Graft's.
+
+Waiting is the share of Graft's time in which training stood still for its next batch. CPU time, of all threads and
+loader processes, says on a busy machine what the clock cannot; with --threads 1, for idle threads spin.
+"""
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from _setup import Ingested, classifier, extracted, hardware, ingested, markdown, resolved, spread, synchronise
+from _tutorial import BATCH_SIZE, HEADS, Tutorial, best_workers
+from torch import Tensor
+from torch.nn import functional
+
+from app.jobs.spec import Method, Recipe, TrainingSpec
+from app.storage import LocalStorage
+from app.vision.device import resolve_device
+from worker.training import loop, methods
+from worker.training.methods import Training
+from worker.training.pixels import Split, ordered_batches
+
+# These may do their frozen stages once and for all, so only whole jobs compare.
+WHOLE_JOB = ("feature_extraction", "fine_tuning")
+
+
+@dataclass
+class Measured:
+    """Seconds per round: of an epoch of training, or of a whole job. images: how many are trained on in that time."""
+
+    model: str
+    method: str
+    images: int
+    epochs: int
+    workers: int
+    precision: str = ""
+    tutorial: list[float] = field(default_factory=list)
+    graft: list[float] = field(default_factory=list)
+    limit: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
+    tutorial_cpu: list[float] = field(default_factory=list)
+    graft_cpu: list[float] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        return self.__dict__ | {
+            "times_tutorial": [t / g for t, g in zip(self.tutorial, self.graft, strict=True)],
+            "times_tutorial_cpu": [t / g for t, g in zip(self.tutorial_cpu, self.graft_cpu, strict=True)],
+            "share_of_limit": [c / g for c, g in zip(self.limit, self.graft, strict=True)],
+            "waiting_share": [w / g for w, g in zip(self.waited, self.graft, strict=True)],
+        }
+
+
+def main() -> None:
+    arguments = _arguments()
+    device = resolve_device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    print(hardware(device), file=sys.stderr, flush=True)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        archive = arguments.data / f"{arguments.set}.zip"
+        data = ingested(archive, LocalStorage(Path(folder) / "graft"))
+        pictures = extracted(archive, Path(folder))
+        for model in arguments.models:
+            for method in arguments.methods:
+                found.append(_measure(data, pictures, model=model, method=method, device=device, arguments=arguments))
+                print(json.dumps(found[-1].record()), file=sys.stderr, flush=True)
+    print(table(found))
+    how = f"{arguments.set}, batch {BATCH_SIZE}, {arguments.recipe}"
+    print(f"\n{how}; median (smallest to largest) of {arguments.rounds} rounds. {hardware(device)}.")
+    if arguments.json:
+        results = {"hardware": hardware(device), "results": [each.record() for each in found]}
+        arguments.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+def table(found: list[Measured]) -> str:
+    header = ["model", "method", "measured", "tutorial, images/s", "Graft, images/s", "Graft / tutorial"]
+    header += ["by CPU time", "Graft / limit", "waiting", "precision", "loader processes"]
+    rows = []
+    for each in found:
+        record = each.record()
+        rows.append(
+            [
+                each.model,
+                each.method,
+                f"job of {each.epochs} epochs" if each.method in WHOLE_JOB else "epoch of training",
+                f"{each.images / statistics.median(each.tutorial):.0f}",
+                f"{each.images / statistics.median(each.graft):.0f}",
+                f"×{spread(record['times_tutorial'])}",
+                f"×{spread(record['times_tutorial_cpu'])}",
+                spread(record["share_of_limit"]),
+                spread(record["waiting_share"]),
+                each.precision,
+                str(each.workers),
+            ]
+        )
+    return markdown(header, rows)
+
+
+def _measure(
+    data: Ingested, pictures: Path, *, model: str, method: str, device: torch.device, arguments: argparse.Namespace
+) -> Measured:
+    is_job = method in WHOLE_JOB
+    spec = resolved(
+        data,
+        method=method,
+        backbone=model,
+        recipe=arguments.recipe,
+        device_type=device.type,
+        hyperparameters={"epochs": arguments.epochs if is_job else 1000, "batch_size": BATCH_SIZE},
+    )
+
+    def begin(workers: int) -> Tutorial:
+        return Tutorial.begin(pictures, backbone=model, method=method, workers=workers, device=device)
+
+    workers, _ = best_workers(begin)
+    tutorial = begin(workers)
+    epochs = arguments.epochs if is_job else 1
+    measured = Measured(model, method, images=data.facts.train * epochs, epochs=epochs, workers=workers)
+    graft: Callable[[], float]
+    if is_job:
+        graft, precision = _whole_job(spec, data, device), None
+    else:
+        training = _prepared(spec, data, device)
+        graft, precision = _epochs(training), training.state.precision
+        graft()  # wakes threads and caches
+    limit = _Limit(spec, data, device, precision)
+    for _ in range(arguments.rounds):
+        gc.collect()
+        start, before = time.perf_counter(), _cpu_seconds()
+        tutorial.train_epoch()
+        if is_job:
+            tutorial.validate()
+        measured.tutorial.append((time.perf_counter() - start) * epochs)
+        measured.tutorial_cpu.append((_cpu_seconds() - before) * epochs)
+        before = _cpu_seconds()
+        with _waiting() as waited:
+            measured.graft.append(graft())
+        measured.graft_cpu.append(_cpu_seconds() - before)
+        measured.waited.append(waited[0])
+        measured.limit.append(limit.seconds(epochs, with_validation=is_job))
+    measured.precision = limit.training.state.precision
+    return measured
+
+
+def _prepared(spec: TrainingSpec, data: Ingested, device: torch.device, precision: Any = None) -> Training:
+    return methods.prepare(
+        spec,
+        classifier=classifier(spec, len(data.manifest.classes), None),
+        manifest=data.manifest,
+        images=data.images(spec),
+        device=device,
+        precision=precision,
+    )
+
+
+def _epochs(training: Training) -> Callable[[], float]:
+    """Each call trains one epoch more. Two validation images only: the tutorial's epoch is without them, too."""
+    val = training.plan.val
+    few = Split(val.images, val.indices[:2], val.labels[:2])
+    running = loop.fit(training.state, replace(training.plan, val=few, early_stopping_patience=None))
+
+    def epoch() -> float:
+        start = time.perf_counter()
+        next(running)  # reads the loss at its end, so it has waited for the device
+        return time.perf_counter() - start
+
+    return epoch
+
+
+def _whole_job(spec: TrainingSpec, data: Ingested, device: torch.device) -> Callable[[], float]:
+    def job() -> float:
+        start = time.perf_counter()
+        training = _prepared(spec, data, device)
+        for _ in loop.fit(training.state, replace(training.plan, early_stopping_patience=None)):
+            pass
+        synchronise(device)
+        return time.perf_counter() - start
+
+    return job
+
+
+class _Limit:
+    """The arithmetic of a training and nothing else: every tensor is on the device before the clock runs."""
+
+    def __init__(self, spec: TrainingSpec, data: Ingested, device: torch.device, precision: Any) -> None:
+        self.training = _prepared(spec, data, device, precision)
+        self._device = device
+        self._train = self._batches(self.training.plan.train, self.training.plan.batch_size)
+        self._val = self._batches(self.training.plan.val, loop.EVAL_BATCH_SIZE)
+        self._activations: list[tuple[Tensor, Tensor]] = []
+        self.seconds(1, with_validation=True)  # wakes threads and caches
+
+    def seconds(self, epochs: int, *, with_validation: bool) -> float:
+        """Of the frozen stages once and `epochs` epochs of the rest; one is measured."""
+        network = self.training.classifier
+        network.train()
+        start = time.perf_counter()
+        train = [(self._frozen(images), labels) for images, labels in self._train]
+        val = [self._frozen(images) for images, _ in self._val] if with_validation else []
+        synchronise(self._device)
+        between = time.perf_counter()
+        for activations, labels in train:
+            self._step(activations, labels)
+        network.eval()
+        for activations in val:
+            with torch.inference_mode(), self._autocast():
+                network.trainable_suffix(activations)
+        synchronise(self._device)
+        return between - start + (time.perf_counter() - between) * epochs
+
+    def _frozen(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            return self.training.classifier.frozen_prefix(images)
+
+    def _step(self, activations: Tensor, labels: Tensor) -> None:
+        optimizer = self.training.state.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            logits = self.training.classifier.trainable_suffix(activations)
+        functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    def _autocast(self) -> torch.autocast:
+        is_bf16 = self.training.state.precision == "bf16"
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16)
+
+    def _batches(self, split: Split, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        plan = self.training.plan
+        batches = ordered_batches(split, batch_size=batch_size, prepare=plan.prepare_eval)
+        return [(plan.normalise(batch.pixels.to(self._device)), batch.labels.to(self._device)) for batch in batches]
+
+
+@contextmanager
+def _waiting() -> Iterator[list[float]]:
+    """Counts the seconds that the loop waits for batches made in its thread: the one place where it looks inside."""
+    seconds = [0.0]
+    prefetched = loop.prefetched
+
+    @contextmanager
+    def counted(*arguments: Any, **named: Any) -> Iterator[Generator[Any, None, None]]:
+        with prefetched(*arguments, **named) as items:
+            yield count(items)
+
+    def count(items: Iterator[Any]) -> Generator[Any, None, None]:
+        while True:
+            start = time.perf_counter()
+            item = next(items, None)
+            seconds[0] += time.perf_counter() - start
+            if item is None:
+                return
+            yield item
+
+    loop.prefetched = counted
+    try:
+        yield seconds
+    finally:
+        loop.prefetched = prefetched
+
+
+def _cpu_seconds() -> float:
+    """Of this process with all its threads, and of loader processes that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _arguments() -> argparse.Namespace:
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of zips")
+    parser.add_argument("--set", default="hymenoptera", help="name of a zip with train and val folders")
+    parser.add_argument("--models", type=names, default=list(HEADS))
+    parser.add_argument("--methods", type=names, default=list(get_args(Method)))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=25, help="of the whole jobs")
+    parser.add_argument("--recipe", choices=get_args(Recipe), default="modern")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="torch's; 1 where others use the machine, too")
+    parser.add_argument("--json", type=Path, help="file for every round's seconds")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
