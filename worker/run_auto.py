@@ -115,7 +115,7 @@ def _enter(
     if leader is not None and is_behind():
         return None, training
     conclusion = methods.conclude(
-        training, workbench.manifest, use_test=False, on_batch=lambda: workbench.reporter.progress("evaluate")
+        training, workbench.manifest, is_final=False, on_batch=lambda: workbench.reporter.progress("evaluate")
     )
     contender = _contender(candidate, training, conclusion, seconds=time.monotonic() - began)
     return Entry(candidate, training, conclusion, contender), training

@@ -100,7 +100,6 @@ class Workbench:
                 on_features=lambda _done, _all: self.reporter.progress("features", fraction=share.fraction(0.0)),
                 log=self.reporter.log,
             ),
-            is_resumed=found is not None,
         )
         if training.solved is None:
             self._remember_precision(training.state.precision, spec)

@@ -376,6 +376,9 @@ class Evaluation(SplitEvaluation):
     model: str
     dataset: str
     test: SplitEvaluation | None = None
+    forecast: JsonObject | None = Field(
+        None, description="What more training pictures would bring, by heads trained on fewer; null where unknown."
+    )
 
 
 class Alias(Schema):

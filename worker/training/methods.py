@@ -11,7 +11,7 @@ frozen runs once, in `prepare`; a head that is solved for is done by then too, a
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 from worker.training import evaluate
 from worker.training.augment import training_transform
 from worker.training.features import Activations, ActivationSource, FeatureCache, activations
+from worker.training.forecast import Forecast, Point, forecast
 from worker.training.loop import (
     EpochResult,
     LoopState,
@@ -39,7 +40,7 @@ from worker.training.loop import (
 )
 from worker.training.optim import Schedule, build_optimizer
 from worker.training.pixels import Images, PixelSource, Source, Split, class_counts, steps_per_epoch
-from worker.training.probe import Probe, fit_probe
+from worker.training.probe import Probe, fit_probe, learning_curve
 
 # torch's own default, which most of torchvision's networks were trained with.
 MIN_BATCH_NORM_MOMENTUM = 0.1
@@ -50,7 +51,7 @@ class Training:
     """A training ready to run: the network, what stays the same, and what changes.
 
     val, test: as pixels, for the conclusion; test is used once, there. solved: the one epoch of a head that was solved
-    for.
+    for. forecast: what more pictures would bring, by probes on fewer; None for a training without a probe.
     """
 
     classifier: Classifier
@@ -61,6 +62,7 @@ class Training:
     class_names: list[str]
     preprocessing: Preprocessing
     solved: EpochResult | None = None
+    forecast: Callable[[], Forecast | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,8 @@ def prepare(
     device: torch.device,
     precision: Precision | None = None,
     surroundings: Surroundings | None = None,
-    is_resumed: bool = False,
 ) -> Training:
     """images: packed at preprocessing.side or more. precision: as an earlier attempt chose it; None chooses now.
-
-    is_resumed: the state will be restored from a checkpoint, so that its start need not be computed.
     """
     values, surroundings = spec.hyperparameters, surroundings or Surroundings()
     classifier.to(device)
@@ -128,7 +127,8 @@ def prepare(
     frozen = _Frozen(spec, classifier, pixels, device, surroundings)
     is_solved = values.optimizer == "lbfgs"
     began = time.monotonic()
-    probe = frozen.probe() if values.head_start == "probe" and not is_resumed else None
+    starts_as_probe = values.head_start == "probe"
+    probe = frozen.probe() if starts_as_probe else None
     classifier.freeze(_trainable_stages(spec, classifier))
     classifier.train()
     train, val = pixels.source("train"), pixels.source("val")
@@ -162,7 +162,7 @@ def prepare(
         early_stopping_patience=values.early_stopping_patience,
         budget_seconds=spec.budget_seconds,
         merge_single=merge_single,
-        start_counts=values.head_start == "probe",
+        start_counts=starts_as_probe,
     )
     optimizer = build_optimizer(
         [(classifier.head, values.learning_rate), (classifier.backbone, _backbone_rate(spec))],
@@ -176,7 +176,14 @@ def prepare(
     state = LoopState.begin(network, optimizer, precision=precision, ema=values.ema)
     test = pixels.source("test")
     training = Training(
-        classifier, plan, state, val, test if len(test) else None, list(manifest.classes), spec.preprocessing
+        classifier,
+        plan,
+        state,
+        val,
+        test if len(test) else None,
+        list(manifest.classes),
+        spec.preprocessing,
+        forecast=frozen.forecast if starts_as_probe else None,
     )
     if is_solved and probe is not None:
         training.solved = _solved(training, seconds=time.monotonic() - began)
@@ -232,6 +239,14 @@ class _Pixels:
 
 
 @dataclass(frozen=True)
+class _Probed:
+    """What a probe was fitted on, all of the data set's images, and how strongly it was regularised."""
+
+    features: Activations
+    strength: float
+
+
+@dataclass(frozen=True)
 class _Frozen:
     """What runs once: the passes through frozen stages. All images are taken, so that jobs that leave some out share."""
 
@@ -240,20 +255,43 @@ class _Frozen:
     pixels: _Pixels
     device: torch.device
     surroundings: Surroundings
+    _probed: list[_Probed] = field(default_factory=list)
 
     def probe(self) -> Probe:
         """The logistic regression on what the head sees, from the training images alone. Freezes all stages."""
         self.classifier.freeze(0)
         # In full precision, as serving computes: this head is served as it is where nothing beats it.
-        features = self._pass(None, "fp32")
+        found = self._pass(None, "fp32")
         train = self.pixels.source("train").split
-        return fit_probe(
-            features.rows(0, train.indices).float(),
+        features = found.rows(0, train.indices)
+        probe = fit_probe(
+            features,
             train.labels,
-            len(self.pixels.manifest.classes),
+            self._class_count,
             class_weights=_class_weights(self.spec, train, self.pixels.manifest),
             seed=self.spec.seed,
         )
+        self._probed.append(_Probed(found, probe.strength))
+        return probe
+
+    def forecast(self) -> Forecast | None:
+        """By probes on part of the training images; None where there are too few. `probe` has been called."""
+        (probed,) = self._probed
+        train, val = self.pixels.source("train").split, self.pixels.source("val").split
+        curve = learning_curve(
+            probed.features.rows(0, train.indices),
+            train.labels,
+            probed.features.rows(0, val.indices),
+            val.labels,
+            self._class_count,
+            seed=self.spec.seed,
+            strength=probed.strength,
+        )
+        return forecast([Point(images, accuracy, len(val)) for images, accuracy in curve], seed=self.spec.seed)
+
+    @property
+    def _class_count(self) -> int:
+        return len(self.pixels.manifest.classes)
 
     def sources(self, precision: Precision) -> tuple[ActivationSource, ActivationSource] | None:
         """Training and validation as stored activations; None where training is to see pixels.
@@ -326,7 +364,7 @@ def _solved(training: Training, *, seconds: float) -> EpochResult:
 
 
 def conclude(
-    training: Training, manifest: Manifest, *, use_test: bool = True, on_batch: Callable[[], None] = lambda: None
+    training: Training, manifest: Manifest, *, is_final: bool = True, on_batch: Callable[[], None] = lambda: None
 ) -> Conclusion:
     """Loads the best epoch's weights, calibrates and measures them, in full precision as serving computes.
 
@@ -351,7 +389,9 @@ def conclude(
     metrics = val.metrics("val") | {"best_epoch": training.state.best.epoch, "temperature": temperature}
     predictions = _predictions(val, training.val.split, manifest)
     record = _evaluation_record(val, training.val.split, manifest) | {"predictions": predictions}
-    if use_test and training.test is not None:
+    if is_final and training.forecast is not None and (found := training.forecast()) is not None:
+        record["forecast"] = metrics["forecast"] = asdict(found)
+    if is_final and training.test is not None:
         test_logits = logits_of(training.test)
         test = evaluate.evaluate(test_logits, training.test.labels, names, temperature=temperature)
         metrics |= test.metrics("test")

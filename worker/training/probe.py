@@ -148,21 +148,21 @@ def learning_curve(
 ) -> list[tuple[int, float]]:
     """(training images, validation accuracy) for growing shares of the training images, at least one of each class.
 
-    Small shares are drawn several times and averaged, stratified and from `seed` alone: what a small sample shows
-    depends most on which it is. Shares that come to the same number of images are one point.
+    Small shares are drawn several times, stratified and from `seed` alone: what a small sample shows depends most on
+    which it is. A share that comes to the same number of images as the one before is left out.
     """
     truth = torch.from_numpy(val_labels)
-    points: dict[int, float] = {}
+    points: list[tuple[int, float]] = []
     for share in shares:
-        draws = 1 if share >= 1 else 2 if share >= 0.5 else 3
-        accuracies, images = [], 0
-        for draw in range(draws):
+        seen = {images for images, _ in points}
+        for draw in range(1 if share >= 1 else 2 if share >= 0.5 else 3):
             part = _stratified_part(labels, share, seed=seed, draw=draw)
+            if len(part) in seen:
+                break
             probe = fit_probe(features[torch.from_numpy(part)], labels[part], class_count, seed=seed, strength=strength)
-            accuracies.append((probe.logits(val_features).argmax(1) == truth).double().mean().item())
-            images = len(part)
-        points[images] = sum(accuracies) / draws
-    return list(points.items())
+            accuracy = (probe.logits(val_features).argmax(1) == truth).double().mean().item()
+            points.append((len(part), accuracy))
+    return points
 
 
 def assign_folds(labels: NDArray[np.int64], groups: NDArray[np.int64] | None, *, seed: int) -> NDArray[np.int64]:
