@@ -46,6 +46,7 @@ def main() -> None:
             ).peak_memory_bytes
             costs = [measured(spec, data, device=arguments.device) for _ in range(arguments.repeats)]
             growths = [cost.peak_bytes - imports.peak_bytes for cost in costs]
+            room = predicted - imports.peak_bytes
             mapped = statistics.median(cost.mapped_bytes - imports.mapped_bytes for cost in costs)
             rows.append(
                 [
@@ -55,7 +56,7 @@ def main() -> None:
                     f"{mapped / MEBIBYTE:.0f}",
                     f"{predicted / MEBIBYTE:.0f}",
                     spread(cost.peak_bytes / predicted for cost in costs),
-                    spread(growth / (predicted - imports.peak_bytes) for growth in growths),
+                    spread(growth / room for growth in growths) if room > 0 else "dry run is below imports",
                 ]
             )
     header = ["method", "peak, MiB", "growth, MiB", "of it mapped, MiB", "dry run, MiB", "peak / dry run"]
