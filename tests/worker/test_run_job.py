@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import queue_builders
 import torch
-from safetensors.torch import load_file
+from training_jobs import CLASSES, DATASET, Job, act_after_steps, same_weights, write_dataset
 
 from app import registry
-from app.datasets.ingest import ensure_packed, manifest_key, packed_key
-from app.datasets.manifest import Manifest, Record
-from app.datasets.packed import PackedWriter
+from app.datasets.ingest import ensure_packed, manifest_key
+from app.datasets.manifest import Manifest
 from app.db.engine import Database
-from app.db.tables import JobRow
 from app.errors import JobFailed, ModelUnavailable
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim
@@ -28,13 +26,7 @@ from app.vision import artifact
 from app.vision.preprocessing import eval_pixels, normalise
 from worker import run_job
 from worker.reporter import Reporter, ShuttingDown
-from worker.training import loop
-from worker.training.loop import Hooks, StepProgress
 from worker.wakeup import Wakeup
-
-CLASSES = ["dark", "light", "red"]
-DATASET = "ds_1"
-SIZE = 32
 
 
 @pytest.fixture(autouse=True)
@@ -52,82 +44,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def dataset(storage: LocalStorage) -> Manifest:
-    """Thirty pictures in three colours: 18 to train, 9 to validate, 3 to test."""
-    random = np.random.default_rng(0)
-    records = []
-    with storage.staging() as staged:
-        staged.mkdir()
-        with PackedWriter(staged / "packed") as writer:
-            for i in range(30):
-                label, split = i % 3, ("train" if i < 18 else "val" if i < 27 else "test")
-                base = np.array([[40, 40, 40], [210, 210, 210], [210, 40, 40]])[label]
-                writer.append((random.integers(-40, 40, (40, 48, 3)) + base).clip(0, 255).astype(np.uint8))
-                path = f"{split}/{CLASSES[label]}/{i}.png"
-                records.append(Record(f"img_{i}", path, label, split, f"{i:064x}", 48, 40))  # type: ignore[arg-type]
-            writer.finish(range(30))
-        manifest = Manifest(CLASSES, records)
-        manifest.write(staged / "manifest.jsonl")
-        storage.publish(staged / "packed", packed_key(DATASET, 256))
-        storage.publish(staged / "manifest.jsonl", manifest_key(DATASET))
-    return manifest
-
-
-class Job:
-    """A job that can be run here, again and again, as its claims are."""
-
-    def __init__(
-        self,
-        database: Database,
-        storage: LocalStorage,
-        settings: Settings,
-        *,
-        starting_model: StartingModel | None = None,
-        **body: Any,
-    ) -> None:
-        self._database, self._storage, self._settings = database, storage, settings
-        hyperparameters = {"epochs": 2, "batch_size": 6, "image_size": SIZE, **body.pop("hyperparameters", {})}
-        request = {"dataset": DATASET, "backbone": "mobilenet_v3_small", "recipe": "classic", **body}
-        facts = DatasetFacts.from_counts([{"name": name, "train": 6, "val": 3} for name in CLASSES])
-        self.spec = resolve(
-            parse_request(request | {"hyperparameters": hyperparameters}),
-            dataset=facts,
-            weights={},
-            device_type="cpu",
-            starting_model=starting_model,
-        )
-        with database.write() as session:
-            self.id = queue.submit(
-                session, kind=JobKind.training, dataset_id=DATASET, spec=self.spec.model_dump(mode="json")
-            ).id
-        self.shutdown = Wakeup()
-        self.claim: Claim | None = None
-
-    def run(self) -> None:
-        claim = queue_builders.claim_next(self._database)
-        assert claim is not None
-        self.claim = claim
-        reporter = Reporter(self._database, claim, shutdown=self.shutdown)
-        run_job.run_training(
-            claim, settings=self._settings, database=self._database, storage=self._storage, reporter=reporter
-        )
-
-    def give_back(self) -> None:
-        assert self.claim is not None
-        with self._database.write() as session:
-            queue.give_back(session, self.claim)
-        self.shutdown = Wakeup()
-
-    @property
-    def row(self) -> JobRow:
-        return queue_builders.find(self._database, self.id)
-
-    @property
-    def messages(self) -> list[str]:
-        log = queue_builders.event_log(self._database, self.id)
-        return [event.data["message"] for event in log if event.event == "log"]
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return load_file(self._storage.path(f"models/{self.row.model_id}/weights.safetensors"))
+    return write_dataset(storage)
 
 
 @pytest.fixture
@@ -221,8 +138,8 @@ def test_the_same_job_gives_the_same_model_and_another_seed_another(job: Callabl
     first, again, other = job(), job(), job(seed=1)
     for one in (first, again, other):
         one.run()
-    assert _equal(first.weights(), again.weights())
-    assert not _equal(first.weights(), other.weights())
+    assert same_weights(first.weights(), again.weights())
+    assert not same_weights(first.weights(), other.weights())
 
 
 def test_the_same_training_again_is_not_better_and_the_default_stays(
@@ -285,7 +202,7 @@ def test_a_job_given_back_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(
     undisturbed = job(method="from_scratch", hyperparameters={"optimizer": "adamw", "ema": 0.9})
     undisturbed.run()
     disturbed = job(method="from_scratch", hyperparameters={"optimizer": "adamw", "ema": 0.9})
-    _after_steps(monkeypatch, 4, disturbed.shutdown.set)
+    act_after_steps(monkeypatch, 4, disturbed.shutdown.set)
     with pytest.raises(ShuttingDown):
         disturbed.run()
     assert disturbed.row.durable_step == 4
@@ -294,7 +211,7 @@ def test_a_job_given_back_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(
     disturbed.run()
     assert disturbed.row.attempt == 1
     assert "Going on from epoch 1, step 1." in disturbed.messages
-    assert _equal(disturbed.weights(), undisturbed.weights())
+    assert same_weights(disturbed.weights(), undisturbed.weights())
 
 
 def test_the_precision_is_measured_for_the_first_job_of_a_kind_and_remembered(
@@ -322,7 +239,7 @@ def test_a_stopped_job_succeeds_with_its_best_epoch_so_far(
         with database.write() as session:
             queue.request_stop(session, stopped.id)
 
-    _after_steps(monkeypatch, 4, stop)
+    act_after_steps(monkeypatch, 4, stop)
     stopped.run()
     assert stopped.row.status == "succeeded"
     assert [epoch.epoch for epoch in queue_builders.history(database, stopped.id)] == [1]
@@ -338,7 +255,7 @@ def test_a_cancelled_job_leaves_no_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cancelled = job()
-    _after_steps(monkeypatch, 2, lambda: queue_builders.request_cancel(database, cancelled.id))
+    act_after_steps(monkeypatch, 2, lambda: queue_builders.request_cancel(database, cancelled.id))
     with pytest.raises(Cancelled):
         cancelled.run()
     assert not storage.exists("models") or not list(storage.path("models").iterdir())
@@ -378,7 +295,7 @@ def test_a_model_can_be_the_start_of_the_next_job(
     second.run()
     own, inherited = second.weights(), first.weights()
     backbone = {name for name in own if name.startswith("backbone.")}
-    assert _equal({n: own[n] for n in backbone}, {n: inherited[n] for n in backbone})
+    assert same_weights({n: own[n] for n in backbone}, {n: inherited[n] for n in backbone})
     assert not torch.equal(own["head.weight"], inherited["head.weight"])
     with database.read() as session:
         assert registry.find(session, str(second.row.model_id)).backbone == {
@@ -441,22 +358,3 @@ def _claimed(database: Database, spec: Mapping[str, Any]) -> Claim:
     claim = queue_builders.claim_next(database)
     assert claim is not None
     return claim
-
-
-def _after_steps(monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[], object]) -> None:
-    """Lets the loop's own report of that step be preceded by `act`."""
-    fit = loop.fit
-
-    def watched(state: Any, plan: Any, hooks: Hooks) -> Any:
-        def on_progress(progress: StepProgress) -> bool:
-            if state.total_steps == steps:
-                act()
-            return hooks.on_progress(progress)
-
-        return fit(state, plan, Hooks(on_progress, hooks.save, hooks.log))
-
-    monkeypatch.setattr(loop, "fit", watched)
-
-
-def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -56,7 +56,7 @@ def heat_epochs(epochs: int) -> int:
 
 def has_room(leader: Contender) -> bool:
     """Whether another method could still be better by more than a tie."""
-    return 1 - leader.val_accuracy > TIE_POINTS
+    return int((~leader.correct).sum()) > TIE_POINTS * len(leader.correct)
 
 
 def survives(val_accuracies: Sequence[float], leader: Contender) -> bool:
@@ -74,28 +74,25 @@ def survives(val_accuracies: Sequence[float], leader: Contender) -> bool:
 
 def winner(contenders: Sequence[Contender]) -> Contender:
     """The most accurate on the validation images; among those within a tie of it, the first, which is the simplest."""
-    best = max(contender.val_accuracy for contender in contenders)
-    return next(c for c in contenders if c.val_accuracy >= best - TIE_POINTS)
+    most = max(int(contender.correct.sum()) for contender in contenders)
+    return next(c for c in contenders if most - int(c.correct.sum()) <= TIE_POINTS * len(c.correct))
 
 
 def reason(contenders: Sequence[Contender], dropped: Sequence[Dropped]) -> str:
     """One sentence: who won, and against whom."""
     won = winner(contenders)
-    parts = []
-    for other in contenders:
-        if other is won:
-            continue
-        gap = 100 * (won.val_accuracy - other.val_accuracy)
-        parts.append(
-            f"{other.method} is within a tie of it"
-            if abs(gap) <= 100 * TIE_POINTS
-            else f"{gap:+.1f} points on {other.method}"
-        )
+    parts = [_comparison(won, other) for other in contenders if other is not won]
     parts += [f"{other.method} was left: {other.reason}" for other in dropped]
-    rivals = f"; {'; '.join(parts)}" if parts else ""
     low, high = won.accuracy_ci95
-    images = len(won.correct)
-    return f"{won.method} wins with {won.val_accuracy:.3f} ({low:.3f} to {high:.3f}) on {images} validation images{rivals}."
+    found = f"{won.method} wins with {won.val_accuracy:.3f} ({low:.3f} to {high:.3f})"
+    return f"{'; '.join([f'{found} on {len(won.correct)} validation images', *parts])}."
+
+
+def _comparison(won: Contender, other: Contender) -> str:
+    gap = won.val_accuracy - other.val_accuracy
+    if abs(gap) <= TIE_POINTS:
+        return f"{other.method} ties with it"
+    return f"it is {100 * gap:.1f} points ahead of {other.method}"
 
 
 def table(contenders: Sequence[Contender], dropped: Sequence[Dropped]) -> list[dict[str, Any]]:

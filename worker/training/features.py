@@ -120,13 +120,13 @@ class FeatureCache:
             raise StorageFull("The features are larger than GRAFT_FEATURE_CACHE_BYTES allows.")
         self.storage.check_room(incoming_bytes)
         kept = sorted(self.storage.path("datasets").glob("*/features/*"), key=lambda path: path.stat().st_mtime)
-        sizes = [(path / _VALUES).stat().st_size for path in kept]
-        for path, size in zip(kept, sizes, strict=True):
-            if sum(sizes) + incoming_bytes <= self.max_bytes:
+        room = self.max_bytes - incoming_bytes - sum((path / _VALUES).stat().st_size for path in kept)
+        for path in kept:
+            if room >= 0:
                 return
+            room += (path / _VALUES).stat().st_size
             # Whoever has it mapped can go on reading it.
             self.storage.delete(path.relative_to(self.storage.root.resolve()).as_posix())
-            sizes.remove(size)
 
 
 def activations(

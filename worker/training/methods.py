@@ -248,7 +248,7 @@ class _Probed:
 
 @dataclass(frozen=True)
 class _Frozen:
-    """What runs once: the passes through frozen stages. All images are taken, so that jobs that leave some out share."""
+    """What runs once: the passes through frozen stages. All images are taken, so jobs that leave some out share it."""
 
     spec: TrainingSpec
     classifier: Classifier

@@ -1,0 +1,75 @@
+"""Who may go on, who wins, and how that is told."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from worker.training.competition import Contender, Dropped, has_room, heat_epochs, reason, survives, table, winner
+
+
+def contender(method: str, *, right: int, images: int = 400, past: Sequence[float] = ()) -> Contender:
+    return Contender(
+        method=method,
+        correct=np.arange(images) < right,
+        accuracy_ci95=(0.5, 0.9),
+        val_loss=0.1,
+        macro_f1=0.9,
+        val_accuracies=(*past, right / images),
+        seconds=2.0,
+        latency_seconds=0.01,
+        size_bytes=1000,
+    )
+
+
+def test_the_most_accurate_wins_and_within_half_a_point_the_simplest() -> None:
+    probe, tuned, full = (contender(name, right=n) for name, n in (("a", 380), ("b", 390), ("c", 392)))
+    assert winner([probe, tuned, full]) is tuned
+    assert winner([probe, full]) is full
+    assert winner([contender("a", right=391), tuned, full]).method == "a"
+
+
+@pytest.mark.parametrize(("epochs", "heat"), [(1, 1), (2, 2), (8, 2), (14, 4), (40, 10)])
+def test_a_heat_is_a_quarter_of_the_epochs_and_two_at_least(epochs: int, heat: int) -> None:
+    assert heat_epochs(epochs) == heat
+
+
+def test_a_method_goes_on_if_it_is_ahead_of_the_leader_or_of_where_the_leader_was() -> None:
+    tuned = contender("fine_tuning", right=384, past=[0.90, 0.92, 0.93])  # 0.96 in the end
+    assert survives([0.95, 0.97], tuned)
+    assert survives([0.91, 0.93], tuned)
+    assert not survives([0.91, 0.92], tuned)
+
+
+def test_a_solved_head_has_no_past_so_its_whole_accuracy_must_be_beaten() -> None:
+    probe = contender("feature_extraction", right=380)  # 0.95
+    assert not survives([0.95, 0.94], probe)
+    assert survives([0.90, 0.955], probe)
+
+
+def test_nothing_is_left_to_gain_within_half_a_point_of_everything_right() -> None:
+    assert not has_room(contender("a", right=398))
+    assert has_room(contender("a", right=397))
+
+
+def test_the_sentence_names_the_winner_its_figures_and_what_became_of_the_others() -> None:
+    found = reason(
+        [contender("feature_extraction", right=380), contender("fine_tuning", right=390)],
+        [Dropped("full_fine_tuning", "budget_seconds is spent")],
+    )
+    assert found == (
+        "fine_tuning wins with 0.975 (0.500 to 0.900) on 400 validation images; it is 2.5 points ahead of "
+        "feature_extraction; full_fine_tuning was left: budget_seconds is spent."
+    )
+
+
+def test_the_table_has_a_row_for_each_method_and_marks_the_winner() -> None:
+    rows = table(
+        [contender("a", right=380), contender("b", right=390)], [Dropped("c", "behind in its heat", 0.9, seconds=3.0)]
+    )
+    assert [(row["method"], row["val_accuracy"], row["is_winner"], row["dropped"]) for row in rows] == [
+        ("a", 0.95, False, None),
+        ("b", 0.975, True, None),
+        ("c", 0.9, False, "behind in its heat"),
+    ]
+    assert {tuple(row) for row in rows} == {tuple(rows[0])}

@@ -1,0 +1,171 @@
+"""Method auto's story: an instant model that is served, heats, a winner with its reasons, the same end after a kill.
+
+Its competitors start from an earlier model, so that no pretrained weights are needed.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import queue_builders
+import torch
+from sqlalchemy import select
+from training_jobs import SIZE, Job, act_after_steps, same_weights, write_dataset
+
+from app import registry
+from app.db.engine import Database
+from app.db.tables import ModelRow
+from app.jobs.spec import StartingModel
+from app.settings import Settings
+from app.storage import LocalStorage
+from app.vision.preprocessing import Preprocessing
+from worker.reporter import ShuttingDown
+
+METHODS = ["feature_extraction", "fine_tuning", "full_fine_tuning"]
+VALUES = {"epochs": 4, "image_size": SIZE, "learning_rate": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop reports after each step, not once a second."""
+    monkeypatch.setattr("worker.training.loop.TICK_SECONDS", 0.0)
+    monkeypatch.setattr("worker.reporter.WRITE_INTERVAL_SECONDS", 0.0)
+
+
+@pytest.fixture
+def job(database: Database, storage: LocalStorage, tmp_path: Path) -> Callable[..., Job]:
+    # One of the nine validation pictures is in a wrong class, so that no method can have all of them right.
+    write_dataset(storage, mislabelled=[18])
+    settings = Settings(data_dir=tmp_path / "storage", device="cpu", allow_downloads=False)
+
+    def make(**body: Any) -> Job:
+        return Job(database, storage, settings, **({"method": "from_scratch"} | body))
+
+    return make
+
+
+@pytest.fixture
+def auto(job: Callable[..., Job], database: Database, storage: LocalStorage) -> Callable[..., Job]:
+    """A job of method auto that starts from a barely trained model."""
+    earlier = job(promote="never", hyperparameters={"epochs": 1})
+    earlier.run()
+    model_id = str(earlier.row.model_id)
+    half = (0.5, 0.5, 0.5)
+    start = StartingModel(model_id, "mobilenet_v3_small", Preprocessing(36, SIZE, half, half, "bilinear"))
+
+    def make(**body: Any) -> Job:
+        body = {"method": "auto", "recipe": "modern", "backbone": model_id, **body}
+        return job(starting_model=start, **body)
+
+    return make
+
+
+def models(database: Database, job_id: str) -> dict[str, ModelRow]:
+    with database.read() as session:
+        return {row.role: row for row in session.scalars(select(ModelRow).where(ModelRow.job_id == job_id))}
+
+
+def test_auto_ends_with_a_table_a_reason_and_the_winner_as_its_model(
+    auto: Callable[..., Job], database: Database, storage: LocalStorage
+) -> None:
+    done = auto(hyperparameters=VALUES)
+    assert [candidate.method for candidate in done.spec.candidates] == METHODS
+    done.run()
+
+    row, made = done.row, models(database, done.id)
+    assert row.status == "succeeded"
+    assert row.metrics is not None
+    assert sorted(made) == ["final", "probe"]
+    assert row.model_id == made["final"].id
+    assert [entry["method"] for entry in row.metrics["candidates"]] == METHODS
+    (winner,) = [entry for entry in row.metrics["candidates"] if entry["is_winner"]]
+    assert winner["method"] == row.metrics["method"] == made["final"].method == row.method
+    assert winner["val_accuracy"] == row.metrics["val_accuracy"]
+    assert row.metrics["reason"] in done.messages
+    assert row.metrics["reason"].startswith(f"{winner['method']} wins with")
+    assert row.metrics["test_accuracy"] is not None
+    assert "test_accuracy" not in made["probe"].metrics
+    assert not storage.exists(f"jobs/{done.id}")
+
+
+def test_the_probe_is_served_first_and_gives_way_and_a_roll_back_leads_past_it(
+    auto: Callable[..., Job],
+    job: Callable[..., Job],
+    database: Database,
+) -> None:
+    before = job(promote="always")
+    before.run()
+    done = auto(promote="always", hyperparameters=VALUES)
+    served_between: list[str | None] = []
+
+    def look() -> None:
+        with database.read() as session:
+            served_between.append(registry.default_model_id(session))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("worker.training.loop.TICK_SECONDS", 0.0)
+        act_after_steps(patch, 1, look)
+        done.run()
+    made = models(database, done.id)
+    with database.read() as session:
+        assert registry.default_model_id(session) == made["final"].id
+        assert registry.previous_model_id(session, "default") == before.row.model_id
+    assert set(served_between) <= {made["probe"].id}
+
+
+def test_epochs_count_on_from_one_method_to_the_next_and_say_whose_they_are(
+    auto: Callable[..., Job], database: Database
+) -> None:
+    done = auto(hyperparameters=VALUES)
+    done.run()
+    history = queue_builders.history(database, done.id)
+    assert [epoch.epoch for epoch in history] == list(range(1, len(history) + 1))
+    trained = [epoch.method for epoch in history]
+    assert trained == sorted(trained, key=METHODS.index)
+    assert trained[0] == "feature_extraction"
+
+
+def test_a_spent_budget_leaves_the_probe(auto: Callable[..., Job], database: Database) -> None:
+    done = auto(budget_seconds=1e-6, hyperparameters=VALUES)
+    done.run()
+    assert done.row.metrics is not None
+    assert done.row.metrics["method"] == "feature_extraction"
+    assert {entry["dropped"] for entry in done.row.metrics["candidates"][1:]} <= {
+        "budget_seconds is spent",
+        "feature_extraction leaves nothing to gain",
+    }
+
+
+@pytest.mark.parametrize("killed_at", [1, 5])
+def test_an_auto_job_given_back_in_a_heat_ends_as_if_it_had_not_been(
+    auto: Callable[..., Job],
+    every_step: None,
+    monkeypatch: pytest.MonkeyPatch,
+    database: Database,
+    killed_at: int,
+) -> None:
+    undisturbed = auto(promote="never", hyperparameters=VALUES)
+    undisturbed.run()
+    disturbed = auto(promote="never", hyperparameters=VALUES)
+    with pytest.MonkeyPatch.context() as patch:
+        act_after_steps(patch, killed_at, disturbed.shutdown.set)
+        with pytest.raises(ShuttingDown):
+            disturbed.run()
+    probe = models(database, disturbed.id)["probe"].id
+    disturbed.give_back()
+    disturbed.run()
+    made = models(database, disturbed.id)
+    assert made["probe"].id == probe
+    assert same_weights(disturbed.weights(), undisturbed.weights())
+    assert disturbed.row.metrics is not None and undisturbed.row.metrics is not None
+    assert disturbed.row.metrics["val_accuracy"] == undisturbed.row.metrics["val_accuracy"]
+    assert disturbed.row.metrics["method"] == undisturbed.row.metrics["method"]
