@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _setup import Ingested, classifier, opened
+from _setup import Ingested, classifier, fitted, opened
 
 from app.jobs.spec import TrainingSpec
 from app.storage import LocalStorage
 from app.vision.device import resolve_device
-from worker.training import loop, methods
+from worker.training import methods
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _train(spec: TrainingSpec, data: Ingested, device: torch.device) -> None:
         images=data.images(spec),
         device=device,
     )
-    for _ in loop.fit(training.state, training.plan):
+    for _ in fitted(training):
         pass
     methods.conclude(training, data.manifest)
 

@@ -24,7 +24,9 @@ from app.storage import LocalStorage
 from app.vision import backbones
 from app.vision.classifier import Classifier
 from app.vision.weights import WeightStore
-from worker.training import methods
+from worker.training import loop, methods
+from worker.training.loop import EpochResult
+from worker.training.methods import Training
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ def classifier(spec: TrainingSpec, class_count: int, weights_dir: Path | None) -
     if found is None:
         raise SystemExit(f"no weights of {spec.backbone.name} in {weights_dir}")
     return methods.build_classifier(spec, class_count, state_dict=store.load(found))
+
+
+def fitted(training: Training) -> list[EpochResult]:
+    """The training run to its end; a head that was solved for has its one epoch already."""
+    return [training.solved] if training.solved else list(loop.fit(training.state, training.plan))
 
 
 def extracted(archive: Path, folder: Path) -> Path:

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from _setup import classifier, extracted, hardware, ingested, markdown, resolved, spread
+from _setup import classifier, extracted, fitted, hardware, ingested, markdown, resolved, spread
 from _tutorial import Tutorial, best_workers
 from safetensors.torch import load_file
 
 from app.jobs.spec import CLASSIC, Recipe
 from app.storage import LocalStorage
 from app.vision.device import resolve_device
-from worker.training import loop, methods
+from worker.training import methods
 
 BACKBONE = "mobilenet_v3_small"
 EPOCHS = int(CLASSIC["epochs"])
@@ -185,7 +185,7 @@ def _graft(
         images=images,
         device=device,
     )
-    epochs = sum(1 for _ in loop.fit(training.state, training.plan))
+    epochs = len(fitted(training))
     conclusion = methods.conclude(training, data.manifest)
     return {
         "seconds": time.perf_counter() - between,

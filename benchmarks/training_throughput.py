@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,9 +42,10 @@ from torch.nn import functional
 from app.jobs.spec import Method, Recipe, TrainingSpec
 from app.storage import LocalStorage
 from app.vision.device import resolve_device
+from app.vision.preprocessing import normalise
 from worker.training import loop, methods
 from worker.training.methods import Training
-from worker.training.pixels import Split, ordered_batches
+from worker.training.pixels import PixelSource, Split, ordered_batches
 
 # These may do their frozen stages once and for all, so only whole jobs compare.
 WHOLE_JOB = ("feature_extraction", "fine_tuning")
@@ -181,8 +183,8 @@ def _prepared(spec: TrainingSpec, data: Ingested, device: torch.device, precisio
 
 def _epochs(training: Training) -> Callable[[], float]:
     """Each call trains one epoch more. Two validation images only: the tutorial's epoch is without them, too."""
-    val = training.plan.val
-    few = Split(val.images, val.indices[:2], val.labels[:2])
+    val = training.val.split
+    few = replace(training.val, split=Split(val.images, val.indices[:2], val.labels[:2]))
     running = loop.fit(training.state, replace(training.plan, val=few, early_stopping_patience=None))
 
     def epoch() -> float:
@@ -197,8 +199,9 @@ def _whole_job(spec: TrainingSpec, data: Ingested, device: torch.device) -> Call
     def job() -> float:
         start = time.perf_counter()
         training = _prepared(spec, data, device)
-        for _ in loop.fit(training.state, replace(training.plan, early_stopping_patience=None)):
-            pass
+        if training.solved is None:
+            for _ in loop.fit(training.state, replace(training.plan, early_stopping_patience=None)):
+                pass
         synchronise(device)
         return time.perf_counter() - start
 
@@ -211,13 +214,18 @@ class _Limit:
     def __init__(self, spec: TrainingSpec, data: Ingested, device: torch.device, precision: Any) -> None:
         self.training = _prepared(spec, data, device, precision)
         self._device = device
-        self._train = self._batches(self.training.plan.train, self.training.plan.batch_size)
-        self._val = self._batches(self.training.plan.val, loop.EVAL_BATCH_SIZE)
+        manifest, val = data.manifest, self.training.val
+        indices = manifest.indices("train")
+        train = replace(val, split=Split(val.split.images, indices, manifest.labels[indices]))
+        self._normalise = partial(normalise, preprocessing=spec.preprocessing)
+        self._train = self._batches(train, self.training.plan.batch_size)
+        self._val = self._batches(val, loop.EVAL_BATCH_SIZE)
+        self._passes = 1 + (spec.hyperparameters.augmented_views or 0)
         self._activations: list[tuple[Tensor, Tensor]] = []
         self.seconds(1, with_validation=True)  # wakes threads and caches
 
     def seconds(self, epochs: int, *, with_validation: bool) -> float:
-        """Of the frozen stages once and `epochs` epochs of the rest; one is measured."""
+        """Of the frozen stages once for each view, and `epochs` epochs of the rest; one of each is measured."""
         network = self.training.classifier
         network.train()
         start = time.perf_counter()
@@ -232,7 +240,7 @@ class _Limit:
             with torch.inference_mode(), self._autocast():
                 network.trainable_suffix(activations)
         synchronise(self._device)
-        return between - start + (time.perf_counter() - between) * epochs
+        return (between - start) * self._passes + (time.perf_counter() - between) * epochs
 
     def _frozen(self, images: Tensor) -> Tensor:
         with self._autocast():
@@ -250,10 +258,9 @@ class _Limit:
         is_bf16 = self.training.state.precision == "bf16"
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_bf16)
 
-    def _batches(self, split: Split, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        plan = self.training.plan
-        batches = ordered_batches(split, batch_size=batch_size, prepare=plan.prepare_eval)
-        return [(plan.normalise(batch.pixels.to(self._device)), batch.labels.to(self._device)) for batch in batches]
+    def _batches(self, source: PixelSource, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        batches = ordered_batches(source, batch_size=batch_size)
+        return [(self._normalise(batch.inputs.to(self._device)), batch.labels.to(self._device)) for batch in batches]
 
 
 @contextmanager

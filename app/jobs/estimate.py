@@ -25,11 +25,20 @@ from app.jobs.states import JobKind, JobStatus
 from app.vision import backbones
 
 FLOAT_BYTES = 4
-# A process with torch imported and a data loader running; on cuda its context besides, on the card.
-PROCESS_BYTES = 450 * 1024**2
+# A process with torch imported, a job's story and a data loader; on cuda its context besides, on the card. Imports
+# alone were measured to take 692 MiB with a CUDA build of torch.
+PROCESS_BYTES = 700 * 1024**2
 CUDA_CONTEXT_BYTES = 600 * 1024**2
 # Building, opening data, calibrating, saving: measured for small networks on two cores.
 FIXED_SECONDS = 3.0
+# Solving for a head, and what it takes to choose how strongly it is regularised.
+PROBE_SECONDS = 1.0
+# A step of the head alone on kept features, per image.
+HEAD_SECONDS = 0.00002
+# Of the epochs that early stopping may cut short, how many are trained as a rule; and of auto's methods after the
+# first, how much of each, since some end with their heat.
+EXPECTED_SHARE = 0.75
+EXPECTED_HEAT = 0.6
 # Decoding is done; a random crop and resize of packed pixels, per image, on one core.
 AUGMENT_SECONDS = 0.0005
 # Fitted to mobilenet_v2, resnet18, squeezenet1_1, efficientnet_b0 and vit_b_16 on two CPU cores (batch 16, fp32,
@@ -78,21 +87,49 @@ def estimate(
     spec: TrainingSpec, *, dataset: DatasetFacts, speed: DeviceSpeed, device_type: str, past: Sequence[PastSpeed] = ()
 ) -> Estimate:
     """past: newest first; the first that matches is believed."""
-    costs = stage_costs(spec.backbone.name, spec.hyperparameters.image_size)
+    parts = [
+        _estimate_one(one, dataset=dataset, speed=speed, device_type=device_type, past=past)
+        for one in spec.candidates or [spec]
+    ]
+    seconds = parts[0].seconds + sum(EXPECTED_HEAT * part.seconds for part in parts[1:])
+    if spec.budget_seconds is not None:
+        seconds = min(seconds, spec.budget_seconds + FIXED_SECONDS)
+    return Estimate(seconds=seconds, peak_memory_bytes=max(part.peak_memory_bytes for part in parts))
+
+
+def _estimate_one(
+    spec: TrainingSpec, *, dataset: DatasetFacts, speed: DeviceSpeed, device_type: str, past: Sequence[PastSpeed]
+) -> Estimate:
+    values = spec.hyperparameters
+    costs = stage_costs(spec.backbone.name, values.image_size)
     trainable = _trainable_stages(spec, len(costs))
     frozen, trained = costs[: len(costs) - trainable], costs[len(costs) - trainable :]
-    forward = sum(_forward_seconds(cost, speed) for cost in costs)
-    training = sum(_forward_seconds(cost, speed) for cost in frozen)
-    training += sum(_training_seconds(cost, speed) for cost in trained)
-    train_seconds_per_image = max(training, AUGMENT_SECONDS)
-    values = spec.hyperparameters
+    frozen_forward = sum(_forward_seconds(cost, speed) for cost in frozen)
+    forward = frozen_forward + sum(_forward_seconds(cost, speed) for cost in trained)
+    training = max(sum(_training_seconds(cost, speed) for cost in trained), HEAD_SECONDS)
+    images = dataset.train + dataset.val
+
+    is_cached = bool(frozen) and (values.augmentation == "none" or values.augmented_views is not None)
+    once = forward * dataset.val  # the conclusion
+    if values.head_start == "probe":
+        once += PROBE_SECONDS + forward * images
+    if is_cached:
+        once += frozen_forward * ((values.augmented_views or 0) * dataset.train + (images if trained else 0))
+        train_image, val_image = training, forward - frozen_forward
+    else:
+        train_image, val_image = max(frozen_forward + training, AUGMENT_SECONDS), forward
     known = next(
         (p for p in past if (p.backbone, p.method, p.image_size) == _kind(spec) and p.images_per_second > 0), None
     )
-    if known is not None:
-        factor = 1 / known.images_per_second / train_seconds_per_image
-        train_seconds_per_image, forward = train_seconds_per_image * factor, forward * factor
-    seconds = FIXED_SECONDS + values.epochs * (dataset.train * train_seconds_per_image + dataset.val * forward)
+    if known is not None and values.optimizer != "lbfgs":
+        factor = 1 / known.images_per_second / train_image
+        train_image, val_image = train_image * factor, val_image * factor
+        # Where nothing is kept, what was learned of the device's speed holds for the single passes too.
+        once = once if is_cached else once * factor
+    epochs = 0.0 if values.optimizer == "lbfgs" else float(values.epochs)
+    if values.early_stopping_patience is not None:
+        epochs *= EXPECTED_SHARE
+    seconds = FIXED_SECONDS + once + epochs * (dataset.train * train_image + dataset.val * val_image)
     if spec.budget_seconds is not None:
         seconds = min(seconds, spec.budget_seconds + FIXED_SECONDS)
     return Estimate(

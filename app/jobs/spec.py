@@ -668,7 +668,8 @@ def _modern(
         "gamma": DEFAULT_GAMMA if is_step else None,
         "warmup_epochs": round(MODERN_WARMUP_SHARE * epochs, 3),
         "label_smoothing": defaults.label_smoothing,
-        "augmentation": "classic",
+        # One view of each image is one pass of the backbone, whatever the epochs; views gain a linear head nothing.
+        "augmentation": "none" if method == "feature_extraction" else "classic",
         "crop_scale": defaults.crop_scale,
         "horizontal_flip": _flip_keeps_class(dataset, reasons),
         "mixup": 0.0,

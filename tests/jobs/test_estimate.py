@@ -50,8 +50,34 @@ def test_frozen_stages_make_a_job_quicker_and_smaller() -> None:
 def test_memory_grows_with_the_batch_and_time_with_the_epochs() -> None:
     small, middle, large = (estimated(spec(batch_size=n)).peak_memory_bytes for n in (32, 64, 128))
     assert large - middle == pytest.approx(2 * (middle - small), abs=4)
-    short, long = estimated(spec(epochs=10)).seconds, estimated(spec(epochs=20)).seconds
-    assert long - 3.0 == pytest.approx(2 * (short - 3.0))
+    short, middle, long = (estimated(spec(epochs=n)).seconds for n in (10, 20, 40))
+    assert long - middle == pytest.approx(2 * (middle - short))
+
+
+def test_what_is_frozen_runs_once_so_more_epochs_of_a_head_cost_next_to_nothing() -> None:
+    kept = {"augmentation": "none"}
+    one, many = (estimated(spec("feature_extraction", epochs=n, **kept)).seconds for n in (1, 100))
+    assert many < 1.5 * one
+    fresh = estimated(spec("feature_extraction", epochs=25)).seconds
+    assert fresh > 10 * estimated(spec("feature_extraction", epochs=25, **kept)).seconds
+
+
+def test_fine_tuning_pays_for_its_views_once_and_then_for_the_last_stages_alone() -> None:
+    few, many = (estimated(spec("fine_tuning", epochs=20, augmented_views=n)).seconds for n in (2, 8))
+    fresh = estimated(spec("fine_tuning", epochs=20)).seconds
+    assert few < many < fresh
+
+
+def test_auto_costs_more_than_its_probe_and_less_than_all_of_its_methods() -> None:
+    def modern(method: str) -> TrainingSpec:
+        request = {"dataset": "ds_1", "method": method, "backbone": "mobilenet_v3_small"}
+        weights = {"mobilenet_v3_small": "IMAGENET1K_V1"}
+        return resolve(parse_request(request), dataset=FACTS, weights=weights, device_type="cpu")
+
+    each = [estimated(modern(m)) for m in ("feature_extraction", "fine_tuning", "full_fine_tuning")]
+    auto = estimated(modern("auto"))
+    assert each[0].seconds < auto.seconds < sum(one.seconds for one in each)
+    assert auto.peak_memory_bytes == max(one.peak_memory_bytes for one in each)
 
 
 def test_a_job_run_before_is_believed() -> None:

@@ -57,6 +57,7 @@ def test_classic_is_the_textbook() -> None:
         "epochs": 25,
         "batch_size": 32,
         "optimizer": "sgd",
+        "head_start": "random",
         "learning_rate": 0.001,
         "backbone_learning_rate": 0.001,
         "momentum": 0.9,
@@ -72,6 +73,7 @@ def test_classic_is_the_textbook() -> None:
         "augmentation": "classic",
         "crop_scale": (0.08, 1.0),
         "horizontal_flip": True,
+        "augmented_views": None,
         "mixup": 0.0,
         "ema": 0.0,
         "class_weights": "none",
@@ -253,10 +255,58 @@ def test_auto_takes_the_best_backbone_that_can_be_had_and_says_so() -> None:
         (500, "cuda", "resnet50", "full_fine_tuning"),
     ],
 )
-def test_auto_chooses_the_method_by_images_and_cost(train: int, device_type: str, backbone: str, method: str) -> None:
-    spec = resolved(dataset=facts(train=train), device_type=device_type, backbone=backbone)
+def test_auto_under_classic_chooses_the_method_by_images_and_cost(
+    train: int, device_type: str, backbone: str, method: str
+) -> None:
+    spec = resolved(dataset=facts(train=train), device_type=device_type, backbone=backbone, recipe="classic")
     assert spec.method == method
     assert any(reason.startswith(f"method {method}: ") for reason in spec.reasons)
+
+
+def test_auto_lets_the_methods_compete_the_simplest_first() -> None:
+    spec = resolved(seed=3, hyperparameters={"batch_size": 16, "epochs": 5})
+    assert spec.method == "auto"
+    assert [one.method for one in spec.candidates] == ["feature_extraction", "fine_tuning", "full_fine_tuning"]
+    assert {(one.backbone, one.preprocessing, one.seed) for one in spec.candidates} == {
+        (spec.backbone, spec.preprocessing, 3)
+    }
+    # The probe is solved for, whatever was asked for those that take steps.
+    assert [one.hyperparameters.optimizer for one in spec.candidates] == ["lbfgs", "adamw", "adamw"]
+    assert [one.hyperparameters.epochs for one in spec.candidates] == [1, 5, 5]
+    assert spec.hyperparameters == spec.candidates[-1].hyperparameters
+    assert any("compete" in reason for reason in spec.reasons)
+
+
+def test_what_would_take_too_long_on_a_cpu_does_not_compete() -> None:
+    spec = resolved(dataset=facts(train=500), device_type="cpu", backbone="resnet50")
+    assert [one.method for one in spec.candidates] == ["feature_extraction", "fine_tuning"]
+    assert any(reason.endswith("would take long on a CPU: left out.") for reason in spec.reasons)
+    assert len(resolved(dataset=facts(train=500), device_type="cuda", backbone="resnet50").candidates) == 3
+
+
+def test_modern_solves_for_a_head_unless_steps_are_asked_for() -> None:
+    solved = resolved(method="feature_extraction").hyperparameters
+    assert (solved.optimizer, solved.epochs, solved.augmentation) == ("lbfgs", 1, "none")
+    stepped = resolved(method="feature_extraction", hyperparameters={"epochs": 7}).hyperparameters
+    assert (stepped.optimizer, stepped.epochs, stepped.head_start) == ("adamw", 7, "probe")
+    # One view of each image: one pass of the backbone, whatever the epochs.
+    assert (stepped.augmentation, stepped.augmented_views) == ("none", None)
+
+
+def test_modern_starts_every_pretrained_network_with_a_probe_and_keeps_views_for_its_last_stages() -> None:
+    tuned = resolved(method="fine_tuning", hyperparameters={"epochs": 40}).hyperparameters
+    assert (tuned.head_start, tuned.augmented_views) == ("probe", 8)
+    assert resolved(method="fine_tuning", hyperparameters={"epochs": 3}).hyperparameters.augmented_views == 3
+    full = resolved(method="full_fine_tuning").hyperparameters
+    assert (full.head_start, full.augmented_views) == ("probe", None)
+    assert resolved(method="from_scratch").hyperparameters.head_start == "random"
+
+
+def test_views_are_for_methods_that_freeze_stages() -> None:
+    for method in ("full_fine_tuning", "from_scratch"):
+        found = refusal(method=method, hyperparameters={"augmented_views": 4})
+        assert found.errors[0].pointer == "#/hyperparameters/augmented_views"
+    assert resolved(method="fine_tuning", recipe="classic").hyperparameters.augmented_views is None
 
 
 def test_auto_follows_a_hyperparameter_that_only_one_method_has() -> None:

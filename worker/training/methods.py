@@ -114,8 +114,7 @@ def prepare(
     precision: Precision | None = None,
     surroundings: Surroundings | None = None,
 ) -> Training:
-    """images: packed at preprocessing.side or more. precision: as an earlier attempt chose it; None chooses now.
-    """
+    """images: packed at preprocessing.side or more. precision: as an earlier attempt chose it; None chooses now."""
     values, surroundings = spec.hyperparameters, surroundings or Surroundings()
     classifier.to(device)
     if device.type != "mps":
