@@ -73,6 +73,7 @@ def test_classic_is_the_textbook() -> None:
         "crop_scale": (0.08, 1.0),
         "horizontal_flip": True,
         "mixup": 0.0,
+        "cutmix": 0.0,
         "ema": 0.0,
         "class_weights": "none",
         "early_stopping_patience": None,

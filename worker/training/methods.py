@@ -118,6 +118,7 @@ def prepare(
         label_smoothing=values.label_smoothing,
         class_weights=_balanced(train, len(manifest.classes)) if values.class_weights == "balanced" else None,
         mixup=values.mixup,
+        cutmix=values.cutmix,
         early_stopping_patience=values.early_stopping_patience,
         budget_seconds=spec.budget_seconds,
         merge_single=merge_single,
