@@ -16,6 +16,12 @@ Pixels = NDArray[np.uint8]
 
 _PIXELS = "pixels.bin"
 _INDEX = "index.npy"
+_INDEX_HEADER_BYTES = 128  # of the npy format, version 1.0, for a shape of any length that we can have
+
+
+def folder_bytes(pixel_bytes: int, count: int) -> int:
+    """The size of both files of a store with this many bytes of pixels in this many images."""
+    return pixel_bytes + _INDEX_HEADER_BYTES + count * 3 * np.dtype(np.int64).itemsize
 
 
 class PackedPixels:
