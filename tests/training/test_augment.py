@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as transforms
 
-from worker.training import operations
+from worker.training import crops, operations
 from worker.training.augment import cutmix, erase, mixup, random_crop_boxes, training_transform, trivial_augment
 from worker.training.crops import Interpolation, by_interpolation, by_matrices
 
@@ -94,7 +94,10 @@ def test_boxes_are_cropped_resized_and_mirrored_as_torchvision_does_it(
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_matrices_crop_as_torchs_kernel_does_within_two_levels(interpolation: Interpolation) -> None:
+def test_matrices_crop_as_torchs_kernel_does_within_two_levels(
+    interpolation: Interpolation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crops, "_PICTURES_AT_ONCE", 10)
     random = np.random.default_rng(0)
     # Noise is the worst case: neighbours differ by up to 255.
     pictures = [
