@@ -229,7 +229,7 @@ def _answers(
 
     logits = predict_logits(
         model.classifier.to(device),
-        PixelSource(split, augment=lambda pixels, _random: prepare(pixels), prepare=prepare),
+        PixelSource(split, augment=None, prepare=prepare),
         normalise=lambda batch: normalise(batch, model.preprocessing),
         device=device,
         on_batch=tick,

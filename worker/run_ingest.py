@@ -31,6 +31,9 @@ def run_ingest(
             options=IngestOptions(val_fraction=dataset.options["val_fraction"], seed=dataset.options["seed"]),
             limits=IngestLimits.from_settings(settings),
             tick=lambda fraction: reporter.progress("ingest", fraction=fraction),
+            state_size=lambda packed_bytes: reporter.transaction(
+                lambda session: catalog.state_size(session, dataset.id, packed_bytes)
+            ),
         )
         reporter.transaction(lambda session: _settle(session, claim, report))
     finally:

@@ -123,6 +123,9 @@ class Dataset(Schema):
     created_at: datetime
     size_bytes: int = Field(description="Of the archive.")
     sha256: str = Field(description="Of the archive.")
+    packed_bytes: int | None = Field(
+        description="Of the decoded pictures on the server's disk; stated before they are written, null until then."
+    )
     val_fraction: float | None = Field(description="Share of each class that became validation, where Graft split.")
     seed: int | None = Field(description="Of the split that Graft made.")
     num_images: int
@@ -142,6 +145,7 @@ class Dataset(Schema):
             created_at=row.created_at,
             size_bytes=row.size_bytes,
             sha256=row.sha256,
+            packed_bytes=row.packed_bytes,
             val_fraction=row.options.get("val_fraction"),
             seed=row.options.get("seed"),
             num_images=row.num_images,

@@ -69,6 +69,12 @@ def list_datasets(
     return session.scalars(query).all()
 
 
+def state_size(session: Session, dataset_id: str, packed_bytes: int) -> None:
+    """Writes down how large the pixel store will be. A data set that is not being processed any more stays as it is."""
+    is_processing = (DatasetRow.id == dataset_id) & (DatasetRow.status == "processing")
+    session.execute(update(DatasetRow).where(is_processing).values(packed_bytes=packed_bytes))
+
+
 def mark_ready(session: Session, dataset_id: str, report: IngestReport) -> None:
     """processing → ready. Raises Conflict if it is not processing any more, or deleted."""
     assert report.error is None

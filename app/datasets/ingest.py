@@ -5,6 +5,7 @@ import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,14 +18,14 @@ from app.datasets.archive import ArchiveLimits, shown
 from app.datasets.inventory import inspect
 from app.datasets.layout import Layout, Picture, Rejected, check_classes
 from app.datasets.manifest import SPLITS, Manifest, Record, Split
-from app.datasets.packed import PackedPixels, PackedWriter
+from app.datasets.packed import PackedPixels, PackedWriter, folder_bytes
 from app.datasets.quality import THUMBNAIL_SIDE, Fingerprint, Fingerprints, fingerprint, group_near_copies
 from app.datasets.report import MAX_LISTED_REJECTED, IngestReport, warning
 from app.datasets.split import choose_validation
 from app.errors import ArchiveRefused, ImageRefused
 from app.settings import Settings
 from app.storage import LocalStorage
-from app.vision.images import ImageLimits, Pixels, decode
+from app.vision.images import ImageLimits, Pixels, decode, decoded_bytes
 
 PACKED_SIDE = 256
 
@@ -83,20 +84,28 @@ def ingest(
     options: IngestOptions,
     limits: IngestLimits,
     tick: Tick,
+    state_size: Callable[[int], None] = lambda _packed_bytes: None,
 ) -> IngestReport:
     """Publishes the packed pixels and then the manifest; the report is for the data set's row.
 
     tick: called often with the share of the work done; may raise to stop, and then nothing is left behind.
+    state_size: told, before the first pixel is written, the bytes that the packed folder will have; pictures that turn
+    out to be damaged make it smaller.
     A data set that cannot be used after all gives a report with `error`, and publishes nothing. Raises StorageFull
     when the disk is; running it again, after a kill for example, gives the same.
     """
+    sizes = _Sizes(limits.images)
     layout = inspect(
         archive,
         limits=limits.archive,
         image_limits=limits.images,
         tick=lambda read: tick(_INSPECTED * read),
+        on_picture=sizes.measure,
     )
-    storage.check_room(_room_needed(len(layout.pictures)))
+    packed_bytes = sizes.packed_bytes(layout.pictures)
+    # Thumbnails lie beside the pixels until near copies are found.
+    storage.check_room(packed_bytes + len(layout.pictures) * THUMBNAIL_SIDE**2 * 3)
+    state_size(packed_bytes)
     with storage.staging() as staged:
         staged.mkdir()
         images, unreadable = _pack_all(archive, layout, staged, storage=storage, limits=limits, tick=tick)
@@ -150,6 +159,23 @@ def ensure_packed(
 
 
 # Decoding
+
+
+class _Sizes:
+    """Bytes that each picture will take in the store, by its header."""
+
+    def __init__(self, limits: ImageLimits) -> None:
+        self._limits = limits
+        self._pixel_bytes: dict[str, int] = {}
+
+    def measure(self, path: str, encoded: bytes) -> None:
+        # What the header refuses is refused when it is decoded too, and then reported.
+        with suppress(ImageRefused):
+            self._pixel_bytes[path] = decoded_bytes(encoded, side=PACKED_SIDE, limits=self._limits)
+
+    def packed_bytes(self, pictures: Sequence[Picture]) -> int:
+        sizes = [self._pixel_bytes[picture.path] for picture in pictures if picture.path in self._pixel_bytes]
+        return folder_bytes(sum(sizes), len(sizes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +339,7 @@ def _no_validation(layout: Layout) -> ArchiveRefused:
     )
 
 
-def _room_needed(pictures: int, *, side: int = PACKED_SIDE) -> int:
+def _room_needed(pictures: int, *, side: int) -> int:
     """Bytes that packing takes at most, for pictures of up to 2 to 1; what longer ones take is watched underway."""
     return pictures * side * 2 * side * 3
 

@@ -17,10 +17,13 @@ def inspect(
     limits: ArchiveLimits,
     image_limits: ImageLimits,
     tick: Callable[[float], None] = lambda _fraction: None,
+    on_picture: Callable[[str, bytes], None] | None = None,
 ) -> Layout:
     """Reads the archive once from end to end, in constant memory but for its names.
 
     tick: called for each member with the share of the archive read, 0 to 1; may raise to stop.
+    on_picture: called with the path and the bytes of each file that looks like a picture, which are then held whole,
+    one at a time.
     Raises ArchiveRefused or TooLarge for all that is structurally wrong; nothing is left on disk by this.
     """
     size_bytes = max(path.stat().st_size, 1)
@@ -34,14 +37,19 @@ def inspect(
         elif layout.is_table(member.path):
             tables[member.path] = b"".join(pieces)
         elif not layout.is_junk(member.path):
-            files.append(File(member.path, why_not_a_picture(_head(pieces), image_limits)))
+            head = _head(pieces)
+            file = File(member.path, why_not_a_picture(head[:_SNIFFED_BYTES], image_limits))
+            files.append(file)
+            if on_picture is not None and file.why_not is None:
+                on_picture(file.path, b"".join([head, *pieces]))
     return layout.recognise(files, folders=folders, tables=tables)
 
 
 def _head(pieces: Iterator[bytes]) -> bytes:
+    """As many pieces as it takes to tell the format, and no more."""
     head = b""
     for piece in pieces:
-        head += piece[:_SNIFFED_BYTES]
+        head += piece
         if len(head) >= _SNIFFED_BYTES:
             break
-    return head[:_SNIFFED_BYTES]
+    return head

@@ -90,6 +90,11 @@ class Hyperparameters(BaseModel):
     mixup: Annotated[float, Field(ge=0, le=8)] | SkipJsonSchema[None] = Field(
         None, description="Alpha of the Beta distribution that images are mixed by; 0 is off."
     )
+    cutmix: Annotated[float, Field(ge=0, le=8)] | SkipJsonSchema[None] = Field(
+        None,
+        description="Alpha of the Beta distribution that boxes of other images are cut in by; 0 is off. With mixup on "
+        "too, each batch takes one of the two.",
+    )
     ema: bool | Annotated[float, Field(ge=0, lt=1)] | SkipJsonSchema[None] = Field(
         None, description="Decay per step of the moving average of the weights; true is 0.999, false and 0 are off."
     )
@@ -243,6 +248,7 @@ class ResolvedHyperparameters(BaseModel):
     horizontal_flip: bool
     augmented_views: int | None  # of each training image, through the frozen stages; None: fresh ones in each epoch
     mixup: float
+    cutmix: float = 0.0  # jobs of earlier versions have none
     ema: float
     class_weights: ClassWeights
     early_stopping_patience: int | None
@@ -300,6 +306,7 @@ CLASSIC: dict[str, Any] = {
     "crop_scale": (0.08, 1.0),
     "horizontal_flip": True,
     "mixup": 0.0,
+    "cutmix": 0.0,
     "ema": 0.0,
     "class_weights": "none",
     "early_stopping_patience": None,
@@ -673,6 +680,7 @@ def _modern(
         "crop_scale": defaults.crop_scale,
         "horizontal_flip": _flip_keeps_class(dataset, reasons),
         "mixup": 0.0,
+        "cutmix": 0.0,
         "ema": 0.0,
         "class_weights": _class_weights(dataset, reasons),
         # A third of the run without progress: the cosine's end, where most is gained, is then mostly still reached.

@@ -118,6 +118,22 @@ def decode(encoded: bytes, *, side: int, limits: ImageLimits) -> Pixels:
         raise ImageRefused(f"{kind} {_shown(image_format)}") from error
 
 
+def decoded_bytes(encoded: bytes, *, side: int, limits: ImageLimits) -> int:
+    """How many bytes of pixels `decode` makes of this picture, by its header: nothing is decoded.
+
+    Raises ImageRefused for what the header already shows; a picture that it says nothing against may still be damaged.
+    """
+    image_format = _accepted_format(encoded, limits)
+    try:
+        with Image.open(io.BytesIO(encoded), formats=[image_format]) as image:
+            _check_size(image.size, limits)
+            # Turning it upright swaps the sides, which changes nothing here.
+            width, height = _target_size(image.size, side=side)
+            return width * height * 3
+    except _DAMAGE as error:
+        raise ImageRefused(f"damaged {_shown(image_format)}") from error
+
+
 def encode_thumbnail(pixels: Pixels, *, side: int = 160) -> bytes:
     """A JPEG of the picture, its long side at most `side`."""
     image = Image.fromarray(pixels)

@@ -72,7 +72,8 @@ def eval_pixels(pixels: np.ndarray | Tensor, preprocessing: Preprocessing) -> Te
     """The short side resized with antialias, then the centre cropped, as torchvision's presets do.
 
     pixels: uint8 (H, W, 3), RGB.
-    Returns uint8 (3, crop, crop); where the crop is larger than the resized picture the border is black.
+    Returns uint8 (3, crop, crop), with colours last in memory, as networks on channels-last weights want them; where
+    the crop is larger than the resized picture the border is black.
     """
     # Packed pixels are a read-only memory map, which torch.from_numpy warns about; the copy is small.
     image = torch.from_numpy(np.array(pixels)) if isinstance(pixels, np.ndarray) else pixels
@@ -83,7 +84,8 @@ def eval_pixels(pixels: np.ndarray | Tensor, preprocessing: Preprocessing) -> Te
         antialias=True,
     )
     square: Tensor = transforms.center_crop(image, [preprocessing.crop, preprocessing.crop])
-    return square.contiguous()
+    # Torch's kernel gives channels-last memory; to rearrange it costs more than all of the above.
+    return square.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def normalise(batch: Tensor, preprocessing: Preprocessing, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -53,7 +53,7 @@ def test_form_upload_is_stored_and_queued(server: RunningServer, client: httpx.C
     )
 
     dataset = assert_is_stored(server, response, name="my colours")
-    assert (dataset["val_fraction"], dataset["seed"]) == (0.25, 7)
+    assert (dataset["val_fraction"], dataset["seed"], dataset["packed_bytes"]) == (0.25, 7, None)
     assert set(dataset) >= {
         *("id", "object", "name", "status", "created_at", "size_bytes", "sha256", "num_images", "num_rejected"),
         *("splits", "classes", "rejected", "warnings", "error"),

@@ -22,6 +22,7 @@ from app.datasets.ingest import (
 )
 from app.datasets.manifest import Manifest, Record
 from app.datasets.packed import PackedPixels
+from app.datasets.quality import THUMBNAIL_SIDE
 from app.datasets.report import IngestReport
 from app.errors import ArchiveRefused, StorageFull
 from app.settings import Settings
@@ -45,6 +46,7 @@ def ingested(storage: LocalStorage) -> Ingested:
         seed: int = 0,
         make: Callable[[Mapping[str, bytes]], bytes] = zip_of,
         tick: Callable[[float], None] = lambda _fraction: None,
+        state_size: Callable[[int], None] = lambda _packed_bytes: None,
     ) -> IngestReport:
         return ingest(
             written(storage.path(archive_key(DATASET)), make(files)),
@@ -53,6 +55,7 @@ def ingested(storage: LocalStorage) -> Ingested:
             options=IngestOptions(val_fraction=val_fraction, seed=seed),
             limits=LIMITS,
             tick=tick,
+            state_size=state_size,
         )
 
     return run
@@ -307,6 +310,59 @@ def test_full_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:
             tick=lambda _fraction: None,
         )
     assert published(storage) == set()
+
+
+def test_size_is_stated_exactly_before_the_first_pixel_is_written(ingested: Ingested, storage: LocalStorage) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    sizes = [(300, 700), (700, 300), (257, 391), (391, 257), (1, 1), (3, 200), (256, 256), (1500, 1100), (40, 48)]
+    files = class_folders(3)
+    for i, size in enumerate(sizes):
+        files[f"cat/{i}.png"] = encoded(picture(50 + i, size=size))
+        files[f"dog/{i}.jpg"] = encoded(picture(90 + i, size=size), "JPEG", exif=turned.tobytes())
+        files[f"dog/{i}.webp"] = encoded(picture(130 + i, size=size), "WEBP")
+    stated: list[tuple[int, set[str]]] = []
+    report = ingested(files, state_size=lambda packed_bytes: stated.append((packed_bytes, published(storage))))
+    folder = storage.path(packed_key(DATASET, 256))
+    assert report.num_rejected == 0
+    assert stated == [
+        (sum(path.stat().st_size for path in folder.iterdir()), {f"datasets/{DATASET}/archive"}),
+    ]
+
+
+def test_size_leaves_out_what_headers_refuse_and_counts_what_only_decoding_does(
+    ingested: Ingested, storage: LocalStorage
+) -> None:
+    stated: list[int] = []
+    ingested(
+        class_folders(4)
+        | {
+            "cat/long.png": encoded(picture(7, size=(2000, 2))),
+            "cat/cut.jpg": jpeg(8)[:-50],
+            "cat/notes.txt": b"not a picture",
+        },
+        state_size=stated.append,
+    )
+    written_bytes = sum(path.stat().st_size for path in storage.path(packed_key(DATASET, 256)).iterdir())
+    assert stated == [written_bytes + 48 * 40 * 3 + 24]
+
+
+def test_data_set_that_does_not_fit_is_refused_before_its_size_is_stated(
+    storage: LocalStorage, ingested: Ingested, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def check_room(incoming_bytes: int = 0) -> None:
+        asked.append(incoming_bytes)
+        raise StorageFull("full")
+
+    monkeypatch.setattr(storage, "check_room", check_room)
+    stated: list[int] = []
+    with pytest.raises(StorageFull):
+        ingested(class_folders(3), state_size=stated.append)
+    # Six pictures: pixels, an index of 128 bytes and three numbers each, and thumbnails.
+    assert asked == [6 * 48 * 40 * 3 + 128 + 6 * 24 + 6 * THUMBNAIL_SIDE**2 * 3]
+    assert stated == []
 
 
 # Larger pixels

@@ -75,6 +75,7 @@ def test_classic_is_the_textbook() -> None:
         "horizontal_flip": True,
         "augmented_views": None,
         "mixup": 0.0,
+        "cutmix": 0.0,
         "ema": 0.0,
         "class_weights": "none",
         "early_stopping_patience": None,

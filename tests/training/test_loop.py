@@ -1,8 +1,9 @@
 """The training loop against a hand-written one, against itself after a kill, and out of memory."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from app.errors import JobFailed
 from app.storage import LocalStorage
+from worker.training import loop
 from worker.training.checkpoint import Checkpoints
 from worker.training.loop import Hooks, LoopState, StepProgress, fit, predict_logits, trains_batch_norm
 from worker.training.optim import Schedule
@@ -74,7 +76,7 @@ def test_an_epochs_loss_is_the_mean_over_images_though_its_last_batch_is_smaller
 def test_a_run_killed_at_a_step_ends_with_the_weights_of_one_that_was_not(
     optimizer: str, killed_after: int, storage: LocalStorage
 ) -> None:
-    plan = builders.plan(epochs=3, mixup=0.2, label_smoothing=0.1)
+    plan = builders.plan(epochs=3, mixup=0.2, cutmix=1.0, label_smoothing=0.1)
 
     def begin() -> LoopState:
         return builders.state(builders.network(dropout=0.3), optimizer=optimizer, rate=0.01, ema=0.9)
@@ -112,6 +114,35 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another() -> None:
 
     assert builders.same(train(0), train(0))
     assert not builders.same(train(0), train(1))
+
+
+@pytest.mark.parametrize(
+    ("values", "taken"),
+    [
+        ({"mixup": 0.2}, {"mixup"}),
+        ({"cutmix": 1.0}, {"cutmix"}),
+        ({"mixup": 0.2, "cutmix": 1.0}, {"mixup", "cutmix"}),
+        ({}, set()),
+    ],
+)
+def test_each_batch_takes_one_of_the_mixtures_that_are_on(
+    values: dict[str, float], taken: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, float]] = []
+
+    def noted(name: str, mix: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def noting(images: Tensor, targets: Tensor, *, alpha: float, random: np.random.Generator) -> Any:
+            calls.append((name, alpha))
+            return mix(images, targets, alpha=alpha, random=random)
+
+        return noting
+
+    monkeypatch.setattr(loop, "mixup", noted("mixup", loop.mixup))
+    monkeypatch.setattr(loop, "cutmix", noted("cutmix", loop.cutmix))
+    list(fit(builders.state(builders.network()), builders.plan(epochs=3, **values)))
+    assert len(calls) == (15 if values else 0)
+    assert {name for name, _ in calls} == taken
+    assert all(alpha == values[name] for name, alpha in calls)
 
 
 def test_gradients_computed_in_parts_move_the_weights_as_the_whole_batch_does() -> None:

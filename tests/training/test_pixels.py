@@ -2,13 +2,18 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import training_builders as builders
 
+from app.datasets.packed import PackedPixels, PackedWriter
 from worker.training.pixels import (
+    PixelSource,
+    Split,
     batch_positions,
     ordered_batches,
     prefetch,
@@ -106,3 +111,36 @@ def test_only_a_few_items_are_made_ahead() -> None:
 
 def _prefetch_threads() -> int:
     return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_pictures_of_a_store_are_read_in_place_and_without_a_warning(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (20 + i, 30, 3), np.uint8) for i in range(6)]
+    with PackedWriter(tmp_path / "packed") as writer:
+        for picture in pictures:
+            writer.append(picture)
+        writer.finish(range(6))
+    stored = Split(PackedPixels(tmp_path / "packed"), np.arange(6), np.zeros(6, dtype=np.int64))
+    in_memory = replace(stored, images=builders.ListedImages(pictures))
+    seen: list[int] = []
+
+    def looked_at(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(pixels.data_ptr())
+        return builders.prepare(pixels)
+
+    found, expected = (
+        [b.inputs for b in ordered_batches(PixelSource(split, None, looked_at), batch_size=4)]
+        for split in (stored, in_memory)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(batch.is_contiguous(memory_format=torch.channels_last) for batch in found)
+    assert seen[:6] == [stored.images[i].__array_interface__["data"][0] for i in range(6)]
+
+
+@pytest.mark.parametrize("augmentation", ["none", "classic", "strong"])
+def test_a_training_batch_has_its_pictures_with_their_labels(augmentation: str) -> None:
+    plan = builders.plan(augmentation=augmentation)
+    made = training_batches(plan.train, batch_size=5, seed=0, epoch=0, first_step=0, merge_single=False)
+    for positions, batch in zip(batch_positions(22, 5, seed=0, epoch=0), made, strict=True):
+        assert batch.labels.tolist() == plan.train.labels[positions].tolist()
+        assert batch.inputs.shape == (len(positions), 3, 16, 16)

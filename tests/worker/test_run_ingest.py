@@ -67,6 +67,8 @@ def test_good_archive_makes_data_set_and_job_end_well(database: Database, storag
         "succeeded",
     )
     assert storage.exists(f"datasets/{row.id}/manifest.jsonl")
+    folder = storage.path(f"datasets/{row.id}/packed-256")
+    assert row.packed_bytes == sum(path.stat().st_size for path in folder.iterdir())
 
 
 def test_class_without_readable_pictures_fails_both_and_keeps_the_report(

@@ -1,26 +1,28 @@
-"""Random changes of training images, on uint8 tensors; and mixup on whole batches.
+"""Random changes of training images, a whole batch at a time: what is drawn, and mixtures of a batch with itself.
 
-The random numbers come in as arguments: pixels.py derives them from (seed, epoch, step).
+The random numbers come in as arguments: pixels.py derives them from (seed, epoch, step). They are drawn on the CPU, so
+the same picture is cropped alike on every device. The pixels are changed in crops.py and operations.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
-from worker.training.pixels import Augment
+from worker.training import operations
+from worker.training.crops import Interpolation, resized_crops
+from worker.training.pixels import Augment, on_device, stacked
 
 _CROP_RATIO = (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop, as its number of attempts
+_LOG_CROP_RATIO = (math.log(_CROP_RATIO[0]), math.log(_CROP_RATIO[1]))
 _CROP_ATTEMPTS = 10
 _ERASE_PROBABILITY = 0.25
 _ERASE_SCALE = (0.02, 0.2)
-_ERASE_RATIO = (0.3, 3.3)
+_LOG_ERASE_RATIO = (math.log(0.3), math.log(3.3))
 
 
 def training_transform(
@@ -29,97 +31,89 @@ def training_transform(
     image_size: int,
     crop_scale: tuple[float, float],
     horizontal_flip: bool,
-    interpolation: Literal["bilinear", "bicubic"],
+    interpolation: Interpolation,
     eval_transform: Callable[[Tensor], Tensor],
 ) -> Augment:
-    """uint8 (H, W, 3) and random numbers -> uint8 (3, image_size, image_size).
+    """The change that a batch of training pictures goes through, to uint8 (N, 3, image_size, image_size).
 
     none: the evaluation's own resize and centre crop, nothing random. classic: random resized crop and flip.
     strong: the same, then one random operation of TrivialAugment's kind and random erasing.
     """
-    if augmentation == "none":
-        return lambda pixels, _random: eval_transform(pixels)
 
-    def classic(pixels: Tensor, random: np.random.Generator) -> Tensor:
-        height, width = pixels.shape[:2]
-        top, left, box_height, box_width = random_crop_box(height, width, scale=crop_scale, random=random)
-        flip = random.random() < 0.5 and horizontal_flip
-        crop = pixels[top : top + box_height, left : left + box_width].permute(2, 0, 1)
-        out = resize(crop, (image_size, image_size), interpolation)
-        return out.flip(-1) if flip else out
+    def none(pictures: Sequence[Tensor], _random: np.random.Generator, device: torch.device) -> Tensor:
+        return on_device(stacked([eval_transform(picture) for picture in pictures]), device)
 
-    def strong(pixels: Tensor, random: np.random.Generator) -> Tensor:
-        return erase(trivial_augment(classic(pixels, random), random), random)
+    def classic(pictures: Sequence[Tensor], random: np.random.Generator, device: torch.device) -> Tensor:
+        sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
+        boxes = random_crop_boxes(sizes, scale=crop_scale, random=random)
+        flips = (random.random(len(pictures)) < 0.5) & horizontal_flip
+        return resized_crops(pictures, boxes, flips, size=image_size, interpolation=interpolation, device=device)
 
-    return classic if augmentation == "classic" else strong
+    def strong(pictures: Sequence[Tensor], random: np.random.Generator, device: torch.device) -> Tensor:
+        images = classic(pictures, random, device)
+        trivial_augment(images, random)
+        erase(images, random)
+        return images
 
-
-def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """uint8 (3, H, W) -> uint8 (3, *size), antialiased."""
-    # On a channels-last view this is torch's vectorised uint8 kernel: no conversion to float and back.
-    out: Tensor = functional.interpolate(image.unsqueeze(0), size=size, mode=interpolation, antialias=True)
-    return out.squeeze(0)
+    return {"none": none, "classic": classic, "strong": strong}[augmentation]
 
 
-def random_crop_box(
-    height: int, width: int, *, scale: tuple[float, float], random: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """A box (top, left, height, width) distributed as torchvision's RandomResizedCrop draws it."""
-    area = height * width
-    low, high = math.log(_CROP_RATIO[0]), math.log(_CROP_RATIO[1])
-    for _ in range(_CROP_ATTEMPTS):
-        target = area * random.uniform(*scale)
-        ratio = math.exp(random.uniform(low, high))
-        box_width, box_height = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(random.integers(0, height - box_height + 1))
-            left = int(random.integers(0, width - box_width + 1))
-            return top, left, box_height, box_width
+def random_crop_boxes(
+    sizes: NDArray[np.int64], *, scale: tuple[float, float], random: np.random.Generator
+) -> NDArray[np.int64]:
+    """One box for each picture, distributed as torchvision's RandomResizedCrop draws it.
+
+    sizes: (N, 2), height and width. Returns (N, 4): top, left, height, width.
+    """
+    count = len(sizes)
+    areas = sizes.prod(axis=1, keepdims=True) * random.uniform(*scale, size=(count, _CROP_ATTEMPTS))
+    ratios = np.exp(random.uniform(*_LOG_CROP_RATIO, size=(count, _CROP_ATTEMPTS)))
+    tries = np.stack([np.sqrt(areas / ratios), np.sqrt(areas * ratios)], axis=2).round().astype(np.int64)
+    fits = np.asarray(((tries > 0) & (tries <= sizes[:, None])).all(axis=2))
+    boxes = tries[np.arange(count), fits.argmax(axis=1)]  # the first that fits
+    places = np.floor(random.random((count, 2)) * (sizes - boxes + 1)).astype(np.int64)
     # An elongated picture: the largest centre box within the allowed ratios.
-    in_ratio = width / height
-    box_width = round(height * _CROP_RATIO[1]) if in_ratio > _CROP_RATIO[1] else width
-    box_height = round(width / _CROP_RATIO[0]) if in_ratio < _CROP_RATIO[0] else height
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+    height, width = sizes.T
+    largest = np.stack([(width / _CROP_RATIO[0]).round(), (height * _CROP_RATIO[1]).round()], axis=1).astype(np.int64)
+    central = np.minimum(sizes, largest)
+    fits_any = fits.any(axis=1, keepdims=True)
+    return np.where(
+        fits_any, np.concatenate([places, boxes], axis=1), np.concatenate([(sizes - central) // 2, central], axis=1)
+    )
 
 
-def trivial_augment(image: Tensor, random: np.random.Generator) -> Tensor:
-    """One operation at one strength, both uniform (TrivialAugment, Müller and Hutter 2021, moderate ranges)."""
-    strength = random.random()
-    sign = 1.0 if random.random() < 0.5 else -1.0
-    side = image.shape[-1]
-    operations: list[Callable[[], Tensor]] = [
-        lambda: image,
-        lambda: transforms.adjust_brightness(image, 1 + sign * 0.6 * strength),
-        lambda: transforms.adjust_contrast(image, 1 + sign * 0.6 * strength),
-        lambda: transforms.adjust_saturation(image, 1 + sign * 0.9 * strength),
-        lambda: transforms.adjust_sharpness(image, 1 + sign * 0.9 * strength),
-        lambda: transforms.posterize(image, bits=8 - round(4 * strength)),
-        lambda: transforms.solarize(image, threshold=255 * (1 - 0.5 * strength)),
-        lambda: transforms.autocontrast(image),
-        lambda: transforms.equalize(image),
-        lambda: _affine(image, angle=sign * 30 * strength),
-        lambda: _affine(image, shear=(math.degrees(math.atan(sign * 0.3 * strength)), 0.0)),
-        lambda: _affine(image, shear=(0.0, math.degrees(math.atan(sign * 0.3 * strength)))),
-        lambda: _affine(image, translate=(round(sign * 0.15 * strength * side), 0)),
-        lambda: _affine(image, translate=(0, round(sign * 0.15 * strength * side))),
-    ]
-    return operations[int(random.integers(len(operations)))]()
+def trivial_augment(images: Tensor, random: np.random.Generator) -> None:
+    """One operation for each image at one strength, both uniform (TrivialAugment, Müller and Hutter 2021).
+
+    images: uint8 (N, 3, S, S) in channels-last memory, changed in place.
+    """
+    count = len(images)
+    drawn = random.integers(len(operations.OPERATIONS), size=count)
+    strengths = random.uniform(-1, 1, size=count)
+    operations.apply(images, [operations.OPERATIONS[i] for i in drawn], strengths)
 
 
-def erase(image: Tensor, random: np.random.Generator) -> Tensor:
-    """Fills a random box with grey, one time in four (Zhong et al. 2017)."""
-    if random.random() >= _ERASE_PROBABILITY:
-        return image
-    height, width = image.shape[-2:]
-    target = height * width * random.uniform(*_ERASE_SCALE)
-    ratio = math.exp(random.uniform(math.log(_ERASE_RATIO[0]), math.log(_ERASE_RATIO[1])))
-    box_height = min(height, max(1, round(math.sqrt(target * ratio))))
-    box_width = min(width, max(1, round(math.sqrt(target / ratio))))
-    top = int(random.integers(0, height - box_height + 1))
-    left = int(random.integers(0, width - box_width + 1))
-    erased = image.clone()
-    erased[:, top : top + box_height, left : left + box_width] = 127
-    return erased
+def erase(images: Tensor, random: np.random.Generator) -> None:
+    """Fills a random box with grey, in one image of four (Zhong et al. 2017).
+
+    images: uint8 (N, 3, S, S) in channels-last memory, changed in place.
+    """
+    count, side = len(images), images.shape[-1]
+    is_erased = random.random(count) < _ERASE_PROBABILITY
+    areas = side * side * random.uniform(*_ERASE_SCALE, size=count)
+    ratios = np.exp(random.uniform(*_LOG_ERASE_RATIO, size=count))
+    lengths = np.stack([np.sqrt(areas * ratios), np.sqrt(areas / ratios)], axis=1).round().clip(1, side)
+    starts = np.floor(random.random((count, 2)) * (side - lengths + 1))
+    edges = np.stack([starts, starts + lengths], axis=1).astype(np.int64)
+
+    def filled(chosen: Tensor, members: NDArray[np.int64]) -> Tensor:
+        place = torch.arange(side, device=chosen.device)
+        start, end = on_device(torch.from_numpy(edges[members]), chosen.device).unsqueeze(3).unbind(1)
+        inside = (place >= start) & (place < end)  # (M, 2, S): of rows, of columns
+        mask = inside[:, 0, :, None] & inside[:, 1, None, :]
+        return chosen.masked_fill(mask.unsqueeze(1), operations.FILL)
+
+    operations.replace(images, np.flatnonzero(is_erased), filled)
 
 
 def mixup(images: Tensor, targets: Tensor, *, alpha: float, random: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -129,24 +123,25 @@ def mixup(images: Tensor, targets: Tensor, *, alpha: float, random: np.random.Ge
     """
     share = float(random.beta(alpha, alpha))
     share = max(share, 1 - share)
-    order = torch.from_numpy(random.permutation(len(images))).to(images.device)
+    order = on_device(torch.from_numpy(random.permutation(len(images))), images.device)
     return images * share + images[order] * (1 - share), targets * share + targets[order] * (1 - share)
 
 
-def _affine(
-    image: Tensor,
-    *,
-    angle: float = 0.0,
-    translate: tuple[int, int] = (0, 0),
-    shear: tuple[float, float] = (0.0, 0.0),
-) -> Tensor:
-    moved: Tensor = transforms.affine(
-        image,
-        angle=angle,
-        translate=list(translate),
-        scale=1.0,
-        shear=list(shear),
-        interpolation=InterpolationMode.BILINEAR,
-        fill=[127.0, 127.0, 127.0],
+def cutmix(images: Tensor, targets: Tensor, *, alpha: float, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The batch with one box, the same for all, taken from itself in another order (Yun et al. 2019).
+
+    images: float (N, 3, H, W). targets: float (N, C), rows sum to 1; mixed as the areas are, after the box was cut off
+    at the picture's edge. The other image's share of the box before that is drawn from Beta(alpha, alpha).
+    """
+    height, width = images.shape[-2:]
+    side = math.sqrt(random.beta(alpha, alpha))
+    middle_row, middle_column = random.integers(height), random.integers(width)
+    rows = slice(max(0, round(middle_row - side * height / 2)), min(height, round(middle_row + side * height / 2)))
+    columns = slice(
+        max(0, round(middle_column - side * width / 2)), min(width, round(middle_column + side * width / 2))
     )
-    return moved
+    order = on_device(torch.from_numpy(random.permutation(len(images))), images.device)
+    mixed = images.clone()
+    mixed[:, :, rows, columns] = images[order][:, :, rows, columns]
+    share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+    return mixed, targets * share + targets[order] * (1 - share)

@@ -22,7 +22,7 @@ from torch import Tensor
 from app.errors import StorageFull
 from app.storage import LocalStorage
 from app.vision.classifier import Classifier
-from worker.training.pixels import VIEW, Batch, PixelSource, prefetched, random_stream
+from worker.training.pixels import CPU, VIEW, Batch, PixelSource, pinned, prefetched, random_stream
 
 FORMAT_VERSION = 1
 # One size for all, so that the same image has the same features whichever job computes them.
@@ -70,17 +70,20 @@ class ActivationSource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def training_batch(self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int) -> Batch:
+    def training_batch(
+        self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int, device: torch.device = CPU
+    ) -> Batch:
         if self.augmented is None:
-            return self.batch(positions)
+            return self.batch(positions, device=device)
         # Each image goes round its views from a place of its own, so that no epoch is all of one view.
         first = random_stream(seed, VIEW).integers(0, self.augmented.views, len(self))
         views = (first[positions] + epoch) % self.augmented.views
         inputs = self.augmented.rows(views, self.augmented_rows[positions])
-        return Batch(inputs, torch.from_numpy(self.labels[positions]))
+        return Batch(pinned(inputs, device), pinned(torch.from_numpy(self.labels[positions]), device))
 
-    def batch(self, positions: NDArray[np.int64]) -> Batch:
-        return Batch(self.plain.rows(0, self.rows[positions]), torch.from_numpy(self.labels[positions]))
+    def batch(self, positions: NDArray[np.int64], *, device: torch.device = CPU) -> Batch:
+        inputs = self.plain.rows(0, self.rows[positions])
+        return Batch(pinned(inputs, device), torch.from_numpy(self.labels[positions]))
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def activations(
     found = cache.find(key) if cache else None
     if found is not None:
         return found
-    first = _forward(classifier, _view(source, [0], None, seed), normalise, device, precision)
+    first = _forward(classifier, _view(source, [0], None, seed, device), normalise, device, precision)
     is_map = first.ndim > 2
     channels_last = first.ndim == 4 and classifier.backbone.layout == "NCHW"
     row = first.permute(0, 2, 3, 1).shape[1:] if channels_last else first.shape[1:]
@@ -163,7 +166,7 @@ def activations(
     def fill(values: NDArray[Any]) -> None:
         total = shape[0] * len(source)
         done = 0
-        with prefetched(_all_views(source, views, seed)) as batches:
+        with prefetched(_all_views(source, views, seed, device)) as batches:
             for view, start, batch in batches:
                 made = _forward(classifier, batch, normalise, device, precision)
                 made = made.permute(0, 2, 3, 1) if channels_last else made
@@ -215,18 +218,21 @@ def _digest_of_frozen(classifier: Classifier) -> str:
     return digest.hexdigest()
 
 
-def _all_views(source: PixelSource, views: int | None, seed: int) -> Iterator[tuple[int, int, Batch]]:
+def _all_views(
+    source: PixelSource, views: int | None, seed: int, device: torch.device
+) -> Iterator[tuple[int, int, Batch]]:
     """(view, place of the batch's first image, batch)."""
     for view in range(views or 1):
         for start in range(0, len(source), BATCH_SIZE):
             positions = range(start, min(start + BATCH_SIZE, len(source)))
-            yield view, start, _view(source, positions, None if views is None else view, seed)
+            yield view, start, _view(source, positions, None if views is None else view, seed, device)
 
 
-def _view(source: PixelSource, positions: Sequence[int], view: int | None, seed: int) -> Batch:
+def _view(source: PixelSource, positions: Sequence[int], view: int | None, seed: int, device: torch.device) -> Batch:
     if view is None:
-        return source.batch(np.array(positions))
-    return source.training_batch(np.array(positions), seed=seed, epoch=view, step=positions[0] // BATCH_SIZE)
+        return source.batch(np.array(positions), device=device)
+    step = positions[0] // BATCH_SIZE
+    return source.training_batch(np.array(positions), seed=seed, epoch=view, step=step, device=device)
 
 
 def _forward(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from app.errors import JobFailed
-from worker.training.augment import mixup
+from worker.training.augment import cutmix, mixup
 from worker.training.optim import Schedule, load_optimizer_tensors, optimizer_tensors, set_learning_rates
 from worker.training.pixels import (
     MIX,
@@ -65,6 +66,7 @@ class Plan:
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
     mixup: float = 0.0
+    cutmix: float = 0.0
     early_stopping_patience: int | None = None
     budget_seconds: float | None = None
     merge_single: bool = False
@@ -307,6 +309,7 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
         epoch=state.epoch,
         first_step=state.step,
         merge_single=plan.merge_single,
+        device=state.device,
     )
     state.network.train()
     with prefetched(batches) as prepared:
@@ -344,7 +347,7 @@ def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
     labels = batch.labels.to(state.device, non_blocking=True)
     images = plan.normalise(batch.inputs.to(state.device, non_blocking=True))
     images, targets = _mixed(state, plan, images, labels)
-    weights = None if plan.class_weights is None else torch.tensor(plan.class_weights, device=state.device)
+    weights = None if plan.class_weights is None else _on_device(plan.class_weights, state.device)
     scale = _loss_scale(targets, weights)
     state.optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros_like(state.sums)
@@ -366,10 +369,19 @@ def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
 
 
 def _mixed(state: LoopState, plan: Plan, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    if plan.mixup == 0:
+    """Where both mixtures are on, each batch takes one of the two at random."""
+    if plan.mixup == 0 and plan.cutmix == 0:
         return images, labels
     one_hot = functional.one_hot(labels, plan.class_count).to(images.dtype)
-    return mixup(images, one_hot, alpha=plan.mixup, random=random_stream(plan.seed, MIX, state.epoch, state.step))
+    random = random_stream(plan.seed, MIX, state.epoch, state.step)
+    if plan.mixup == 0 or (plan.cutmix > 0 and random.random() < 0.5):
+        return cutmix(images, one_hot, alpha=plan.cutmix, random=random)
+    return mixup(images, one_hot, alpha=plan.mixup, random=random)
+
+
+@lru_cache(maxsize=8)  # else each step would wait for a copy to the device
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
 
 
 def _loss_scale(targets: Tensor, weights: Tensor | None) -> Tensor | int:
@@ -450,9 +462,10 @@ def predict_logits(
         del found[start:]
         for inputs in torch.split(batch.inputs, batch_size):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                found.append(network(normalise(inputs.to(device))).float().cpu())
+                found.append(network(normalise(inputs.to(device, non_blocking=True))).float().cpu())
 
-    with torch.inference_mode(), prefetched(ordered_batches(source, batch_size=batch_size)) as batches:
+    prepared = ordered_batches(source, batch_size=batch_size, device=device)
+    with torch.inference_mode(), prefetched(prepared) as batches:
         for batch in batches:
             start = len(found)
             while not _attempt(lambda start=start, batch=batch: run(start, batch)):  # type: ignore[misc]

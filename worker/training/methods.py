@@ -158,6 +158,7 @@ def prepare(
         label_smoothing=values.label_smoothing,
         class_weights=_class_weights(spec, train, manifest),
         mixup=values.mixup,
+        cutmix=values.cutmix,
         early_stopping_patience=values.early_stopping_patience,
         budget_seconds=spec.budget_seconds,
         merge_single=merge_single,

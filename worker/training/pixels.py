@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 T = TypeVar("T")
-# One image changed at random: uint8 (H, W, 3) and random numbers -> uint8 (3, S, S).
-Augment = Callable[[Tensor, np.random.Generator], Tensor]
+# A batch changed at random: pictures, uint8 (H, W, 3) of any sizes, which it must not write to; random numbers; and
+# where the result is wanted -> uint8 (N, 3, S, S) in channels-last memory, on that device.
+Augment = Callable[[Sequence[Tensor], np.random.Generator, torch.device], Tensor]
 
 # What a random stream is for; each purpose has its own, so that one more draw here shifts nothing there.
 ORDER, AUGMENT, MIX, NETWORK, HEAD, VIEW = range(6)
 _PREPARED_BATCHES = 2
+CPU = torch.device("cpu")
 
 
 class Images(Protocol):
@@ -47,7 +49,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs: uint8 pixels (N, 3, S, S) in channels-last memory, or cached activations; labels: int64 (N,)."""
+    """inputs: uint8 pixels (N, 3, S, S) in channels-last memory, or cached activations; labels: int64 (N,).
+
+    Made for cuda they are there already, or on the CPU in pinned memory, from where copies need not be waited for.
+    """
 
     inputs: Tensor
     labels: Tensor
@@ -64,21 +69,27 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def training_batch(self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int) -> Batch:
-        """The images at these positions, changed at random as follows from (seed, epoch, step)."""
+    def training_batch(
+        self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int, device: torch.device = CPU
+    ) -> Batch:
+        """The images at these positions, changed at random as follows from (seed, epoch, step), for use on `device`."""
         ...
 
-    def batch(self, positions: NDArray[np.int64]) -> Batch:
-        """The images at these positions, as they are served."""
+    def batch(self, positions: NDArray[np.int64], *, device: torch.device = CPU) -> Batch:
+        """The images at these positions, as they are served; on the CPU, and pinned where `device` is cuda."""
         ...
 
 
 @dataclass(frozen=True)
 class PixelSource:
-    """Batches of pixels. prepare: per image and not random, uint8 (H, W, 3) -> uint8 (3, S, S), as serving does it."""
+    """Batches of pixels.
+
+    prepare: uint8 (H, W, 3), which it must not write to -> uint8 (3, S, S), not random, as serving does it. augment:
+    None where nothing is trained on them.
+    """
 
     split: Split
-    augment: Augment
+    augment: Augment | None
     prepare: Callable[[Tensor], Tensor]
 
     @property
@@ -88,11 +99,16 @@ class PixelSource:
     def __len__(self) -> int:
         return len(self.split)
 
-    def training_batch(self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int) -> Batch:
-        return _batch(self.split, positions, _changed(self.augment, random_stream(seed, AUGMENT, epoch, step)))
+    def training_batch(
+        self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int, device: torch.device = CPU
+    ) -> Batch:
+        assert self.augment is not None, "a source to be trained on"
+        pixels = self.augment(_pictures(self.split, positions), random_stream(seed, AUGMENT, epoch, step), device)
+        return Batch(pixels, pinned(torch.from_numpy(self.labels[positions]), device))
 
-    def batch(self, positions: NDArray[np.int64]) -> Batch:
-        return _batch(self.split, positions, self.prepare)
+    def batch(self, positions: NDArray[np.int64], *, device: torch.device = CPU) -> Batch:
+        pixels = stacked([self.prepare(picture) for picture in _pictures(self.split, positions)])
+        return Batch(pinned(pixels, device), torch.from_numpy(self.labels[positions]))
 
 
 def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generator:
@@ -127,18 +143,25 @@ def steps_per_epoch(count: int, batch_size: int, *, merge_single: bool = False) 
 
 
 def training_batches(
-    source: Source, *, batch_size: int, seed: int, epoch: int, first_step: int, merge_single: bool
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first_step: int,
+    merge_single: bool,
+    device: torch.device = CPU,
 ) -> Iterator[Batch]:
-    """The epoch's batches from `first_step` on."""
+    """The epoch's batches from `first_step` on, made for training on `device`."""
     positions = batch_positions(len(source), batch_size, seed=seed, epoch=epoch, merge_single=merge_single)
     for step in range(first_step, len(positions)):
-        yield source.training_batch(positions[step], seed=seed, epoch=epoch, step=step)
+        yield source.training_batch(positions[step], seed=seed, epoch=epoch, step=step, device=device)
 
 
-def ordered_batches(source: Source, *, batch_size: int) -> Iterator[Batch]:
-    """The source once, in its own order."""
+def ordered_batches(source: Source, *, batch_size: int, device: torch.device = CPU) -> Iterator[Batch]:
+    """The source once, in its own order; on the CPU, and pinned where `device` is cuda."""
     for start in range(0, len(source), batch_size):
-        yield source.batch(np.arange(start, min(start + batch_size, len(source))))
+        yield source.batch(np.arange(start, min(start + batch_size, len(source))), device=device)
 
 
 def prefetch(items: Iterable[T], *, depth: int = _PREPARED_BATCHES) -> Generator[T, None, None]:
@@ -191,12 +214,39 @@ def class_counts(labels: NDArray[np.int64], class_count: int) -> NDArray[np.int6
     return np.bincount(labels, minlength=class_count)
 
 
-def _changed(augment: Augment, random: np.random.Generator) -> Callable[[Tensor], Tensor]:
-    return lambda pixels: augment(pixels, random)
+def stacked(images: Sequence[Tensor]) -> Tensor:
+    """N images (3, S, S) as one batch (N, 3, S, S) in channels-last memory."""
+    # Stacked with colours last, as eval_pixels leaves them: rearranging planes costs as much as resizing does.
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
-def _batch(split: Split, positions: Sequence[int] | NDArray[np.int64], prepare: Callable[[Tensor], Tensor]) -> Batch:
-    # A copy of each picture, since the store is mapped read-only and torch wants memory it may write to.
-    prepared = [prepare(torch.from_numpy(np.array(split.images[int(split.indices[p])]))) for p in positions]
-    pixels = torch.stack(prepared).contiguous(memory_format=torch.channels_last)
-    return Batch(inputs=pixels, labels=torch.from_numpy(split.labels[positions]))
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor in memory from which cuda copies without the CPU waiting; for other devices as it is."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, on its way there when this returns."""
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
+def _pictures(split: Split, positions: NDArray[np.int64]) -> list[Tensor]:
+    return [_shared(split.images[index]) for index in split.indices[positions].tolist()]
+
+
+class _Writable:
+    """The same memory, said to be writable; it lives as long as what is made from this."""
+
+    def __init__(self, pixels: NDArray[np.uint8]) -> None:
+        self._pixels = pixels
+        interface = pixels.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+
+
+def _shared(pixels: NDArray[np.uint8]) -> Tensor:
+    """A tensor that shares the picture's memory: of a picture in the store only what is looked at is read from disk.
+
+    The store is mapped read-only, which torch.from_numpy warns about since torch has no tensors of that kind. Writing
+    into this one would end the process, and leave the store as it is.
+    """
+    return torch.from_numpy(pixels if pixels.flags.writeable else np.asarray(_Writable(pixels)))
