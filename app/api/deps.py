@@ -112,11 +112,13 @@ def _too_large(max_bytes: int) -> TooLarge:
     return TooLarge(f"The request's body is larger than the {max_bytes:,} bytes that are read here.")
 
 
-def json_body(parse: type[Body] | Callable[[Any], Body]) -> Callable[[Request], Awaitable[Body]]:
+def json_body(
+    parse: type[Body] | Callable[[Any], Body], *, max_bytes: int = MAX_JSON_BYTES
+) -> Callable[[Request], Awaitable[Body]]:
     """A dependency that reads, checks and parses a JSON body. parse: a pydantic class, or a function of its own."""
 
     async def dependency(request: Request) -> Body:
-        content = strict_json(await read_body(request, max_bytes=MAX_JSON_BYTES))
+        content = strict_json(await read_body(request, max_bytes=max_bytes))
         return parse_as(parse, content) if isinstance(parse, type) else parse(content)
 
     dependency.__annotations__["request"] = Request

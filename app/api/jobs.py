@@ -24,6 +24,8 @@ from app.jobs.states import JobKind, JobStatus
 
 router = APIRouter(tags=["jobs"])
 
+# Room for 10,000 paths of 100 bytes in `exclude`.
+MAX_JOB_BYTES = 1024 * 1024
 JobId = Annotated[str, Path(max_length=100)]
 EventPosition = Annotated[
     str | None, Query(max_length=20, description="Id of the last event seen; only later ones are answered.")
@@ -45,7 +47,7 @@ async def submit_job(
     request: Request,
     services: ServicesDep,
     caller: CallerDep,
-    job: Annotated[JobRequest, Depends(json_body(parse_request))],
+    job: Annotated[JobRequest, Depends(json_body(parse_request, max_bytes=MAX_JOB_BYTES))],
     dry_run: Annotated[bool, Query(description="Resolve and estimate only.")] = False,
     wait: Wait = 0,
     idempotency_key: IdempotencyKey = None,
@@ -180,7 +182,9 @@ def _dry_run(services: Services, request: JobRequest) -> DryRun:
     with services.database.read() as session:
         dataset = _ready_dataset(session, request.dataset)
         spec = _resolve(session, services, request, dataset)
-        estimate = training.estimate(session, spec, dataset=dataset, settings=services.settings)
+        estimate = training.estimate(
+            session, spec, dataset=dataset, settings=services.settings, storage=services.storage
+        )
     return DryRun(
         seconds=estimate.seconds,
         peak_memory_bytes=estimate.peak_memory_bytes,

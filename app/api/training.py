@@ -1,16 +1,19 @@
 """A job's request with what this server knows - its data, weights, earlier models, device - resolved to a spec."""
 
 import json
+from collections.abc import Sequence
 
 from sqlalchemy.orm import Session
 
 from app import registry
 from app.api.schemas import Backbone, Estimate
+from app.datasets.ingest import manifest_key
+from app.datasets.manifest import Manifest
 from app.db.tables import DatasetRow
-from app.errors import ModelUnavailable
+from app.errors import FieldError, InvalidRequest, ModelUnavailable, NotFound
 from app.jobs import estimate as estimates
 from app.jobs import spec
-from app.jobs.spec import DatasetFacts, JobRequest, StartingModel, TrainingSpec
+from app.jobs.spec import ClassFacts, DatasetFacts, JobRequest, StartingModel, TrainingSpec
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision.artifact import MODEL_FILE
@@ -20,6 +23,8 @@ from app.vision.preprocessing import Preprocessing
 from app.vision.weights import WeightStore
 
 MODEL_ID_PREFIX = "mdl_"
+# An answer that points at more than these is not read.
+MAX_LISTED_ERRORS = 20
 
 
 def resolve(
@@ -31,25 +36,32 @@ def resolve(
     storage: LocalStorage,
     weights: WeightStore,
 ) -> TrainingSpec:
-    """Every value of the job. Raises what `spec.resolve` does, and NotFound for a model that does not exist."""
+    """Every value of the job.
+
+    Raises what `spec.resolve` does, NotFound for a model that does not exist, and InvalidRequest for images to exclude
+    that the data set does not have, or cannot do without.
+    """
+    facts = _facts(dataset, request.exclude, storage)
     starting_model = None
     if request.backbone.startswith(MODEL_ID_PREFIX):
         starting_model = _starting_model(session, request.backbone, storage)
     return spec.resolve(
         request,
-        dataset=DatasetFacts.from_counts(dataset.classes),
+        dataset=facts,
         weights=_weights_at_hand(request, weights),
         device_type=resolve_device(settings.device).type,
         starting_model=starting_model,
     )
 
 
-def estimate(session: Session, job: TrainingSpec, *, dataset: DatasetRow, settings: Settings) -> Estimate:
+def estimate(
+    session: Session, job: TrainingSpec, *, dataset: DatasetRow, settings: Settings, storage: LocalStorage
+) -> Estimate:
     """What the job would take on this server's device."""
     device = resolve_device(settings.device)
     found = estimates.estimate(
         job,
-        dataset=DatasetFacts.from_counts(dataset.classes),
+        dataset=_facts(dataset, job.exclude, storage),
         speed=estimates.measure(device),
         device_type=device.type,
         past=estimates.past_speeds(session),
@@ -71,6 +83,58 @@ def list_backbones(weights: WeightStore) -> list[Backbone]:
         )
         for name, backbone in BACKBONES.items()
     ]
+
+
+def _facts(dataset: DatasetRow, exclude: Sequence[str], storage: LocalStorage) -> DatasetFacts:
+    """The images that a job has. Reads the data set's manifest only where some are left out."""
+    if not exclude:
+        return DatasetFacts.from_counts(dataset.classes)
+    manifest = _manifest(dataset.id, storage)
+    _check_known(exclude, manifest)
+    before, left = _counted(manifest, frozenset()), _counted(manifest, frozenset(exclude))
+    emptied = [now.name for was, now in zip(before.classes, left.classes, strict=True) if was.train and not now.train]
+    if emptied:
+        raise _cannot_exclude([f"leaves no training image of {name}" for name in emptied])
+    if before.val and not left.val:
+        raise _cannot_exclude(["leaves no validation image"])
+    return left
+
+
+def _manifest(dataset_id: str, storage: LocalStorage) -> Manifest:
+    try:
+        return Manifest.read(storage.path(manifest_key(dataset_id)))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # deleted a moment ago, or damaged
+        raise NotFound(
+            "The data set's files are missing or damaged; delete it and upload it again.", code="dataset-unreadable"
+        ) from error
+
+
+def _check_known(exclude: Sequence[str], manifest: Manifest) -> None:
+    known = {record.path for record in manifest.records}
+    unknown = [place for place, path in enumerate(exclude) if path not in known]
+    if unknown:
+        raise InvalidRequest(
+            f"exclude: the data set has no image at {len(unknown)} of the {len(exclude)} paths. Give paths within the "
+            "archive, as GET /v1/datasets/{id}/images lists them.",
+            errors=[
+                FieldError(f"#/exclude/{place}", "no such image in the data set")
+                for place in unknown[:MAX_LISTED_ERRORS]
+            ],
+        )
+
+
+def _counted(manifest: Manifest, exclude: frozenset[str]) -> DatasetFacts:
+    train, val = (manifest.counts(split, exclude=exclude).tolist() for split in ("train", "val"))
+    rows = zip(manifest.classes, train, val, strict=True)
+    return DatasetFacts(tuple(ClassFacts(*row) for row in rows))
+
+
+def _cannot_exclude(details: list[str]) -> InvalidRequest:
+    listed = details[:MAX_LISTED_ERRORS]
+    return InvalidRequest(
+        f"exclude: {'; '.join(listed[:3])}. Exclude fewer images, or upload the data set without them.",
+        errors=[FieldError("#/exclude", detail) for detail in listed],
+    )
 
 
 def _weights_at_hand(request: JobRequest, weights: WeightStore) -> dict[str, str]:

@@ -60,6 +60,12 @@ def train(
         list[str] | None,
         typer.Option("--hyperparameter", "-H", metavar="NAME=VALUE", help="Any other; may be given several times."),
     ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH", help="Path within the archive of a picture to leave out; may be given several times."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same data: same model.")] = 0,
     promote: Annotated[str, typer.Option(help="if_better, always or never becomes the default model.")] = "if_better",
     name: Annotated[str | None, typer.Option(help="Name of the data set; that of the file if left out.")] = None,
@@ -71,6 +77,8 @@ def train(
     request: JsonObject = {"method": method, "backbone": backbone, "seed": seed, "promote": promote}
     if recipe is not None:
         request["recipe"] = recipe
+    if exclude:
+        request["exclude"] = exclude
     named = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     request["hyperparameters"] = {key: value for key, value in named.items() if value is not None}
     request["hyperparameters"] |= dict(_name_and_value(text) for text in hyperparameter or [])

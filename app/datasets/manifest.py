@@ -6,6 +6,7 @@ pixels.
 
 import json
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self, get_args
@@ -43,13 +44,15 @@ class Manifest:
     def labels(self) -> NDArray[np.int64]:
         return np.array([record.label for record in self.records], dtype=np.int64)
 
-    def indices(self, split: Split) -> NDArray[np.int64]:
-        """Which images belong to a split, ascending."""
-        return np.array([i for i, record in enumerate(self.records) if record.split == split], dtype=np.int64)
+    def indices(self, split: Split, *, exclude: AbstractSet[str] = frozenset()) -> NDArray[np.int64]:
+        """Which images belong to a split, ascending. exclude: paths of images that are passed over."""
+        found = (i for i, record in enumerate(self.records) if record.split == split and record.path not in exclude)
+        return np.fromiter(found, dtype=np.int64)
 
-    def counts(self, split: Split) -> NDArray[np.int64]:
+    def counts(self, split: Split, *, exclude: AbstractSet[str] = frozenset()) -> NDArray[np.int64]:
         """Images of a split per class: (len(classes),)."""
-        return np.bincount(self.labels[self.indices(split)], minlength=len(self.classes)).astype(np.int64)
+        kept = self.indices(split, exclude=exclude)
+        return np.bincount(self.labels[kept], minlength=len(self.classes)).astype(np.int64)
 
     def write(self, path: Path) -> None:
         with path.open("w", encoding="utf-8") as file:

@@ -33,6 +33,7 @@ ClassWeights = Literal["none", "balanced"]
 
 _ID = r"^[A-Za-z0-9_.\-]{1,100}$"
 _NULLABLE = frozenset({"early_stopping_patience"})
+MAX_EXCLUDED = 10_000
 
 
 class Hyperparameters(BaseModel):
@@ -132,6 +133,24 @@ class JobRequest(BaseModel):
     budget_seconds: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] | None = Field(
         None, description="Training time after which the best epoch so far is kept, in seconds."
     )
+    # Ends at the first bad path: thousands of the same complaint help nobody.
+    exclude: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=MAX_EXCLUDED, fail_fast=True)
+    ] = Field(
+        default_factory=list,
+        description="Paths of images that are left out of training, validation and test, as the data set's images "
+        "list them.",
+    )
+
+    @field_validator("exclude")
+    @classmethod
+    def refuse_repetition(cls, value: list[str]) -> list[str]:
+        seen: set[str] = set()
+        for place, path in enumerate(value):
+            if path in seen:
+                raise PydanticCustomError("repeated", "item {place} repeats an earlier one", {"place": place})
+            seen.add(path)
+        return value
 
     @field_validator("name")
     @classmethod
@@ -160,7 +179,8 @@ def request_refusal(errors: Sequence[Any]) -> InvalidRequest:
             location = location[:2]
             fields, unknown = Hyperparameters.model_fields, "no such hyperparameter"
         else:
-            location = location[:1]
+            # An item of a list keeps its place.
+            location = location[: 2 if location[1:] and location[1].isdecimal() else 1]
             fields, unknown = JobRequest.model_fields, "no such field"
         name = location[-1] if location else ""
         if error["type"] == "extra_forbidden":
@@ -175,7 +195,7 @@ def request_refusal(errors: Sequence[Any]) -> InvalidRequest:
             detail = str(error["msg"])
         found.setdefault(_pointer(location), detail)
     field_errors = [FieldError(pointer, detail) for pointer, detail in found.items()]
-    summary = "; ".join(f"{e.pointer.rpartition('/')[2] or 'body'}: {e.detail}" for e in field_errors[:3])
+    summary = "; ".join(f"{_shown(e.pointer)}: {e.detail}" for e in field_errors[:3])
     if any(pointer.startswith("#/hyperparameters") for pointer in found):
         return InvalidHyperparameter(summary, errors=field_errors)
     return InvalidRequest(summary, errors=field_errors)
@@ -278,6 +298,7 @@ class TrainingSpec(BaseModel):
     preprocessing: Preprocessing
     promote: Promote
     budget_seconds: float | None
+    exclude: list[str] = []  # paths of images that are neither trained on nor measured with
     requested: dict[str, Any]
     reasons: list[str]
     # For auto, which competes: a spec for each method, the simplest first. The values above are the last one's.
@@ -507,6 +528,7 @@ def _resolved(
         preprocessing=preprocessing,
         promote=request.promote,
         budget_seconds=request.budget_seconds,
+        exclude=request.exclude,
         requested=request.model_dump(mode="json", exclude_unset=True),
         reasons=reasons,
     )
@@ -743,6 +765,11 @@ def _bad_hyperparameter(name: str, detail: str) -> InvalidHyperparameter:
 
 def _pointer(location: Sequence[str]) -> str:
     return "#" + "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in location)
+
+
+def _shown(pointer: str) -> str:
+    """A pointer as a sentence names it: "epochs", "exclude/3"."""
+    return pointer.removeprefix("#").removeprefix("/").removeprefix("hyperparameters/") or "body"
 
 
 def _allowed(field: FieldInfo) -> str:

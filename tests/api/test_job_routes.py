@@ -10,6 +10,8 @@ import queue_builders
 from api_builders import RunningServer
 from test_problems import assert_is_problem
 
+from app.datasets.ingest import manifest_key
+from app.datasets.manifest import Manifest, Record
 from app.jobs import queue
 from app.jobs.queue import Claim
 
@@ -223,3 +225,72 @@ def test_deleting_a_data_set_waits_for_its_jobs(client: httpx.Client, dataset: s
 
     assert client.delete(f"/v1/datasets/{dataset}").json() == {"id": dataset, "object": "dataset", "deleted": True}
     assert_is_problem(client.get(f"/v1/datasets/{dataset}"), 404, "not-found")
+
+
+@pytest.fixture
+def listed(server: RunningServer, dataset: str) -> str:
+    """A data set with its manifest as ingest writes it: per class, eight images to train and two to validate."""
+    names = [(name, label, i) for label, name in enumerate(api_builders.CLASSES) for i in range(10)]
+    records = [
+        Record(f"img_{name}{i}", f"{name}/{i}.jpg", label, "train" if i < 8 else "val", "", 48, 40)
+        for name, label, i in names
+    ]
+    with server.services.storage.staging() as staged:
+        Manifest(api_builders.CLASSES, records).write(staged)
+        server.services.storage.publish(staged, manifest_key(dataset))
+    return dataset
+
+
+def test_excluded_images_are_in_the_job_and_count_for_nothing(client: httpx.Client, listed: str) -> None:
+    paths = [f"cat/{i}.jpg" for i in range(7)]  # leaves 1 cat and 8 dogs to train on, 2 of each to validate with
+    asked = asked_for(listed, hyperparameters={"epochs": 1000})
+
+    whole = client.post("/v1/jobs?dry_run=true", json=asked).json()
+    less = client.post("/v1/jobs?dry_run=true", json=asked | {"exclude": paths}).json()
+    job = submit(client, listed, exclude=paths)
+
+    assert job["spec"]["exclude"] == job["spec"]["requested"]["exclude"] == paths
+    classes = (whole["spec"]["hyperparameters"]["class_weights"], less["spec"]["hyperparameters"]["class_weights"])
+    assert classes == ("none", "balanced")
+    assert less["estimate"]["seconds"] < whole["estimate"]["seconds"]
+
+
+def test_images_that_the_data_set_does_not_have_cannot_be_excluded(client: httpx.Client, listed: str) -> None:
+    paths = ["cat/0.jpg", "cat/99.jpg", "dog/0.jpg", "/cat/1.jpg"]
+
+    problem = assert_is_problem(client.post("/v1/jobs", json=asked_for(listed, exclude=paths)), 422, "invalid-request")
+
+    assert problem["errors"] == [
+        {"pointer": f"#/exclude/{place}", "detail": "no such image in the data set"} for place in (1, 3)
+    ]
+    assert client.get("/v1/jobs").json()["data"] == []
+
+
+def test_no_more_than_twenty_unknown_images_are_listed(client: httpx.Client, listed: str) -> None:
+    paths = [f"{'long' * 20}/{i}.jpg" for i in range(10_000)]
+
+    problem = assert_is_problem(client.post("/v1/jobs", json=asked_for(listed, exclude=paths)), 422, "invalid-request")
+
+    assert [error["pointer"] for error in problem["errors"]] == [f"#/exclude/{place}" for place in range(20)]
+    assert "10000 of the 10000 paths" in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    ("excluded", "detail"),
+    [
+        ([f"dog/{i}.jpg" for i in range(8)], "leaves no training image of dog"),
+        ([f"{name}/{i}.jpg" for name in api_builders.CLASSES for i in (8, 9)], "leaves no validation image"),
+    ],
+)
+def test_a_class_and_the_validation_keep_an_image(
+    client: httpx.Client, listed: str, excluded: list[str], detail: str
+) -> None:
+    for path in ("/v1/jobs", "/v1/jobs?dry_run=true"):
+        problem = assert_is_problem(client.post(path, json=asked_for(listed, exclude=excluded)), 422, "invalid-request")
+        assert problem["errors"] == [{"pointer": "#/exclude", "detail": detail}]
+
+
+def test_excluding_from_a_data_set_whose_files_are_gone_is_told(client: httpx.Client, dataset: str) -> None:
+    response = client.post("/v1/jobs", json=asked_for(dataset, exclude=["cat/0.jpg"]))
+
+    assert_is_problem(response, 404, "dataset-unreadable")

@@ -112,7 +112,7 @@ def test_train_warns_of_figures_that_say_little(training: ScriptedServer, graft:
 
 def test_train_passes_on_what_was_asked_for(training: ScriptedServer, graft: Graft, archive: Path) -> None:
     options = "--method fine_tuning --recipe classic --epochs 3 --seed 7 -H optimizer=adamw -H mixup=0.2 -H ema=true"
-    graft("train", str(archive), *options.split())
+    graft("train", str(archive), *options.split(), "--exclude", "cat/1.jpg", "--exclude", "a dog/2.jpg")
 
     [submitted] = training.sent("POST", "/v1/jobs")
     assert submitted.json() == {
@@ -122,6 +122,7 @@ def test_train_passes_on_what_was_asked_for(training: ScriptedServer, graft: Gra
         "recipe": "classic",
         "seed": 7,
         "promote": "if_better",
+        "exclude": ["cat/1.jpg", "a dog/2.jpg"],
         "hyperparameters": {"epochs": 3, "optimizer": "adamw", "mixup": 0.2, "ema": True},
     }
 

@@ -148,6 +148,13 @@ def test_every_bad_field_is_named_at_once() -> None:
         ({"dataset": "ds_1", "seed": 2**53}, "#/seed"),
         ({"dataset": "ds_1", "hyperparameters": []}, "#/hyperparameters"),
         ({"dataset": "ds_1", "budget_seconds": 0}, "#/budget_seconds"),
+        ({"dataset": "ds_1", "exclude": "a.png"}, "#/exclude"),
+        ({"dataset": "ds_1", "exclude": None}, "#/exclude"),
+        ({"dataset": "ds_1", "exclude": [f"{i}.png" for i in range(10_001)]}, "#/exclude"),
+        ({"dataset": "ds_1", "exclude": ["a.png", "b.png", "a.png"]}, "#/exclude"),
+        ({"dataset": "ds_1", "exclude": ["a.png", 1]}, "#/exclude/1"),
+        ({"dataset": "ds_1", "exclude": ["a.png", "b.png", ""]}, "#/exclude/2"),
+        ({"dataset": "ds_1", "exclude": ["a" * 1001]}, "#/exclude/0"),
         ([], "#"),
     ],
 )
@@ -374,6 +381,27 @@ def test_ema_is_a_switch_or_a_decay(given: object, decay: float) -> None:
 def test_patience_may_be_switched_off() -> None:
     assert resolved().hyperparameters.early_stopping_patience is not None
     assert resolved(hyperparameters={"early_stopping_patience": None}).hyperparameters.early_stopping_patience is None
+
+
+def test_a_bad_path_is_named_by_its_place_in_the_sentence_too() -> None:
+    assert refusal(exclude=["a.png", ""]).detail == "exclude/1: String should have at least 1 character"
+    assert refusal(exclude=["a.png", "a.png"]).errors == (FieldError("#/exclude", "item 1 repeats an earlier one"),)
+
+
+def test_what_is_excluded_is_in_the_spec_and_in_that_of_every_contender() -> None:
+    paths = ["val/rose/9.png", "train/daisy/1.png"]
+    spec = resolved(exclude=paths)
+    assert len(spec.candidates) == 3
+    assert [one.exclude for one in (spec, *spec.candidates)] == [paths] * 4
+    assert resolved(exclude=paths, method="fine_tuning").exclude == paths
+
+
+def test_a_spec_from_before_exclude_still_loads() -> None:
+    spec = resolved()
+    stored = spec.model_dump(mode="json")
+    for one in (stored, *stored["candidates"]):
+        assert one.pop("exclude") == []
+    assert TrainingSpec.model_validate(stored) == spec
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))

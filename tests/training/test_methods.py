@@ -1,5 +1,7 @@
 """Which parameters each method moves, and at which rates."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,17 +11,35 @@ import training_builders as builders
 
 from app.datasets.manifest import Manifest, Record
 from app.jobs.spec import DatasetFacts, TrainingSpec, parse_request, resolve
+from app.storage import LocalStorage
 from worker.training import loop, methods
-from worker.training.methods import Training
+from worker.training.features import ActivationSource, FeatureCache
+from worker.training.methods import Surroundings, Training
 
 CLASSES = ["a", "b", "c"]
 
 
-def spec(method: str, *, recipe: str = "classic", backbone: str = "resnet18", **hyperparameters: Any) -> TrainingSpec:
-    values = {"epochs": 1, "batch_size": 6, "image_size": 32} | hyperparameters
+def spec(
+    method: str,
+    *,
+    recipe: str = "classic",
+    backbone: str = "resnet18",
+    exclude: Sequence[int] = (),
+    **hyperparameters: Any,
+) -> TrainingSpec:
+    """exclude: numbers of the images. A hyperparameter that is None here is left to the recipe."""
+    asked = {"epochs": 1, "batch_size": 6, "image_size": 32} | hyperparameters
+    values = {name: value for name, value in asked.items() if value is not None}
     return resolve(
         parse_request(
-            {"dataset": "ds_1", "method": method, "recipe": recipe, "backbone": backbone, "hyperparameters": values}
+            {
+                "dataset": "ds_1",
+                "method": method,
+                "recipe": recipe,
+                "backbone": backbone,
+                "exclude": [f"{i}.png" for i in exclude],
+                "hyperparameters": values,
+            }
         ),
         dataset=DatasetFacts.from_counts([{"name": name, "train": 4, "val": 2} for name in CLASSES]),
         weights={backbone: "IMAGENET1K_V1"},
@@ -161,3 +181,107 @@ def test_test_pictures_are_looked_at_once_in_the_end_and_choose_nothing() -> Non
     of_validation = {name: value for name, value in as_it_is.metrics.items() if not name.startswith("test_")}
     assert of_validation == {k: v for k, v in mislabelled.metrics.items() if not k.startswith("test_")}
     assert as_it_is.evaluation["predictions"] == mislabelled.evaluation["predictions"]
+
+
+def split_in_three(*, unsplit: Sequence[int] = ()) -> Manifest:
+    """12 images to train, 6 to validate, 6 to test. unsplit: those that are for testing instead."""
+    splits = ["train"] * 12 + ["val"] * 6 + ["test"] * 6
+    return Manifest(
+        CLASSES,
+        [
+            Record(f"img_{i}", f"{i}.png", i % 3, "test" if i in unsplit else split, str(i), 30, 24)  # type: ignore[arg-type]
+            for i, split in enumerate(splits)
+        ],
+    )
+
+
+@pytest.mark.parametrize("method", ["feature_extraction", "full_fine_tuning"])
+def test_excluded_images_are_neither_trained_on_nor_measured_with(method: str) -> None:
+    excluded = [0, 4, 13, 20]
+    manifest, source = split_in_three(), builders.split(24).images
+    wanted = spec(method, exclude=excluded, augmentation="classic")
+    images = WatchedImages([source[i] for i in range(24)])
+    prepared = methods.prepare(
+        wanted,
+        classifier=methods.build_classifier(wanted, 3),
+        manifest=manifest,
+        images=images,
+        device=torch.device("cpu"),
+    )
+
+    list(loop.fit(prepared.state, prepared.plan))
+    concluded = methods.conclude(prepared, manifest)
+
+    assert set(images.read) == set(range(24)) - set(excluded)
+    assert concluded.evaluation["predictions"]["digests"] == ["12", "14", "15", "16", "17"]
+    mistakes = concluded.evaluation["mistakes"] + concluded.evaluation["test"]["mistakes"]
+    assert not {f"{i}.png" for i in excluded} & {mistake["path"] for mistake in mistakes}
+    assert (concluded.evaluation["images"], concluded.evaluation["test"]["images"]) == (5, 5)
+
+
+class Computed:
+    """Counts the images of passes through frozen stages."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def __call__(self, done: int, _all: int) -> None:
+        self.images = max(self.images, done)
+
+
+def prepared_of(
+    wanted: TrainingSpec, manifest: Manifest, *, cache: FeatureCache | None = None
+) -> tuple[Training, Computed]:
+    computed = Computed()
+    prepared = methods.prepare(
+        wanted,
+        classifier=methods.build_classifier(wanted, 3),
+        manifest=manifest,
+        images=builders.split(24).images,
+        device=torch.device("cpu"),
+        precision="fp32",
+        surroundings=Surroundings(cache=cache, on_features=computed),
+    )
+    return prepared, computed
+
+
+def test_a_head_solved_without_excluded_images_is_that_of_a_data_set_that_never_had_them() -> None:
+    excluded = [0, 4, 13]
+
+    def solved(exclude: Sequence[int], manifest: Manifest) -> Training:
+        wanted = spec("feature_extraction", recipe="modern", exclude=exclude, epochs=None, batch_size=None)
+        assert wanted.hyperparameters.optimizer == "lbfgs"
+        return prepared_of(wanted, manifest)[0]
+
+    without, never_there = solved(excluded, split_in_three()), solved([], split_in_three(unsplit=excluded))
+    whole = solved([], split_in_three())
+
+    assert torch.equal(without.classifier.head.weight, never_there.classifier.head.weight)
+    assert not torch.equal(without.classifier.head.weight, whole.classifier.head.weight)
+    assert without.solved is not None and never_there.solved is not None
+    assert without.solved.val_loss == never_there.solved.val_loss
+
+
+def test_jobs_with_and_without_excluded_images_share_their_features(tmp_path: Path) -> None:
+    excluded, cache = [0, 4, 13], FeatureCache(LocalStorage(tmp_path), "ds_1", max_bytes=10**9)
+    asked: dict[str, Any] = {"recipe": "modern", "augmented_views": 2, "epochs": 2}
+
+    whole, computed = prepared_of(spec("fine_tuning", **asked), split_in_three(), cache=cache)
+    less, computed_anew = prepared_of(spec("fine_tuning", exclude=excluded, **asked), split_in_three(), cache=cache)
+
+    assert (computed.images, computed_anew.images) == (24, 0)
+    for ours, theirs, kept in (
+        (less.plan.train, whole.plan.train, [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]),
+        (less.plan.val, whole.plan.val, [0, 2, 3, 4, 5]),
+    ):
+        assert isinstance(ours, ActivationSource) and isinstance(theirs, ActivationSource)
+        assert ours.labels.tolist() == theirs.labels[kept].tolist()
+        everything = np.arange(len(kept))
+        assert torch.equal(ours.batch(everything).inputs, theirs.batch(np.array(kept)).inputs)
+        if ours.augmented is not None and theirs.augmented is not None:
+            for view in range(2):
+                changed = ours.augmented.rows(view, ours.augmented_rows)
+                assert torch.equal(changed, theirs.augmented.rows(view, theirs.augmented_rows[kept]))
+    assert isinstance(less.plan.train, ActivationSource) and less.plan.train.augmented is not None
+    list(loop.fit(less.state, less.plan))
+    assert methods.conclude(less, split_in_three()).evaluation["images"] == 5

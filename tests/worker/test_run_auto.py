@@ -3,6 +3,7 @@
 Its competitors start from an earlier model, so that no pretrained weights are needed.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,16 @@ def test_an_auto_job_given_back_in_a_heat_ends_as_if_it_had_not_been(
     assert disturbed.row.metrics is not None and undisturbed.row.metrics is not None
     assert disturbed.row.metrics["val_accuracy"] == undisturbed.row.metrics["val_accuracy"]
     assert disturbed.row.metrics["method"] == undisturbed.row.metrics["method"]
+
+
+def test_every_contender_does_without_what_the_job_excludes(auto: Callable[..., Job], storage: LocalStorage) -> None:
+    excluded = ["train/dark/0.png", "val/light/18.png", "test/red/29.png"]
+    job = auto(hyperparameters=VALUES, exclude=excluded)
+    job.run()
+
+    assert job.row.status == "succeeded"
+    announced = [message for message in job.messages if message.startswith("Training ")]
+    assert announced
+    assert [m for m in announced if " on 17 images, validating on 8;" not in m] == []
+    stored = json.loads(storage.path(f"models/{job.row.model_id}/evaluation.json").read_text())
+    assert (stored["images"], len(stored["predictions"]["digests"]), stored["test"]["images"]) == (8, 8, 2)

@@ -204,14 +204,18 @@ class Suffix(nn.Module):
 
 @dataclass(frozen=True)
 class _Pixels:
-    """A data set's splits as pixels, changed at random as the spec says."""
+    """A data set's splits as pixels, changed at random as the spec says, without the images that it excludes."""
 
     spec: TrainingSpec
     manifest: Manifest
     images: Images
 
     def source(self, split: Literal["train", "val", "test"]) -> PixelSource:
-        return self.of(self.manifest.indices(split))
+        return self.of(self.indices(split))
+
+    def indices(self, split: Literal["train", "val", "test"]) -> NDArray[np.int64]:
+        """Which images of the data set this job has in a split, ascending."""
+        return self.manifest.indices(split, exclude=frozenset(self.spec.exclude))
 
     def of(self, indices: NDArray[np.int64]) -> PixelSource:
         values, prepare_eval = self.spec.hyperparameters, _eval_transform(self.spec.preprocessing)
@@ -308,7 +312,7 @@ class _Frozen:
         except StorageFull:
             self.surroundings.log("There is no room to store features: the frozen stages run in each epoch instead.")
             return None
-        train, val = (self.pixels.manifest.indices(name) for name in ("train", "val"))
+        train, val = self.pixels.indices("train"), self.pixels.indices("val")
         labels, trained_on = self.pixels.manifest.labels, self._trained_on()
         return (
             ActivationSource(labels[train], plain, train, augmented, np.searchsorted(trained_on, train)),
@@ -316,6 +320,7 @@ class _Frozen:
         )
 
     def _trained_on(self) -> NDArray[np.int64]:
+        """The images of the augmented pass: all training images, those that this job excludes too."""
         return self.pixels.manifest.indices("train")
 
     def _pass(self, views: int | None, precision: Precision) -> Activations:
