@@ -63,8 +63,9 @@ def build_optimizer(
         for parameters, decay in ((plain, weight_decay), (undecayed, 0.0)):
             if parameters:
                 groups.append({"params": parameters, "lr": rate, "peak_learning_rate": rate, "weight_decay": decay})
-    # One kernel for all parameters: where a step is short, launching one per tensor would be most of it.
-    fused = True if device_type == "cuda" else None
+    # One kernel for all parameters. On a GPU launching one per tensor would be most of a short step; on one CPU core
+    # adamw's step was measured to take 5 ms instead of 30 for mobilenet_v3_small, and 21 instead of 97 for resnet18.
+    fused = True if device_type in ("cpu", "cuda") else None
     if optimizer == "sgd":
         return SGD(groups, momentum=momentum or 0.0, fused=fused)
     return AdamW(groups, fused=fused)
