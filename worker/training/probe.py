@@ -16,6 +16,7 @@ Bit-same for the same input on the same CPU with the same number of threads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,23 @@ _MAX_NEWTON_STEPS, _MAX_CG_STEPS, _MAX_HALVINGS = 50, 100, 12
 _MAX_PROBABILITIES = 8_000_000
 # Directions with a variance below this share of the largest one's are rounding errors of float32 features.
 _RANK_TOLERANCE = 1e-10
+# Up to so many features in all, a probe is fitted on one thread.
+_ONE_THREAD_VALUES = 5_000_000
+
+
+@contextmanager
+def _few_threads(features: Tensor) -> Iterator[None]:
+    """One thread for small problems, where threads mostly wait for each other.
+
+    Measured for 1,200 × 1,024 features and 10 classes on two busy cores: 1.5 s of CPU time on one thread, 9 s on two.
+    """
+    threads = torch.get_num_threads()
+    if features.numel() <= _ONE_THREAD_VALUES:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -78,7 +96,7 @@ def fit_probe(
     class_weights: (C,), of each image's term, in the fit and in the choice. A class without images gets zero weights,
     and a bias as if half an image of it had been seen.
     """
-    with torch.no_grad():
+    with _few_threads(features), torch.no_grad():
         basis = _Basis.of(features)
         weights = _image_weights(labels, class_weights)
         cv_loss = cv_accuracy = None
@@ -119,7 +137,7 @@ def out_of_fold(
     has probability 0 there. Where nothing can be held out, all classes that occur are equally likely.
     """
     folds = assign_folds(labels, groups, seed=seed)
-    with torch.no_grad():
+    with _few_threads(features), torch.no_grad():
         result = torch.zeros(len(labels), class_count)
         if folds.max() == 0:
             result[:, torch.from_numpy(np.unique(labels))] = 1 / len(np.unique(labels))
