@@ -84,6 +84,7 @@ class Settings(BaseSettings):
         frozenset(), description='Formats accepted besides JPEG, PNG and WebP, as JSON: ["TIFF", "BMP"].'
     )
 
+    # On one CPU core MobileNetV3-small takes about 14 ms a picture, and comparing 20,000 a minute: six minutes in all.
     quality_max_images: Annotated[int, Field(ge=0)] = Field(
         20_000,
         description="Most pictures in a data set that is looked at with a pretrained network after its upload, for "
