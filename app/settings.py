@@ -84,6 +84,13 @@ class Settings(BaseSettings):
         frozenset(), description='Formats accepted besides JPEG, PNG and WebP, as JSON: ["TIFF", "BMP"].'
     )
 
+    # On one CPU core MobileNetV3-small takes about 14 ms a picture, so these take a minute and a half.
+    quality_max_images: Annotated[int, Field(ge=0)] = Field(
+        5_000,
+        description="Most pictures in a data set that is looked at with a pretrained network after its upload, for "
+        "changed copies and wrong labels; 0 turns this off.",
+    )
+
     # Worker
     feature_cache_bytes: Annotated[int, Field(ge=0)] = Field(
         20 * GIBIBYTE,

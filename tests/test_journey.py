@@ -30,7 +30,7 @@ from worker.reporter import Reporter
 from worker.run_ingest import run_ingest
 from worker.run_job import run_training
 from worker.training.loop import predict_logits
-from worker.training.pixels import Split
+from worker.training.pixels import PixelSource, Split
 from worker.wakeup import Wakeup
 
 Story = Callable[..., None]
@@ -206,10 +206,11 @@ def validation_scores(
     manifest = Manifest.read(storage.path(f"datasets/{dataset['id']}/manifest.jsonl"))
     loaded = artifact.load(storage.path(f"models/{model['id']}"))
     indices = manifest.indices("val")
+    pixels = PackedPixels(storage.path(f"datasets/{dataset['id']}/packed-256"))
+    split = Split(pixels, indices, manifest.labels[indices])
     logits = predict_logits(
         loaded.classifier,
-        Split(PackedPixels(storage.path(f"datasets/{dataset['id']}/packed-256")), indices, manifest.labels[indices]),
-        prepare=lambda pixels: eval_pixels(pixels, loaded.preprocessing),
+        PixelSource(split, None, lambda picture: eval_pixels(picture, loaded.preprocessing)),
         normalise=lambda batch: normalise(batch, loaded.preprocessing),
         device=torch.device("cpu"),
     )

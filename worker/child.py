@@ -33,7 +33,7 @@ from worker.wakeup import Wakeup
 
 log = structlog.get_logger(__name__)
 
-# Imported by name, because only the one that is asked for is worth its memory and the seconds that torch takes.
+# Imported by name, because they take the memory and the seconds of torch, which the worker itself does without.
 STORIES = {JobKind.training: "worker.run_job:run_training", JobKind.ingest: "worker.run_ingest:run_ingest"}
 
 # The database could not be reached for the job's last word; what sysexits.h calls a temporary failure.
@@ -142,7 +142,8 @@ def _as_record(error: Exception) -> dict[str, Any]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # By name, so that ingest need not import torch; on the CPU its allocator raises a plain RuntimeError.
+    # By name, so that the worker, which imports this module, does without torch; on the CPU torch's allocator raises a
+    # plain RuntimeError.
     return (
         isinstance(error, MemoryError)
         or any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__)

@@ -97,8 +97,7 @@ def quality_warnings(
                 _paths_of(contradicting, paths),
             )
         )
-    suspects = suspicious_labels(features, labels, len(classes), groups=_joined(copies, pairs), seed=seed)
-    tick()
+    suspects = suspicious_labels(features, labels, len(classes), groups=_joined(copies, pairs), seed=seed, tick=tick)
     if suspects:
         first = suspects[0]
         found.append(
@@ -146,7 +145,13 @@ def near_pairs(features: Tensor, *, tick: Callable[[], None] = lambda: None) -> 
 
 
 def suspicious_labels(
-    features: Tensor, labels: NDArray[np.int64], class_count: int, *, groups: NDArray[np.int64], seed: int
+    features: Tensor,
+    labels: NDArray[np.int64],
+    class_count: int,
+    *,
+    groups: NDArray[np.int64],
+    seed: int,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[Suspect]:
     """Pictures that a probe of the other pictures takes for another class, the clearest first.
 
@@ -157,8 +162,8 @@ def suspicious_labels(
     """
     if len(labels) < MIN_PICTURES or len(np.unique(labels)) < 2:
         return []
-    strength = fit_probe(features, labels, class_count, groups=groups, seed=seed).strength
-    probabilities = out_of_fold(features, labels, class_count, groups=groups, seed=seed, strength=strength)
+    strength = fit_probe(features, labels, class_count, groups=groups, seed=seed, tick=tick).strength
+    probabilities = out_of_fold(features, labels, class_count, groups=groups, seed=seed, strength=strength, tick=tick)
     truth = torch.from_numpy(labels)
     counts = torch.bincount(truth, minlength=class_count)
     own = probabilities.gather(1, truth[:, None])[:, 0]

@@ -1,17 +1,23 @@
-"""The story of one ingest: the data set's row, the work in `app/datasets/ingest.py`, and the row again."""
+"""The story of one ingest: the data set's row, the work in `app/datasets/ingest.py`, a closer look, the row again."""
+
+from dataclasses import replace
 
 from sqlalchemy.orm import Session
 
 from app.datasets import catalog
 from app.datasets.ingest import IngestLimits, IngestOptions, archive_key, ingest
-from app.datasets.report import IngestReport
+from app.datasets.report import IngestReport, merged
 from app.db.engine import Database
 from app.errors import NotFound
 from app.jobs import queue
 from app.jobs.queue import Claim
 from app.settings import Settings
 from app.storage import LocalStorage
+from worker.closer_look import look_closer
 from worker.reporter import Reporter
+
+# For progress: without a GPU, the network takes most of the time.
+_INGEST_SHARE = 0.3
 
 
 def run_ingest(
@@ -30,11 +36,16 @@ def run_ingest(
             dataset_id=dataset.id,
             options=IngestOptions(val_fraction=dataset.options["val_fraction"], seed=dataset.options["seed"]),
             limits=IngestLimits.from_settings(settings),
-            tick=lambda fraction: reporter.progress("ingest", fraction=fraction),
+            tick=lambda fraction: reporter.progress("ingest", fraction=_INGEST_SHARE * fraction),
             state_size=lambda packed_bytes: reporter.transaction(
                 lambda session: catalog.state_size(session, dataset.id, packed_bytes)
             ),
         )
+        if report.error is None:
+            seen = look_closer(
+                report, claim, settings=settings, storage=storage, reporter=reporter, start=_INGEST_SHARE
+            )
+            report = replace(report, warnings=merged(report.warnings, seen))
         reporter.transaction(lambda session: _settle(session, claim, report))
     finally:
         _delete_if_unowned(claim.dataset_id, database=database, storage=storage)

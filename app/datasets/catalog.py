@@ -10,7 +10,7 @@ from sqlalchemy import delete as sql_delete
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from app.datasets.report import IngestReport
+from app.datasets.report import IngestReport, shortened
 from app.db.tables import DatasetRow, new_id
 from app.errors import Conflict, InvalidRequest, NotFound
 
@@ -105,7 +105,7 @@ def _finish(
             "splits": report.splits,
             "classes": report.classes,
             "rejected": report.rejected,
-            "warnings": report.warnings,
+            "warnings": [shortened(each) for each in report.warnings],
         }
     is_processing = (DatasetRow.id == dataset_id) & (DatasetRow.status == "processing")
     if not _changed(session.execute(update(DatasetRow).where(is_processing).values(**values))):

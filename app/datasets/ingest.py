@@ -128,7 +128,7 @@ def ingest(
         # The manifest last: where it is, everything is.
         storage.publish(staged / "packed", packed_key(dataset_id, PACKED_SIDE))
         storage.publish(staged / "manifest.jsonl", manifest_key(dataset_id))
-        return _report(layout, records, rejected, warnings=warnings)
+        return replace(_report(layout, records, rejected, warnings=warnings), groups=tuple(groups.tolist()))
 
 
 def ensure_packed(

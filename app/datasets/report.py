@@ -1,5 +1,6 @@
-"""What ingest found out about a data set: exactly the fields that a caller sees."""
+"""What ingest found out about a data set: the fields that a caller sees, and what looking closer needs."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +20,34 @@ class IngestReport:
     splits: dict[str, int]  # {"train", "val", "test"}
     classes: list[dict[str, Any]]  # {"name", "train", "val", "test"}, in the order of labels
     rejected: list[dict[str, str]]  # {"path", "reason"}, the first MAX_LISTED_REJECTED
-    warnings: list[dict[str, Any]] = field(default_factory=list)  # {"code", "detail", "paths"}
+    warnings: list[dict[str, Any]] = field(default_factory=list)  # {"code", "detail", "paths"}, each code once
     error: GraftError | None = None
+    # Not for callers: the group of near copies of each image, in the manifest's order; None without a manifest.
+    groups: tuple[int, ...] | None = field(default=None, repr=False)
 
 
-def warning(code: str, detail: str, paths: list[str] | None = None) -> dict[str, Any]:
-    """A warning as callers see it; a long list of paths is cut, and the detail says how many there are."""
-    paths = paths or []
+def warning(code: str, detail: str, paths: Sequence[str] = ()) -> dict[str, Any]:
+    """A warning as callers see it, but for the length of its list."""
+    return {"code": code, "detail": detail, "paths": list(paths)}
+
+
+def merged(warnings: Sequence[Mapping[str, Any]], more: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """All of them, each code once: with the details of both, and each path once."""
+    found = {each["code"]: dict(each) for each in warnings}
+    for each in more:
+        first = found.get(each["code"])
+        found[each["code"]] = dict(each) if first is None else _united(first, each)
+    return list(found.values())
+
+
+def shortened(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The warning with a long list of paths cut, and the detail saying how many there are."""
+    detail, paths = found["detail"], found["paths"]
     if len(paths) > MAX_LISTED_PATHS:
         detail = f"{detail} (The first {MAX_LISTED_PATHS} of {len(paths)} are listed.)"
-    return {"code": code, "detail": detail, "paths": paths[:MAX_LISTED_PATHS]}
+    return {"code": found["code"], "detail": detail, "paths": paths[:MAX_LISTED_PATHS]}
+
+
+def _united(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    paths = dict.fromkeys([*first["paths"], *second["paths"]])
+    return warning(first["code"], f"{first['detail']} {second['detail']}", list(paths))

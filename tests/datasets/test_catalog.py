@@ -1,9 +1,11 @@
 """Rows of data sets: made as processing, ended once, listed newest first."""
 
+from dataclasses import replace
+
 import pytest
 
 from app.datasets import catalog
-from app.datasets.report import IngestReport
+from app.datasets.report import IngestReport, merged, warning
 from app.db.engine import Database
 from app.db.tables import DatasetRow
 from app.errors import ArchiveRefused, Conflict, InvalidRequest, NotFound
@@ -28,6 +30,29 @@ def created(database: Database, name: str = "flowers") -> str:
 def found(database: Database, dataset_id: str) -> DatasetRow:
     with database.read() as session:
         return catalog.find(session, dataset_id)
+
+
+def test_long_lists_of_paths_are_cut_and_the_total_is_said(database: Database) -> None:
+    dataset_id = created(database)
+    leak = warning("duplicate_across_splits", "Copies.", [f"{i}.jpg" for i in range(101)])
+    fitting = warning("conflicting_labels", "Contradictions.", leak["paths"][:100])
+    with database.write() as session:
+        catalog.mark_ready(session, dataset_id, replace(REPORT, warnings=[leak, fitting]))
+    stored = found(database, dataset_id).warnings
+    assert stored == [
+        leak | {"detail": "Copies. (The first 100 of 101 are listed.)", "paths": leak["paths"][:100]},
+        fitting,
+    ]
+
+
+def test_warnings_of_one_code_become_one_with_each_path_once() -> None:
+    first = [warning("duplicate_across_splits", "Copies.", ["a", "b"]), warning("small_validation", "Few.")]
+    more = [warning("duplicate_across_splits", "Mirrored.", ["b", "c"]), warning("suspicious_labels", "Odd.", ["d"])]
+    assert merged(first, more) == [
+        warning("duplicate_across_splits", "Copies. Mirrored.", ["a", "b", "c"]),
+        first[1],
+        more[1],
+    ]
 
 
 def test_new_data_set_is_processing_with_nothing_counted(database: Database) -> None:

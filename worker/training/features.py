@@ -19,10 +19,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from app.datasets.manifest import Manifest
 from app.errors import StorageFull
 from app.storage import LocalStorage
 from app.vision.classifier import Classifier
-from worker.training.pixels import CPU, VIEW, Batch, PixelSource, pinned, prefetched, random_stream
+from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
+from worker.training.pixels import (
+    CPU,
+    VIEW,
+    Batch,
+    Images,
+    PixelSource,
+    Split,
+    pinned,
+    prefetched,
+    random_stream,
+)
 
 FORMAT_VERSION = 1
 # One size for all, so that the same image has the same features whichever job computes them.
@@ -130,6 +142,40 @@ class FeatureCache:
             room += (path / _VALUES).stat().st_size
             # Whoever has it mapped can go on reading it.
             self.storage.delete(path.relative_to(self.storage.root.resolve()).as_posix())
+
+
+def plain_features(
+    classifier: Classifier,
+    manifest: Manifest,
+    images: Images,
+    *,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: str,
+    cache: FeatureCache | None,
+    on_batch: OnBatch = lambda _done, _all: None,
+) -> Activations:
+    """`activations` of every image of the data set as it is served, in the manifest's order.
+
+    Whoever asks with the same frozen weights, preprocessing and precision finds the same, ingest and jobs alike.
+    """
+
+    def prepare(pixels: Tensor) -> Tensor:
+        return eval_pixels(pixels, preprocessing)
+
+    everything = Split(images, np.arange(len(manifest.records)), manifest.labels)
+    return activations(
+        classifier,
+        PixelSource(everything, None, prepare),
+        views=None,
+        seed=0,
+        normalise=lambda batch: normalise(batch, preprocessing),
+        device=device,
+        precision=precision,
+        described={"preprocessing": preprocessing.to_dict()},
+        cache=cache,
+        on_batch=on_batch,
+    )
 
 
 def activations(

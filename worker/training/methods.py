@@ -27,7 +27,7 @@ from app.vision.classifier import Classifier
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 from worker.training import evaluate
 from worker.training.augment import training_transform
-from worker.training.features import Activations, ActivationSource, FeatureCache, activations
+from worker.training.features import Activations, ActivationSource, FeatureCache, activations, plain_features
 from worker.training.forecast import Forecast, Point, forecast
 from worker.training.loop import (
     EpochResult,
@@ -104,6 +104,14 @@ def build_classifier(
     return Classifier.new(spec.backbone.name, class_count, feature_layer=layer, seed=spec.seed, state_dict=state_dict)
 
 
+def place(classifier: Classifier, device: torch.device) -> None:
+    """Moves the network to the device it is to run on."""
+    classifier.to(device)
+    if device.type != "mps":
+        # The layout that convolutions are fastest in; it moves numbers in memory and changes none of them.
+        classifier.to(memory_format=torch.channels_last)
+
+
 def prepare(
     spec: TrainingSpec,
     *,
@@ -116,10 +124,7 @@ def prepare(
 ) -> Training:
     """images: packed at preprocessing.side or more. precision: as an earlier attempt chose it; None chooses now."""
     values, surroundings = spec.hyperparameters, surroundings or Surroundings()
-    classifier.to(device)
-    if device.type != "mps":
-        # The layout that convolutions are fastest in; it moves numbers in memory and changes none of them.
-        classifier.to(memory_format=torch.channels_last)
+    place(classifier, device)
     if spec.recipe == "modern":
         _quicken_batch_norm(classifier)
     pixels = _Pixels(spec, manifest, images)
@@ -229,17 +234,15 @@ class _Pixels:
         )
         return PixelSource(Split(self.images, indices, self.manifest.labels[indices]), augment, prepare_eval)
 
-    def described(self, *, augmented: bool) -> dict[str, Any]:
-        """What the pixels that a network sees depend on."""
+    def described(self) -> dict[str, Any]:
+        """What augmented pixels depend on."""
         values = self.spec.hyperparameters
-        described: dict[str, Any] = {"preprocessing": self.spec.preprocessing.to_dict()}
-        if augmented:
-            described |= {
-                "augmentation": values.augmentation,
-                "crop_scale": list(values.crop_scale),
-                "horizontal_flip": values.horizontal_flip,
-            }
-        return described
+        return {
+            "preprocessing": self.spec.preprocessing.to_dict(),
+            "augmentation": values.augmentation,
+            "crop_scale": list(values.crop_scale),
+            "horizontal_flip": values.horizontal_flip,
+        }
 
 
 @dataclass(frozen=True)
@@ -324,16 +327,26 @@ class _Frozen:
         return self.pixels.manifest.indices("train")
 
     def _pass(self, views: int | None, precision: Precision) -> Activations:
-        indices = np.arange(len(self.pixels.manifest.records)) if views is None else self._trained_on()
+        if views is None:
+            return plain_features(
+                self.classifier,
+                self.pixels.manifest,
+                self.pixels.images,
+                preprocessing=self.spec.preprocessing,
+                device=self.device,
+                precision=precision,
+                cache=self.surroundings.cache,
+                on_batch=self.surroundings.on_features,
+            )
         return activations(
             self.classifier,
-            self.pixels.of(indices),
+            self.pixels.of(self._trained_on()),
             views=views,
             seed=self.spec.seed,
             normalise=_normaliser(self.spec.preprocessing),
             device=self.device,
             precision=precision,
-            described=self.pixels.described(augmented=views is not None),
+            described=self.pixels.described(),
             cache=self.surroundings.cache,
             on_batch=self.surroundings.on_features,
         )

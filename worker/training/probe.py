@@ -88,13 +88,14 @@ def fit_probe(
     groups: NDArray[np.int64] | None = None,
     seed: int,
     strength: float | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Probe:
     """features: float32 (N, D), N > 0, finite; labels: int64 (N,), below class_count.
 
     groups: (N,), images with the same number stay on one side of every fold (views or copies of one picture).
     strength: None chooses one of STRENGTHS by the log loss of a stratified cross-validation that follows from `seed`.
     class_weights: (C,), of each image's term, in the fit and in the choice. A class without images gets zero weights,
-    and a bias as if half an image of it had been seen.
+    and a bias as if half an image of it had been seen. tick: called often; may raise to stop.
     """
     with _few_threads(features), torch.no_grad():
         basis = _Basis.of(features)
@@ -109,8 +110,9 @@ def fit_probe(
                 weights[torch.from_numpy(part)],
                 class_count,
                 assign_folds(labels[part], None if groups is None else groups[part], seed=seed),
+                tick,
             )
-        objective = _Objective.of(basis, labels, weights[:, None], class_count)
+        objective = _Objective.of(basis, labels, weights[:, None], class_count, tick)
         solution = objective.minimise(objective.start(), strength, tolerance=TOLERANCE)
         weight, bias = basis.unfold(solution[:, 0])
         absent = torch.from_numpy(np.bincount(labels, minlength=class_count) == 0)
@@ -130,11 +132,13 @@ def out_of_fold(
     groups: NDArray[np.int64] | None = None,
     seed: int,
     strength: float,
+    tick: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Probabilities, float32 (N, C), each image's from a probe fitted without it and its group.
 
     Only the features' scale is taken from all images; it says nothing about labels. A class that is held out whole
     has probability 0 there. Where nothing can be held out, all classes that occur are equally likely.
+    tick: called often; may raise to stop.
     """
     folds = assign_folds(labels, groups, seed=seed)
     with _few_threads(features), torch.no_grad():
@@ -144,7 +148,7 @@ def out_of_fold(
             return result
         basis, ones = _Basis.of(features), torch.ones(len(labels))
         for held_out in _fold_chunks(folds, class_count):
-            objective = _Objective.of(basis, labels, _kept(held_out) * ones[:, None], class_count)
+            objective = _Objective.of(basis, labels, _kept(held_out) * ones[:, None], class_count, tick)
             solution = objective.minimise(objective.start(), strength, tolerance=_CHOICE_TOLERANCE)
             for k in range(held_out.shape[1]):
                 rows = held_out[:, k]
@@ -205,14 +209,19 @@ def assign_folds(labels: NDArray[np.int64], groups: NDArray[np.int64] | None, *,
 
 
 def _choose_strength(
-    basis: "_Basis", labels: NDArray[np.int64], weights: Tensor, class_count: int, folds: NDArray[np.int64]
+    basis: "_Basis",
+    labels: NDArray[np.int64],
+    weights: Tensor,
+    class_count: int,
+    folds: NDArray[np.int64],
+    tick: Callable[[], None],
 ) -> tuple[float, float | None, float | None]:
     """The strength of the lowest held-out loss, that loss and the accuracy there, from strong to weak, warm-started."""
     if folds.max() == 0 or len(np.unique(labels)) == 1:
         return DEFAULT_STRENGTH, None, None
     chunks = []
     for held_out in _fold_chunks(folds, class_count):
-        objective = _Objective.of(basis, labels, _kept(held_out) * weights[:, None], class_count)
+        objective = _Objective.of(basis, labels, _kept(held_out) * weights[:, None], class_count, tick)
         chunks.append((held_out, objective, objective.start()))
     best: tuple[float, float, float] | None = None
     rises = 0
@@ -332,20 +341,28 @@ class _Objective:
     """K penalised regressions on the same points, which differ in the images' weights. Solutions: (R + 1, K, C).
 
     weights: (N, K), 0 for an image that is held out. mask: (K, C), added to logits; -inf for a class without images.
-    truth: int64 (N, 1, 1).
+    truth: int64 (N, 1, 1). tick: called at each product with the points; may raise to stop.
     """
 
     basis: _Basis
     weights: Tensor
     truth: Tensor
     mask: Tensor
+    tick: Callable[[], None]
 
     @classmethod
-    def of(cls, basis: _Basis, labels: NDArray[np.int64], weights: Tensor, class_count: int) -> "_Objective":
+    def of(
+        cls,
+        basis: _Basis,
+        labels: NDArray[np.int64],
+        weights: Tensor,
+        class_count: int,
+        tick: Callable[[], None],
+    ) -> "_Objective":
         truth = torch.from_numpy(labels)
         per_class = torch.zeros(class_count, weights.shape[1]).index_add_(0, truth, weights)
         mask = torch.zeros(weights.shape[1], class_count).masked_fill(per_class.T == 0, -torch.inf)
-        return cls(basis, weights, truth[:, None, None], mask)
+        return cls(basis, weights, truth[:, None, None], mask, tick)
 
     def start(self) -> Tensor:
         return torch.zeros(self.basis.points.shape[1], *self.mask.shape)
@@ -407,6 +424,7 @@ class _Objective:
         return _conjugate_gradients(product, gradient, diagonal, active, target)
 
     def _logits(self, solution: Tensor) -> Tensor:
+        self.tick()
         return (self.basis.points @ solution.flatten(1)).view(-1, *self.mask.shape)
 
     def _against_points(self, residuals: Tensor) -> Tensor:

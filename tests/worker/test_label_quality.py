@@ -179,3 +179,18 @@ def test_a_tick_may_stop_it() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         near_pairs(features, tick=stop)
+
+
+def test_a_tick_may_stop_the_probes_too() -> None:
+    features, labels = pictures(200, 4)
+    ticks = 0
+
+    def stop_at_the_third() -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks == 3:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        suspicious_labels(features, labels, 4, groups=np.arange(200), seed=0, tick=stop_at_the_third)
+    assert ticks == 3
