@@ -261,6 +261,7 @@ class Epoch(Schema):
     val_accuracy: FiniteFloat
     learning_rate: FiniteFloat
     seconds: FiniteFloat
+    method: str | None = Field(None, description="Whose epoch it is, where several methods compete; else null.")
 
     @classmethod
     def of(cls, row: EpochRow) -> Self:
@@ -311,6 +312,9 @@ class Model(Schema):
     metrics: JsonObject
     size_bytes: int
     sha256: str = Field(description="Of its weights file.")
+    role: Literal["probe", "final"] = Field(
+        description="probe: served by a job of method auto until its final model was there."
+    )
     promotion: Promotion | None = Field(description="Whether it became the default and why; null if that is unknown.")
     created_at: datetime
 
@@ -327,6 +331,7 @@ class Model(Schema):
             metrics=row.metrics,
             size_bytes=row.size_bytes,
             sha256=row.sha256,
+            role=row.role,
             promotion=row.promotion,
             created_at=row.created_at,
         )

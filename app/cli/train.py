@@ -160,6 +160,8 @@ def describe_model(client: GraftClient, model: JsonObject) -> None:
         print_line(f"  macro F1            {metrics['macro_f1']:.3f}")
     if metrics.get("validation_warning"):
         errors.print(f"Warning: {metrics['validation_warning']}", style="yellow", markup=False, soft_wrap=True)
+    if metrics.get("forecast"):
+        print_line(f"  {metrics['forecast']['sentence']}")
     which = "" if "default" in model["aliases"] else f"?model={model['id']}"
     print_line(f"  curl -F file=@picture.jpg {client.url}/predict{which}")
 
@@ -174,9 +176,10 @@ def _show(event: JobEvent, bar: Progress, task: Any) -> None:
             if epochs and fraction is not None:
                 bar.update(task, completed=round(fraction * epochs, 2))
         case "epoch":
-            bar.update(task, completed=event.data["epoch"])
+            method = event.data.get("method")  # where several compete
             bar.console.print(
-                f"epoch {event.data['epoch']:3}   train loss {event.data['train_loss']:.4f} "
+                f"epoch {event.data['epoch']:3}{f'   {method}' if method else ''}   "
+                f"train loss {event.data['train_loss']:.4f} "
                 f"accuracy {percent(event.data['train_accuracy'])}   validation loss {event.data['val_loss']:.4f} "
                 f"accuracy {percent(event.data['val_accuracy'])}",
                 soft_wrap=True,

@@ -214,7 +214,7 @@ def test_history_lists_epochs_with_null_for_what_is_no_number(
 
     history = client.get(f"/v1/jobs/{job['id']}/history").json()
 
-    assert history["data"] == [{**EPOCH, "val_loss": None}]
+    assert history["data"] == [{**EPOCH, "val_loss": None, "method": None}]
 
 
 def test_deleting_a_data_set_waits_for_its_jobs(client: httpx.Client, dataset: str) -> None:
