@@ -47,7 +47,7 @@ def spec(
     )
 
 
-def training(wanted: TrainingSpec) -> Training:
+def training(wanted: TrainingSpec, surroundings: methods.Surroundings | None = None) -> Training:
     source = builders.split(18)
     records = [
         Record(f"img_{i}", f"{i}.png", int(label), "train" if i < 12 else "val", "", 30, 24)
@@ -59,6 +59,7 @@ def training(wanted: TrainingSpec) -> Training:
         manifest=Manifest(CLASSES, records),
         images=source.images,
         device=torch.device("cpu"),
+        surroundings=surroundings,
     )
 
 
@@ -285,3 +286,17 @@ def test_jobs_with_and_without_excluded_images_share_their_features(tmp_path: Pa
     assert isinstance(less.plan.train, ActivationSource) and less.plan.train.augmented is not None
     list(loop.fit(less.state, less.plan))
     assert methods.conclude(less, split_in_three()).evaluation["images"] == 5
+
+
+def test_where_features_find_no_room_on_the_disk_a_head_is_solved_for_all_the_same(tmp_path: Path) -> None:
+    wanted = spec("feature_extraction", recipe="modern", image_size=32)
+    wanted = wanted.model_copy(
+        update={"hyperparameters": wanted.hyperparameters.model_copy(update={"optimizer": "lbfgs", "epochs": 1})}
+    )
+    said: list[str] = []
+    cramped = methods.Surroundings(FeatureCache(LocalStorage(tmp_path), "ds_1", max_bytes=0), log=said.append)
+    solved = training(wanted, cramped)
+    roomy = training(wanted)
+    assert solved.solved is not None
+    assert builders.same(builders.weights(solved.classifier), builders.weights(roomy.classifier))
+    assert said == ["There is no room to store features: this job keeps them in memory."]

@@ -268,7 +268,7 @@ class _Frozen:
         """The logistic regression on what the head sees, from the training images alone. Freezes all stages."""
         self.classifier.freeze(0)
         # In full precision, as serving computes: this head is served as it is where nothing beats it.
-        found = self._pass(None, "fp32")
+        found = self._head_features()
         train = self.pixels.source("train").split
         features = found.rows(0, train.indices)
         probe = fit_probe(
@@ -310,8 +310,10 @@ class _Frozen:
         if not self.classifier.frozen_stage_names or (is_augmented and values.augmented_views is None):
             return None
         try:
-            plain = self._pass(None, "fp32" if values.optimizer == "lbfgs" else precision)
-            augmented = self._pass(values.augmented_views, precision) if is_augmented else None
+            # A head that is solved for is measured on the features that it was solved on.
+            is_solved = values.optimizer == "lbfgs"
+            plain = self._probed[0].features if is_solved else self._plain(precision, self.surroundings.cache)
+            augmented = self._augmented(values.augmented_views, precision) if is_augmented else None
         except StorageFull:
             self.surroundings.log("There is no room to store features: the frozen stages run in each epoch instead.")
             return None
@@ -326,18 +328,27 @@ class _Frozen:
         """The images of the augmented pass: all training images, those that this job excludes too."""
         return self.pixels.manifest.indices("train")
 
-    def _pass(self, views: int | None, precision: Precision) -> Activations:
-        if views is None:
-            return plain_features(
-                self.classifier,
-                self.pixels.manifest,
-                self.pixels.images,
-                preprocessing=self.spec.preprocessing,
-                device=self.device,
-                precision=precision,
-                cache=self.surroundings.cache,
-                on_batch=self.surroundings.on_features,
-            )
+    def _head_features(self) -> Activations:
+        """What the head sees of every image, in full precision. Small, so memory holds it where the disk does not."""
+        try:
+            return self._plain("fp32", self.surroundings.cache)
+        except StorageFull:
+            self.surroundings.log("There is no room to store features: this job keeps them in memory.")
+            return self._plain("fp32", None)
+
+    def _plain(self, precision: Precision, cache: FeatureCache | None) -> Activations:
+        return plain_features(
+            self.classifier,
+            self.pixels.manifest,
+            self.pixels.images,
+            preprocessing=self.spec.preprocessing,
+            device=self.device,
+            precision=precision,
+            cache=cache,
+            on_batch=self.surroundings.on_features,
+        )
+
+    def _augmented(self, views: int | None, precision: Precision) -> Activations:
         return activations(
             self.classifier,
             self.pixels.of(self._trained_on()),
