@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from app.db.engine import Database
 from app.db.migrate import upgrade
 from app.storage import LocalStorage
+
+# The networks of tests are tiny: threads would wait for each other most of the time. Exact results need it, too.
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

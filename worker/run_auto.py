@@ -160,11 +160,9 @@ def _refusal(leader: Contender | None, left_seconds: float | None, *, is_stopped
         return None
     if is_stopped:
         return "the job was asked to stop"
-    if not competition.has_room(leader):
-        return f"{leader.method} leaves nothing to gain"
     if left_seconds is not None and left_seconds <= 0:
         return "budget_seconds is spent"
-    return None
+    return competition.no_room(leader)
 
 
 def _share(place: int, count: int, *, epochs: int, steps: int, method: str) -> Share:

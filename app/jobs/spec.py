@@ -270,6 +270,7 @@ class ResolvedHyperparameters(BaseModel):
     mixup: float
     cutmix: float = 0.0  # jobs of earlier versions have none
     ema: float
+    fixed_batch_norm: bool = False  # batch-norms keep the statistics that they were pretrained with
     class_weights: ClassWeights
     early_stopping_patience: int | None
 
@@ -332,21 +333,8 @@ CLASSIC: dict[str, Any] = {
     "class_weights": "none",
     "early_stopping_patience": None,
 }
-# Who sets none of these under modern gets a head that is solved for, not stepped towards.
-ITERATIVE = frozenset(
-    {
-        "epochs",
-        "batch_size",
-        "optimizer",
-        "learning_rate",
-        "momentum",
-        "weight_decay",
-        "scheduler",
-        "step_size",
-        "gamma",
-    }
-    | {"warmup_epochs", "label_smoothing", "augmentation", "augmented_views", "mixup", "ema", "early_stopping_patience"}
-)
+# Who sets none of these under modern gets a head that is solved for, not stepped towards: it has no use for them.
+ITERATIVE = frozenset(Hyperparameters.model_fields) - {"class_weights", "feature_layer", "image_size"}
 DEFAULT_MOMENTUM = 0.9
 DEFAULT_STEP_SIZE, DEFAULT_GAMMA = 7, 0.1
 DEFAULT_EMA = 0.999
@@ -364,6 +352,8 @@ class ModernDefaults:
     max_epochs: int
     crop_scale: tuple[float, float]
     label_smoothing: float = 0.0
+    ema: float = 0.0
+    fixed_batch_norm: bool = False
 
 
 # Where the numbers come from. Rates: 1e-3 for a new head and 3e-4 for a convolutional body are what AutoGluon, Geti
@@ -371,13 +361,16 @@ class ModernDefaults:
 # Steps by data size and not epochs, 500 for small sets: BiT's rule. Gentle crops: a crop of 8 % of the area is made
 # for ImageNet from scratch, and hides the object in a few hundred photos. Scratch needs more steps, higher rates,
 # stronger crops and label smoothing, as in torchvision's reference training.
+SHORT_EMA = 0.98  # over the last 50 steps, where there are some hundreds
 _HEAD = ModernDefaults(2e-3, 1.0, 0.01, 500, 10, 40, (0.5, 1.0))
 _CNN_SCRATCH = ModernDefaults(2e-3, 1.0, 0.05, 2000, 20, 100, (0.35, 1.0), label_smoothing=0.1)
 _TRANSFORMER_SCRATCH = ModernDefaults(5e-4, 1.0, 0.05, 2000, 20, 100, (0.35, 1.0), label_smoothing=0.1)
 MODERN: dict[tuple[Method, Family], ModernDefaults] = {
     ("feature_extraction", "cnn"): _HEAD,
     ("feature_extraction", "transformer"): _HEAD,
-    ("fine_tuning", "cnn"): ModernDefaults(1e-3, 0.3, 0.01, 500, 8, 40, (0.5, 1.0)),
+    ("fine_tuning", "cnn"): ModernDefaults(
+        1e-3, 0.3, 0.01, 500, 8, 40, (0.5, 1.0), ema=SHORT_EMA, fixed_batch_norm=True
+    ),
     ("fine_tuning", "transformer"): ModernDefaults(1e-3, 0.1, 0.05, 500, 8, 40, (0.5, 1.0)),
     ("full_fine_tuning", "cnn"): ModernDefaults(1e-3, 0.5, 0.02, 600, 8, 40, (0.5, 1.0)),
     ("full_fine_tuning", "transformer"): ModernDefaults(1e-3, 0.05, 0.05, 600, 8, 40, (0.5, 1.0)),
@@ -396,7 +389,7 @@ SOLVED: dict[str, Any] = {
     "augmented_views": None,
     "early_stopping_patience": None,
 }
-MODERN_AUGMENTED_VIEWS = 8
+MODERN_AUGMENTED_VIEWS = 4
 MODERN_BATCH_SIZE = 32
 MODERN_WARMUP_SHARE = 0.1  # of all epochs; 5 to 10 % is common to every recipe read
 SGD_RATE_FACTOR = 10.0  # sgd with momentum 0.9 wants about ten times adamw's rate: 0.01 beside 1e-3
@@ -496,7 +489,7 @@ def _entered(request: JobRequest, method: Method) -> JobRequest:
     """What was asked for, as far as it has a meaning for this method: the probe is solved for, whatever the epochs."""
     asked = request.hyperparameters
     if method == "feature_extraction":
-        values = asked.model_dump(exclude_unset=True, exclude={*ITERATIVE, "backbone_learning_rate"})
+        values = asked.model_dump(exclude_unset=True, exclude=set(ITERATIVE))
         asked = Hyperparameters.model_validate(values)
     return request.model_copy(update={"method": method, "hyperparameters": asked})
 
@@ -703,7 +696,8 @@ def _modern(
         "horizontal_flip": _flip_keeps_class(dataset, reasons),
         "mixup": 0.0,
         "cutmix": 0.0,
-        "ema": 0.0,
+        "ema": defaults.ema,
+        "fixed_batch_norm": defaults.fixed_batch_norm,
         "class_weights": _class_weights(dataset, reasons),
         # A third of the run without progress: the cosine's end, where most is gained, is then mostly still reached.
         "early_stopping_patience": max(5, math.ceil(epochs / 3)),

@@ -77,6 +77,7 @@ def test_classic_is_the_textbook() -> None:
         "mixup": 0.0,
         "cutmix": 0.0,
         "ema": 0.0,
+        "fixed_batch_norm": False,
         "class_weights": "none",
         "early_stopping_patience": None,
     }
@@ -303,7 +304,8 @@ def test_modern_solves_for_a_head_unless_steps_are_asked_for() -> None:
 
 def test_modern_starts_every_pretrained_network_with_a_probe_and_keeps_views_for_its_last_stages() -> None:
     tuned = resolved(method="fine_tuning", hyperparameters={"epochs": 40}).hyperparameters
-    assert (tuned.head_start, tuned.augmented_views) == ("probe", 8)
+    assert (tuned.head_start, tuned.augmented_views) == ("probe", 4)
+    assert (tuned.ema, tuned.fixed_batch_norm) == (0.98, True)
     assert resolved(method="fine_tuning", hyperparameters={"epochs": 3}).hyperparameters.augmented_views == 3
     full = resolved(method="full_fine_tuning").hyperparameters
     assert (full.head_start, full.augmented_views) == ("probe", None)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from worker.training.competition import Contender, Dropped, has_room, heat_epochs, reason, survives, table, winner
+from worker.training.competition import Contender, Dropped, heat_epochs, no_room, reason, survives, table, winner
 
 
 def contender(method: str, *, right: int, images: int = 400, past: Sequence[float] = ()) -> Contender:
@@ -47,9 +47,22 @@ def test_a_solved_head_has_no_past_so_its_whole_accuracy_must_be_beaten() -> Non
     assert survives([0.90, 0.955], probe)
 
 
-def test_nothing_is_left_to_gain_within_half_a_point_of_everything_right() -> None:
-    assert not has_room(contender("a", right=398))
-    assert has_room(contender("a", right=397))
+@pytest.mark.parametrize(
+    ("mistakes", "images", "why"),
+    [
+        (2, 400, "next to nothing to gain"),
+        (4, 400, "next to nothing to gain"),
+        (10, 1000, "next to nothing to gain"),
+        (9, 150, "chance could explain"),  # 4 images more right: one of 16 even matches ends like that
+        (10, 150, None),
+        (6, 8, "chance could explain"),
+    ],
+)
+def test_no_other_method_is_tried_where_half_the_mistakes_would_show_nothing(
+    mistakes: int, images: int, why: str | None
+) -> None:
+    found = no_room(contender("a", right=images - mistakes, images=images))
+    assert found is None if why is None else why in str(found)
 
 
 def test_the_sentence_names_the_winner_its_figures_and_what_became_of_the_others() -> None:

@@ -116,6 +116,17 @@ def test_modern_batch_norm_follows_short_runs_and_classic_is_torchvisions(recipe
     assert {norm.momentum for norm in norms} == momentum
 
 
+@pytest.mark.parametrize(("method", "moves"), [("fine_tuning", False), ("from_scratch", True)])
+def test_modern_tunes_a_last_stage_with_the_statistics_that_it_was_pretrained_with(method: str, moves: bool) -> None:
+    prepared = training(spec(method, recipe="modern", epochs=2))
+    before = builders.weights(prepared.classifier)
+    list(loop.fit(prepared.state, prepared.plan))
+    after = builders.weights(prepared.classifier)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any("running_mean" in name for name in moved) == moves
+    assert "backbone.stages.layer4.0.0.bn2.weight" in moved
+
+
 def test_balanced_weights_are_inverse_to_the_counts_and_one_in_the_mean() -> None:
     split = builders.split(9)
     uneven = type(split)(split.images, split.indices[:6], np.array([0, 0, 0, 0, 1, 1]))

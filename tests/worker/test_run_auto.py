@@ -4,13 +4,12 @@ Its competitors start from an earlier model, so that no pretrained weights are n
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import queue_builders
-import torch
 from sqlalchemy import select
 from training_jobs import SIZE, Job, act_after_steps, same_weights, write_dataset
 
@@ -27,14 +26,6 @@ METHODS = ["feature_extraction", "fine_tuning", "full_fine_tuning"]
 VALUES = {"epochs": 4, "image_size": SIZE, "learning_rate": 0.01}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop reports after each step, not once a second."""
@@ -44,8 +35,8 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def job(database: Database, storage: LocalStorage, tmp_path: Path) -> Callable[..., Job]:
-    # One of the nine validation pictures is in a wrong class, so that no method can have all of them right.
-    write_dataset(storage, mislabelled=[18])
+    # Twelve of the validation pictures are in a wrong class: no method gets them right, so each is worth a heat.
+    write_dataset(storage, val=27, mislabelled=range(18, 30))
     settings = Settings(data_dir=tmp_path / "storage", device="cpu", allow_downloads=False)
 
     def make(**body: Any) -> Job:
@@ -140,10 +131,7 @@ def test_a_spent_budget_leaves_the_probe(auto: Callable[..., Job], database: Dat
     done.run()
     assert done.row.metrics is not None
     assert done.row.metrics["method"] == "feature_extraction"
-    assert {entry["dropped"] for entry in done.row.metrics["candidates"][1:]} <= {
-        "budget_seconds is spent",
-        "feature_extraction leaves nothing to gain",
-    }
+    assert {entry["dropped"] for entry in done.row.metrics["candidates"][1:]} == {"budget_seconds is spent"}
 
 
 @pytest.mark.parametrize("killed_at", [1, 5])
@@ -173,13 +161,13 @@ def test_an_auto_job_given_back_in_a_heat_ends_as_if_it_had_not_been(
 
 
 def test_every_contender_does_without_what_the_job_excludes(auto: Callable[..., Job], storage: LocalStorage) -> None:
-    excluded = ["train/dark/0.png", "val/light/18.png", "test/red/29.png"]
+    excluded = ["train/dark/0.png", "val/light/18.png", "test/red/47.png"]
     job = auto(hyperparameters=VALUES, exclude=excluded)
     job.run()
 
     assert job.row.status == "succeeded"
     announced = [message for message in job.messages if message.startswith("Training ")]
     assert announced
-    assert [m for m in announced if " on 17 images, validating on 8;" not in m] == []
+    assert [m for m in announced if " on 17 images, validating on 26;" not in m] == []
     stored = json.loads(storage.path(f"models/{job.row.model_id}/evaluation.json").read_text())
-    assert (stored["images"], len(stored["predictions"]["digests"]), stored["test"]["images"]) == (8, 8, 2)
+    assert (stored["images"], len(stored["predictions"]["digests"]), stored["test"]["images"]) == (26, 26, 2)

@@ -1,7 +1,7 @@
 """One job's story on a small data set, in this process: its end, its stops, its resumption, what it leaves behind."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,6 @@ from app.vision.preprocessing import eval_pixels, normalise
 from worker import run_job
 from worker.reporter import Reporter, ShuttingDown
 from worker.wakeup import Wakeup
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ DATASET = "ds_1"
 SIZE = 32
 
 
-def write_dataset(storage: LocalStorage, *, mislabelled: Collection[int] = ()) -> Manifest:
-    """Thirty pictures in three colours: 18 to train, 9 to validate, 3 to test.
+def write_dataset(storage: LocalStorage, *, val: int = 9, mislabelled: Collection[int] = ()) -> Manifest:
+    """Pictures in three colours: 18 to train, `val` to validate, 3 to test.
 
     mislabelled: which of them are labelled as the colour that comes next.
     """
@@ -41,14 +41,14 @@ def write_dataset(storage: LocalStorage, *, mislabelled: Collection[int] = ()) -
     with storage.staging() as staged:
         staged.mkdir()
         with PackedWriter(staged / "packed") as writer:
-            for i in range(30):
-                colour, split = i % 3, ("train" if i < 18 else "val" if i < 27 else "test")
+            for i in range(18 + val + 3):
+                colour, split = i % 3, ("train" if i < 18 else "val" if i < 18 + val else "test")
                 base = np.array([[40, 40, 40], [210, 210, 210], [210, 40, 40]])[colour]
                 writer.append((random.integers(-40, 40, (40, 48, 3)) + base).clip(0, 255).astype(np.uint8))
                 label = (colour + (i in mislabelled)) % 3
                 path = f"{split}/{CLASSES[label]}/{i}.png"
                 records.append(Record(f"img_{i}", path, label, split, f"{i:064x}", 48, 40))  # type: ignore[arg-type]
-            writer.finish(range(30))
+            writer.finish(range(len(records)))
         manifest = Manifest(CLASSES, records)
         manifest.write(staged / "manifest.jsonl")
         storage.publish(staged / "packed", packed_key(DATASET, 256))

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worker.training.compare import SIGNIFICANCE, mcnemar_p_value
+
 # Share of a method's epochs that it may train before it must have shown that it can win.
 HEAT_SHARE = 0.25
 MIN_HEAT_EPOCHS = 2
@@ -54,9 +56,16 @@ def heat_epochs(epochs: int) -> int:
     return min(epochs, max(MIN_HEAT_EPOCHS, math.ceil(HEAT_SHARE * epochs)))
 
 
-def has_room(leader: Contender) -> bool:
-    """Whether another method could still be better by more than a tie."""
-    return int((~leader.correct).sum()) > TIE_POINTS * len(leader.correct)
+def no_room(leader: Contender) -> str | None:
+    """Why no other method need be tried: even one that halved the leader's mistakes would tie with it, or could not be
+    told from it on these images beyond chance. None where one could."""
+    mistakes, images = int((~leader.correct).sum()), len(leader.correct)
+    made = f"{leader.method} makes {mistakes} mistakes on {images} validation images"
+    if mistakes // 2 <= TIE_POINTS * images:
+        return f"{made}, which leaves next to nothing to gain"
+    if mcnemar_p_value(mistakes // 2, 0) >= SIGNIFICANCE:
+        return f"{made}: even with half of them put right, chance could explain the difference"
+    return None
 
 
 def survives(val_accuracies: Sequence[float], leader: Contender) -> bool:

@@ -146,6 +146,7 @@ class LoopState:
     total_steps: int = 0
     micro_batches: int = 1
     epochs_without_gain: int = 0
+    reached_accuracy: float = 0.0  # the last gain that chance does not explain: what patience counts from
     epoch_seconds: float = 0.0  # training time of the running epoch, over all attempts
     elapsed_seconds: float = 0.0  # of all done epochs
     is_finished: bool = False
@@ -197,6 +198,7 @@ class LoopState:
             "total_steps": self.total_steps,
             "micro_batches": self.micro_batches,
             "epochs_without_gain": self.epochs_without_gain,
+            "reached_accuracy": self.reached_accuracy,
             "epoch_seconds": self.epoch_seconds,
             "elapsed_seconds": self.elapsed_seconds,
             "is_finished": self.is_finished,
@@ -487,7 +489,10 @@ def _end_epoch(state: LoopState, plan: Plan, pace: "_Pace", *, val_loss: float, 
     state.epoch += 1
     state.step = 0
     state.sums.zero_()
-    state.epochs_without_gain = 0 if is_best else state.epochs_without_gain + 1
+    if not state.val_accuracies[:-1] or is_gain(val_accuracy, state.reached_accuracy, images=len(plan.val)):
+        state.reached_accuracy, state.epochs_without_gain = val_accuracy, 0
+    else:
+        state.epochs_without_gain += 1
     return EpochResult(
         epoch=state.epoch,
         train_loss=loss_sum / count,
@@ -503,6 +508,14 @@ def _end_epoch(state: LoopState, plan: Plan, pace: "_Pace", *, val_loss: float, 
         best_val_loss=state.best.val_loss,
         step=state.total_steps,
     )
+
+
+def is_gain(val_accuracy: float, reached: float, *, images: int) -> bool:
+    """Whether training went on, and not only up and down: by half a standard error of the accuracy, or more.
+
+    The best epoch is kept by whatever it is better; this says whether to wait for another one.
+    """
+    return val_accuracy - reached > 0.5 * math.sqrt(val_accuracy * (1 - val_accuracy) / images)
 
 
 class _Pace:

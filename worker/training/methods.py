@@ -134,6 +134,8 @@ def prepare(
     starts_as_probe = values.head_start == "probe"
     probe = frozen.probe() if starts_as_probe else None
     classifier.freeze(_trainable_stages(spec, classifier))
+    if values.fixed_batch_norm:
+        classifier.keep_statistics()
     classifier.train()
     train, val = pixels.source("train"), pixels.source("val")
     if precision is None:
