@@ -309,6 +309,7 @@ def test_modern_starts_every_pretrained_network_with_a_probe_and_keeps_views_for
     assert resolved(method="fine_tuning", hyperparameters={"epochs": 3}).hyperparameters.augmented_views == 3
     full = resolved(method="full_fine_tuning").hyperparameters
     assert (full.head_start, full.augmented_views) == ("probe", None)
+    assert (full.ema, full.fixed_batch_norm) == (0.98, True)
     assert resolved(method="from_scratch").hyperparameters.head_start == "random"
 
 

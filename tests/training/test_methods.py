@@ -116,8 +116,8 @@ def test_modern_batch_norm_follows_short_runs_and_classic_is_torchvisions(recipe
     assert {norm.momentum for norm in norms} == momentum
 
 
-@pytest.mark.parametrize(("method", "moves"), [("fine_tuning", False), ("from_scratch", True)])
-def test_modern_tunes_a_last_stage_with_the_statistics_that_it_was_pretrained_with(method: str, moves: bool) -> None:
+@pytest.mark.parametrize(("method", "moves"), [("full_fine_tuning", False), ("from_scratch", True)])
+def test_modern_tunes_a_network_with_the_statistics_that_it_was_pretrained_with(method: str, moves: bool) -> None:
     prepared = training(spec(method, recipe="modern", epochs=2))
     before = builders.weights(prepared.classifier)
     list(loop.fit(prepared.state, prepared.plan))
