@@ -312,9 +312,7 @@ class _Frozen:
         if not self.classifier.frozen_stage_names or (is_augmented and values.augmented_views is None):
             return None
         try:
-            # A head that is solved for is measured on the features that it was solved on.
-            is_solved = values.optimizer == "lbfgs"
-            plain = self._probed[0].features if is_solved else self._plain(precision, self.surroundings.cache)
+            plain = self._probed_features(precision) or self._plain(precision, self.surroundings.cache)
             augmented = self._augmented(values.augmented_views, precision) if is_augmented else None
         except StorageFull:
             self.surroundings.log("There is no room to store features: the frozen stages run in each epoch instead.")
@@ -325,6 +323,11 @@ class _Frozen:
             ActivationSource(labels[train], plain, train, augmented, np.searchsorted(trained_on, train)),
             ActivationSource(labels[val], plain, val, None, val),
         )
+
+    def _probed_features(self, precision: Precision) -> Activations | None:
+        """What the probe was fitted on, where training is to see just that: a head that is solved for, always."""
+        is_whole = self.classifier.frozen_stage_names == self.classifier.stage_names
+        return self._probed[0].features if self._probed and is_whole and precision == "fp32" else None
 
     def _trained_on(self) -> NDArray[np.int64]:
         """The images of the augmented pass: all training images, those that this job excludes too."""
