@@ -45,7 +45,7 @@ from app.vision.device import resolve_device
 from app.vision.preprocessing import normalise
 from worker.training import loop, methods
 from worker.training.methods import Training
-from worker.training.pixels import PixelSource, Split, ordered_batches
+from worker.training.pixels import PixelSource, Split, ordered_batches, pass_batch_size
 
 # These may do their frozen stages once and for all, so only whole jobs compare.
 WHOLE_JOB = ("feature_extraction", "fine_tuning")
@@ -219,7 +219,7 @@ class _Limit:
         train = replace(val, split=Split(val.split.images, indices, manifest.labels[indices]))
         self._normalise = partial(normalise, preprocessing=spec.preprocessing)
         self._train = self._batches(train, self.training.plan.batch_size)
-        self._val = self._batches(val, loop.EVAL_BATCH_SIZE)
+        self._val = self._batches(val, pass_batch_size(device))
         self._passes = 1 + (spec.hyperparameters.augmented_views or 0)
         self._activations: list[tuple[Tensor, Tensor]] = []
         self.seconds(1, with_validation=True)  # wakes threads and caches

@@ -76,6 +76,13 @@ def test_the_sentence_names_the_winner_its_figures_and_what_became_of_the_others
     )
 
 
+def test_methods_left_for_the_same_reason_are_told_of_together() -> None:
+    left = [Dropped(name, "budget_seconds is spent") for name in ("fine_tuning", "full_fine_tuning")]
+    assert reason([contender("feature_extraction", right=380)], left).endswith(
+        "; fine_tuning and full_fine_tuning were left: budget_seconds is spent."
+    )
+
+
 def test_the_table_has_a_row_for_each_method_and_marks_the_winner() -> None:
     rows = table(
         [contender("a", right=380), contender("b", right=390)], [Dropped("c", "behind in its heat", 0.9, seconds=3.0)]

@@ -60,7 +60,7 @@ def no_room(leader: Contender) -> str | None:
     """Why no other method need be tried: even one that halved the leader's mistakes would tie with it, or could not be
     told from it on these images beyond chance. None where one could."""
     mistakes, images = int((~leader.correct).sum()), len(leader.correct)
-    made = f"{leader.method} makes {mistakes} mistakes on {images} validation images"
+    made = f"{leader.method} makes {mistakes} mistake{'' if mistakes == 1 else 's'} on {images} validation images"
     if mistakes // 2 <= TIE_POINTS * images:
         return f"{made}, which leaves next to nothing to gain"
     if mcnemar_p_value(mistakes // 2, 0) >= SIGNIFICANCE:
@@ -91,7 +91,9 @@ def reason(contenders: Sequence[Contender], dropped: Sequence[Dropped]) -> str:
     """One sentence: who won, and against whom."""
     won = winner(contenders)
     parts = [_comparison(won, other) for other in contenders if other is not won]
-    parts += [f"{other.method} was left: {other.reason}" for other in dropped]
+    for why in dict.fromkeys(other.reason for other in dropped):  # methods with the same one are told of together
+        names = [other.method for other in dropped if other.reason == why]
+        parts.append(f"{' and '.join(names)} {'was' if len(names) == 1 else 'were'} left: {why}")
     low, high = won.accuracy_ci95
     found = f"{won.method} wins with {won.val_accuracy:.3f} ({low:.3f} to {high:.3f})"
     return f"{'; '.join([f'{found} on {len(won.correct)} validation images', *parts])}."

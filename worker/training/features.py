@@ -31,14 +31,13 @@ from worker.training.pixels import (
     Images,
     PixelSource,
     Split,
+    pass_batch_size,
     pinned,
     prefetched,
     random_stream,
 )
 
 FORMAT_VERSION = 1
-# One size for all, so that the same image has the same features whichever job computes them.
-BATCH_SIZE = 64
 _VALUES = "values.bin"
 _SHAPE = "shape.json"
 
@@ -268,16 +267,18 @@ def _all_views(
     source: PixelSource, views: int | None, seed: int, device: torch.device
 ) -> Iterator[tuple[int, int, Batch]]:
     """(view, place of the batch's first image, batch)."""
+    # One size for all, so that the same image has the same features whichever job computes them.
+    size = pass_batch_size(device)
     for view in range(views or 1):
-        for start in range(0, len(source), BATCH_SIZE):
-            positions = range(start, min(start + BATCH_SIZE, len(source)))
+        for start in range(0, len(source), size):
+            positions = range(start, min(start + size, len(source)))
             yield view, start, _view(source, positions, None if views is None else view, seed, device)
 
 
 def _view(source: PixelSource, positions: Sequence[int], view: int | None, seed: int, device: torch.device) -> Batch:
     if view is None:
         return source.batch(np.array(positions), device=device)
-    step = positions[0] // BATCH_SIZE
+    step = positions[0] // pass_batch_size(device)
     return source.training_batch(np.array(positions), seed=seed, epoch=view, step=step, device=device)
 
 

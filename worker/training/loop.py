@@ -29,6 +29,7 @@ from worker.training.pixels import (
     Batch,
     Source,
     ordered_batches,
+    pass_batch_size,
     prefetched,
     random_stream,
     steps_per_epoch,
@@ -41,7 +42,6 @@ Precision = Literal["fp32", "bf16"]
 MAX_HALVINGS = 4
 TICK_SECONDS = 1.0
 CHECKPOINT_SECONDS = 60.0
-EVAL_BATCH_SIZE = 64
 # bf16 must be this much faster to be chosen: less is within the noise of a few steps, and fp32 is exact.
 BF16_MIN_GAIN = 1.2
 _PROBE_STEPS = 3
@@ -457,7 +457,7 @@ def predict_logits(
 ) -> Tensor:
     """Logits of the whole source in its own order: float32 (N, C) on the CPU. Leaves the network in eval mode."""
     network.eval()
-    batch_size = EVAL_BATCH_SIZE
+    batch_size = pass_batch_size(device)
     found: list[Tensor] = []
 
     def run(start: int, batch: Batch) -> None:
