@@ -2,8 +2,9 @@
 
 An estimate from first principles, replaced by experience where there is some. A stage's time is its arithmetic over the
 device's measured speed plus its activations over the measured memory bandwidth; a job that was run before with the same
-backbone, method and image size gives its images per second instead. Right within a factor of about two where nothing
-was run before: other work on the machine, and how well a network's convolutions suit the device, are not known here.
+backbone, method and image size gives its images per second instead. Right within a factor of 1.5 or little more where
+nothing was run before (docs/benchmarks.md): other work on the machine, and how well a network's convolutions suit the
+device, are not known here.
 """
 
 import math
@@ -29,10 +30,10 @@ FLOAT_BYTES = 4
 # alone were measured to take 692 MiB with a CUDA build of torch.
 PROCESS_BYTES = 700 * 1024**2
 CUDA_CONTEXT_BYTES = 600 * 1024**2
-# Building, opening data, calibrating, saving: measured for small networks on two cores.
-FIXED_SECONDS = 3.0
-# Solving for a head, and what it takes to choose how strongly it is regularised.
-PROBE_SECONDS = 1.0
+# Building, opening data, calibrating, saving, waking up: measured for small networks on two cores.
+FIXED_SECONDS = 0.4
+# Solving for a head, and what it takes to choose how strongly it is regularised; per training image and class.
+PROBE_SECONDS = 0.0001
 # A step of the head alone on kept features, per image.
 HEAD_SECONDS = 0.00002
 # Of the epochs that early stopping may cut short, how many are trained as a rule; and of auto's methods after the
@@ -44,8 +45,12 @@ AUGMENT_SECONDS = 0.0005
 # Fitted to mobilenet_v2, resnet18, squeezenet1_1, efficientnet_b0 and vit_b_16 on two CPU cores (batch 16, fp32,
 # channels-last): all five within 1.5 of these. A backward pass is twice the forward one's arithmetic; how often the
 # activations' bytes are moved tells the rest, and that is what depthwise networks spend their time on.
-FORWARD_ARITHMETIC, FORWARD_PASSES = 1.0, 4.0
+FORWARD_ARITHMETIC, FORWARD_PASSES = 1.3, 11.0
 TRAINING_ARITHMETIC, TRAINING_PASSES = 3.0, 30.0
+# How much memory the activations take in practice, with what the convolutions and the memory allocator add; fitted to
+# the ten jobs of benchmarks/estimates.py.
+PASS_BATCH_SIZE = 32
+PASS_MEMORY, TRAINING_MEMORY = 1.7, 2.2
 PAST_JOBS = 100
 # The fastest counts: the first few wake threads and caches, and others may be disturbed.
 _MEASUREMENTS = 12
@@ -81,6 +86,7 @@ class StageCost:
 
     flops: float
     activation_bytes: float
+    output_bytes: float
 
 
 def estimate(
@@ -112,7 +118,7 @@ def _estimate_one(
     is_cached = bool(frozen) and (values.augmentation == "none" or values.augmented_views is not None)
     once = forward * dataset.val  # the conclusion
     if values.head_start == "probe":
-        once += PROBE_SECONDS + forward * images
+        once += PROBE_SECONDS * dataset.train * len(dataset.classes) + forward * images
     if is_cached:
         once += frozen_forward * ((values.augmented_views or 0) * dataset.train + (images if trained else 0))
         train_image, val_image = training, forward - frozen_forward
@@ -134,7 +140,9 @@ def _estimate_one(
         seconds = min(seconds, spec.budget_seconds + FIXED_SECONDS)
     return Estimate(
         seconds=seconds,
-        peak_memory_bytes=_peak_bytes(spec, frozen=frozen, trained=trained, device_type=device_type),
+        peak_memory_bytes=_peak_bytes(
+            spec, dataset=dataset, frozen=frozen, trained=trained, is_cached=is_cached, device_type=device_type
+        ),
     )
 
 
@@ -180,7 +188,8 @@ def stage_costs(backbone_name: str, image_size: int) -> tuple[StageCost, ...]:
             kept = _KeptActivations(stage)
             with FlopCounterMode(display=False) as counter:
                 activations = stage(activations)
-            costs.append(StageCost(float(counter.get_total_flops()), float(kept.bytes)))
+            output = float(activations.numel() * FLOAT_BYTES)
+            costs.append(StageCost(float(counter.get_total_flops()), float(kept.bytes), output))
     return tuple(costs)
 
 
@@ -208,7 +217,13 @@ def _training_seconds(cost: StageCost, speed: DeviceSpeed) -> float:
 
 
 def _peak_bytes(
-    spec: TrainingSpec, *, frozen: Sequence[StageCost], trained: Sequence[StageCost], device_type: str
+    spec: TrainingSpec,
+    *,
+    dataset: DatasetFacts,
+    frozen: Sequence[StageCost],
+    trained: Sequence[StageCost],
+    is_cached: bool,
+    device_type: str,
 ) -> int:
     values = spec.hyperparameters
     parameters = backbones.BACKBONES[spec.backbone.name].parameters
@@ -218,11 +233,21 @@ def _peak_bytes(
     # Gradient, optimiser's state, best epoch's copy, moving average, and a copy while a checkpoint is written.
     per_trained = 1 + states + 1 + (values.ema > 0) + (1 + states)
     weights = parameters * FLOAT_BYTES * (1 + share * per_trained)
-    # Frozen stages keep one layer's activations at a time, a fraction of what they make in all.
-    activations = sum(c.activation_bytes for c in trained) + max((c.activation_bytes for c in frozen), default=0.0) / 4
-    batch = values.batch_size * (activations + 4 * 3 * values.image_size**2 * FLOAT_BYTES)
+    images = dataset.train + dataset.val
+    size = 3 * values.image_size**2 * FLOAT_BYTES
+    # A pass keeps one stage's activations at a time; training keeps those of all trained stages. The larger counts.
+    looking = min(PASS_BATCH_SIZE, images) * (max(c.activation_bytes for c in (*frozen, *trained)) + size)
+    kept = sum(c.activation_bytes for c in trained)
+    if frozen and not is_cached:
+        kept += max(c.activation_bytes for c in frozen)
+    training = min(values.batch_size, dataset.train) * (kept + size)
+    activations = max(PASS_MEMORY * looking, TRAINING_MEMORY * training)
+    # Of a whole backbone's output only the means over space are kept.
+    stored = 0.0
+    if is_cached and trained:
+        stored = frozen[-1].output_bytes * ((values.augmented_views or 0) * dataset.train + images)
     context = CUDA_CONTEXT_BYTES if device_type == "cuda" else 0
-    return math.ceil(PROCESS_BYTES + context + weights + batch)
+    return math.ceil(PROCESS_BYTES + context + weights + activations + stored)
 
 
 def _trainable_stages(spec: TrainingSpec, stages: int) -> int:
