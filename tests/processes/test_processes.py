@@ -203,7 +203,7 @@ def test_the_command_trains_and_predicts(graft: RunningGraft, tmp_path: Path) ->
 
 
 def test_ctrl_c_while_watching_leaves_the_job_running(graft: RunningGraft, http: httpx.Client, tmp_path: Path) -> None:
-    job_id = submit(http, ready_dataset(http), LONG)
+    job_id = submit(http, ready_dataset(http), LONG | {"epochs": 1000})
     command = [sys.executable, "-m", "app.cli", "jobs", "watch", job_id, "--url", graft.url]
     watching = subprocess.Popen(command, cwd=tmp_path, env=environment_for(tmp_path), stderr=subprocess.PIPE, text=True)
     assert watching.stderr is not None
