@@ -157,14 +157,10 @@ def _run(run: dict[str, Any], data: Ingested, *, weights_dir: Path, device: torc
         "epochs": len(epochs),
         "images_per_second": statistics.median(epoch.images_per_second for epoch in epochs),
         "train_accuracy": epochs[-1].train_accuracy,
-        "train_imbalance": data.facts.imbalance("train"),
         "chosen_method": spec.method,
         "precision": training.state.precision,
         "spec": spec.hyperparameters.model_dump(mode="json"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "device": str(training.state.device),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        **_conditions(data, device),
     }
 
 
@@ -199,12 +195,19 @@ def _run_job(spec: TrainingSpec, data: Ingested, *, weights_dir: Path, device: t
         "seconds": seconds,
         "probe_seconds": probe_seconds,
         "chosen_method": metrics["method"],
+        "method": "auto",
+        **_conditions(data, device),
+    }
+
+
+def _conditions(data: Ingested, device: torch.device) -> dict[str, Any]:
+    """What a figure is read with: the data's unevenness, and the machine."""
+    return {
         "train_imbalance": data.facts.imbalance("train"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "device": str(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "method": "auto",
     }
 
 

@@ -34,18 +34,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from _setup import Ingested, classifier, extracted, hardware, ingested, markdown, resolved, spread, synchronise
+from _setup import Ingested, classifier, extracted, fitted, hardware, ingested, markdown, resolved, spread, synchronise
 from _tutorial import BATCH_SIZE, HEADS, Tutorial, best_workers
 from torch import Tensor
 from torch.nn import functional
 
 from app.jobs.spec import Method, Recipe, TrainingSpec
 from app.storage import LocalStorage
-from app.vision.device import resolve_device
+from app.vision.device import pass_batch_size, resolve_device
 from app.vision.preprocessing import normalise
 from worker.training import loop, methods
 from worker.training.methods import Training
-from worker.training.pixels import PixelSource, Split, ordered_batches, pass_batch_size
+from worker.training.pixels import PixelSource, Split, ordered_batches
 
 # These may do their frozen stages once and for all, so only whole jobs compare.
 WHOLE_JOB = ("feature_extraction", "fine_tuning")
@@ -199,9 +199,7 @@ def _whole_job(spec: TrainingSpec, data: Ingested, device: torch.device) -> Call
     def job() -> float:
         start = time.perf_counter()
         training = _prepared(spec, data, device)
-        if training.solved is None:
-            for _ in loop.fit(training.state, replace(training.plan, early_stopping_patience=None)):
-                pass
+        fitted(replace(training, plan=replace(training.plan, early_stopping_patience=None)))
         synchronise(device)
         return time.perf_counter() - start
 
@@ -219,7 +217,7 @@ class _Limit:
         train = replace(val, split=Split(val.split.images, indices, manifest.labels[indices]))
         self._normalise = partial(normalise, preprocessing=spec.preprocessing)
         self._train = self._batches(train, self.training.plan.batch_size)
-        self._val = self._batches(val, pass_batch_size(device))
+        self._val = self._batches(val, pass_batch_size(device.type))
         self._passes = 1 + (spec.hyperparameters.augmented_views or 0)
         self._activations: list[tuple[Tensor, Tensor]] = []
         self.seconds(1, with_validation=True)  # wakes threads and caches
