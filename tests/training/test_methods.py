@@ -15,6 +15,7 @@ from app.storage import LocalStorage
 from worker.training import loop, methods
 from worker.training.features import ActivationSource, FeatureCache
 from worker.training.methods import Surroundings, Training
+from worker.training.pixels import Images
 
 CLASSES = ["a", "b", "c"]
 
@@ -172,13 +173,7 @@ def test_test_pictures_are_looked_at_once_in_the_end_and_choose_nothing() -> Non
             for i, split in enumerate(splits)
         ]
         manifest, images = Manifest(CLASSES, records), WatchedImages([source[i] for i in range(24)])
-        prepared = methods.prepare(
-            wanted,
-            classifier=methods.build_classifier(wanted, 3),
-            manifest=manifest,
-            images=images,
-            device=torch.device("cpu"),
-        )
+        prepared, _computed = prepared_of(wanted, manifest, images=images)
         list(loop.fit(prepared.state, prepared.plan))
         assert set(images.read) == set(range(18))
         images.read.clear()
@@ -213,13 +208,7 @@ def test_excluded_images_are_neither_trained_on_nor_measured_with(method: str) -
     manifest, source = split_in_three(), builders.split(24).images
     wanted = spec(method, exclude=excluded, augmentation="classic")
     images = WatchedImages([source[i] for i in range(24)])
-    prepared = methods.prepare(
-        wanted,
-        classifier=methods.build_classifier(wanted, 3),
-        manifest=manifest,
-        images=images,
-        device=torch.device("cpu"),
-    )
+    prepared, _computed = prepared_of(wanted, manifest, images=images)
 
     list(loop.fit(prepared.state, prepared.plan))
     concluded = methods.conclude(prepared, manifest)
@@ -242,14 +231,14 @@ class Computed:
 
 
 def prepared_of(
-    wanted: TrainingSpec, manifest: Manifest, *, cache: FeatureCache | None = None
+    wanted: TrainingSpec, manifest: Manifest, *, images: Images | None = None, cache: FeatureCache | None = None
 ) -> tuple[Training, Computed]:
     computed = Computed()
     prepared = methods.prepare(
         wanted,
         classifier=methods.build_classifier(wanted, 3),
         manifest=manifest,
-        images=builders.split(24).images,
+        images=images or builders.split(24).images,
         device=torch.device("cpu"),
         precision="fp32",
         surroundings=Surroundings(cache=cache, on_features=computed),

@@ -3,7 +3,7 @@
 Both give the same within two grey levels. Knows pixels; what is random about them is drawn in augment.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -54,11 +54,12 @@ def by_interpolation(
     """`resized_crops`, one picture after the other."""
     made = torch.empty((len(pictures), size, size, 3), dtype=torch.uint8, device=device)
     images = made.permute(0, 3, 1, 2)
-    for i, (picture, (top, left, height, width)) in enumerate(zip(pictures, boxes.tolist(), strict=True)):
+    for i, cut in enumerate(_cuts(pictures, boxes)):
         # Torch's vectorised uint8 kernel, without conversion to float and back. The new dimension comes first: only
         # then do the strides say channels-last; else the result is planar, and copying it costs twice the resizing.
-        crop = picture[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
-        resized = functional.interpolate(crop, size=(size, size), mode=interpolation, antialias=True)
+        resized = functional.interpolate(
+            cut[None].permute(0, 3, 1, 2), size=(size, size), mode=interpolation, antialias=True
+        )
         images[i : i + 1] = resized.flip(-1) if flips[i] else resized
     return images
 
@@ -114,9 +115,15 @@ def _side_by_side(pictures: Sequence[Tensor], boxes: NDArray[np.int64], device: 
     rows, columns = boxes[:, 2:].max(axis=0).tolist()
     pin = source.type == "cpu" and device.type == "cuda"
     held = torch.empty((len(pictures), rows, columns, 3), dtype=torch.uint8, device=source, pin_memory=pin)
-    for i, (picture, (top, left, height, width)) in enumerate(zip(pictures, boxes.tolist(), strict=True)):
-        held[i, :height, :width] = picture[top : top + height, left : left + width]
+    for i, cut in enumerate(_cuts(pictures, boxes)):
+        held[i, : len(cut), : cut.shape[1]] = cut
     return held
+
+
+def _cuts(pictures: Sequence[Tensor], boxes: NDArray[np.int64]) -> Iterator[Tensor]:
+    """What is in each picture's box, as a view of it: uint8 (height, width, 3)."""
+    for picture, (top, left, height, width) in zip(pictures, boxes.tolist(), strict=True):
+        yield picture[top : top + height, left : left + width]
 
 
 def _weights(lengths: Tensor, size: int, places: int, interpolation: Interpolation, *, mirrored: Tensor) -> Tensor:
