@@ -24,6 +24,7 @@ from app.db.tables import JobRow
 from app.jobs.spec import DatasetFacts, TrainingSpec
 from app.jobs.states import JobKind, JobStatus
 from app.vision import backbones
+from app.vision.device import pass_batch_size
 
 FLOAT_BYTES = 4
 # A process with torch imported, a job's story and a data loader; on cuda its context besides, on the card. Imports
@@ -49,7 +50,6 @@ FORWARD_ARITHMETIC, FORWARD_PASSES = 1.3, 11.0
 TRAINING_ARITHMETIC, TRAINING_PASSES = 3.0, 30.0
 # How much memory the activations take in practice, with what the convolutions and the memory allocator add; fitted to
 # the ten jobs of benchmarks/estimates.py.
-PASS_BATCH_SIZE = 32
 PASS_MEMORY, TRAINING_MEMORY = 1.7, 2.2
 PAST_JOBS = 100
 # The fastest counts: the first few wake threads and caches, and others may be disturbed.
@@ -236,7 +236,7 @@ def _peak_bytes(
     images = dataset.train + dataset.val
     size = 3 * values.image_size**2 * FLOAT_BYTES
     # A pass keeps one stage's activations at a time; training keeps those of all trained stages. The larger counts.
-    looking = min(PASS_BATCH_SIZE, images) * (max(c.activation_bytes for c in (*frozen, *trained)) + size)
+    looking = min(pass_batch_size(device_type), images) * (max(c.activation_bytes for c in (*frozen, *trained)) + size)
     kept = sum(c.activation_bytes for c in trained)
     if frozen and not is_cached:
         kept += max(c.activation_bytes for c in frozen)

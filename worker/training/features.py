@@ -23,6 +23,7 @@ from app.datasets.manifest import Manifest
 from app.errors import StorageFull
 from app.storage import LocalStorage
 from app.vision.classifier import Classifier
+from app.vision.device import pass_batch_size
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 from worker.training.pixels import (
     CPU,
@@ -31,7 +32,6 @@ from worker.training.pixels import (
     Images,
     PixelSource,
     Split,
-    pass_batch_size,
     pinned,
     prefetched,
     random_stream,
@@ -268,7 +268,7 @@ def _all_views(
 ) -> Iterator[tuple[int, int, Batch]]:
     """(view, place of the batch's first image, batch)."""
     # One size for all, so that the same image has the same features whichever job computes them.
-    size = pass_batch_size(device)
+    size = pass_batch_size(device.type)
     for view in range(views or 1):
         for start in range(0, len(source), size):
             positions = range(start, min(start + size, len(source)))
@@ -278,7 +278,7 @@ def _all_views(
 def _view(source: PixelSource, positions: Sequence[int], view: int | None, seed: int, device: torch.device) -> Batch:
     if view is None:
         return source.batch(np.array(positions), device=device)
-    step = positions[0] // pass_batch_size(device)
+    step = positions[0] // pass_batch_size(device.type)
     return source.training_batch(np.array(positions), seed=seed, epoch=view, step=step, device=device)
 
 

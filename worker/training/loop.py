@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from app.errors import JobFailed
+from app.vision.device import pass_batch_size
 from worker.training.augment import cutmix, mixup
 from worker.training.optim import Schedule, load_optimizer_tensors, optimizer_tensors, set_learning_rates
 from worker.training.pixels import (
@@ -29,7 +30,6 @@ from worker.training.pixels import (
     Batch,
     Source,
     ordered_batches,
-    pass_batch_size,
     prefetched,
     random_stream,
     steps_per_epoch,
@@ -146,7 +146,7 @@ class LoopState:
     total_steps: int = 0
     micro_batches: int = 1
     epochs_without_gain: int = 0
-    reached_accuracy: float = 0.0  # the last gain that chance does not explain: what patience counts from
+    reached_accuracy: float = -1.0  # the last gain that chance does not explain; below all before the first epoch
     epoch_seconds: float = 0.0  # training time of the running epoch, over all attempts
     elapsed_seconds: float = 0.0  # of all done epochs
     is_finished: bool = False
@@ -457,7 +457,7 @@ def predict_logits(
 ) -> Tensor:
     """Logits of the whole source in its own order: float32 (N, C) on the CPU. Leaves the network in eval mode."""
     network.eval()
-    batch_size = pass_batch_size(device)
+    batch_size = pass_batch_size(device.type)
     found: list[Tensor] = []
 
     def run(start: int, batch: Batch) -> None:
@@ -489,7 +489,7 @@ def _end_epoch(state: LoopState, plan: Plan, pace: "_Pace", *, val_loss: float, 
     state.epoch += 1
     state.step = 0
     state.sums.zero_()
-    if not state.val_accuracies[:-1] or is_gain(val_accuracy, state.reached_accuracy, images=len(plan.val)):
+    if is_gain(val_accuracy, state.reached_accuracy, images=len(plan.val)):
         state.reached_accuracy, state.epochs_without_gain = val_accuracy, 0
     else:
         state.epochs_without_gain += 1

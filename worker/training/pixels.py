@@ -220,15 +220,6 @@ def stacked(images: Sequence[Tensor]) -> Tensor:
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
-def pass_batch_size(device: torch.device) -> int:
-    """Images of a batch that is only looked at, not trained on.
-
-    On CPUs few: with 64, an early layer's output of mobilenet_v3_small is too large for memory that the C library keeps
-    for the next one, and an image takes 4.2 ms in place of the 2.4 that it takes with 32 (two cores).
-    """
-    return 32 if device.type == "cpu" else 128
-
-
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor in memory from which cuda copies without the CPU waiting; for other devices as it is."""
     return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
