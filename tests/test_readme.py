@@ -139,25 +139,24 @@ def test_the_demo_ends_by_itself_when_asked_to(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_serves_until_ctrl_c_and_leaves_no_process(tmp_path: Path) -> None:
-    demo = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "app.cli", "demo"],
         cwd=tmp_path,
         env=environment_for(tmp_path / "data") | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    )
-    assert demo.stdout is not None
-    lines = []
-    for line in demo.stdout:
-        lines.append(line)
-        if line.startswith("Graft goes on serving at "):
-            break
-    assert lines[-1].startswith("Graft goes on serving at "), "".join(lines)
-    left = psutil.Process(demo.pid).children(recursive=True)
-    os.kill(demo.pid, signal.SIGINT)
-    assert demo.wait(timeout=60) == 0
-    demo.stdout.close()
+    ) as demo:
+        assert demo.stdout is not None
+        lines = []
+        for line in demo.stdout:
+            lines.append(line)
+            if line.startswith("Graft goes on serving at "):
+                break
+        assert lines[-1].startswith("Graft goes on serving at "), "".join(lines)
+        left = psutil.Process(demo.pid).children(recursive=True)
+        os.kill(demo.pid, signal.SIGINT)
+        assert demo.wait(timeout=60) == 0
 
     wait_until(
         lambda: not any(process.is_running() for process in left), within_seconds=10, otherwise="a process is left"

@@ -62,8 +62,9 @@ def _run(folder: Path, *, port: int | None, exit_when_done: bool) -> None:
         print_line(f"\nFrom nothing to predictions in {time.monotonic() - started:.0f} s.")
         if exit_when_done:
             return
-        print_line(f"Graft goes on serving at {url} and describes itself at {url}/docs. Ctrl-C ends it.")
         try:
+            # Inside, because the line invites to press it at once.
+            print_line(f"Graft goes on serving at {url} and describes itself at {url}/docs. Ctrl-C ends it.")
             server.wait()
         except KeyboardInterrupt:
             return
