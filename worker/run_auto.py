@@ -61,7 +61,9 @@ def compete(spec: TrainingSpec, workbench: Workbench, *, serve_probe: Callable[[
             dropped.append(Dropped(candidate.method, refusal))
             reporter.log(f"{candidate.method} is left out: {refusal}.")
             continue
-        entry, training = _enter(candidate, workbench, share, leader=leader, left_seconds=left_seconds)
+        # Time is shared out evenly; what a method leaves of its part goes to those after it.
+        part_seconds = None if left_seconds is None else left_seconds / (len(spec.candidates) - place)
+        entry, training = _enter(candidate, workbench, share, leader=leader, left_seconds=part_seconds)
         spent_seconds += training.state.elapsed_seconds
         epochs += training.state.epoch
         steps += training.state.total_steps

@@ -1,7 +1,6 @@
 """The story of a data set, from an archive to what training reads: look, decode once, compare, split, publish."""
 
 import hashlib
-import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from app.datasets.split import choose_validation
 from app.errors import ArchiveRefused, ImageRefused
 from app.settings import Settings
 from app.storage import LocalStorage
+from app.vision.device import usable_cores
 from app.vision.images import ImageLimits, Pixels, decode, decoded_bytes
 
 PACKED_SIDE = 256
@@ -255,7 +255,7 @@ def _decoded(
 ) -> Iterator[_Decoded | Rejected]:
     """Each of the pictures, in the order of the archive; decoded in threads, since Pillow lets go of the GIL."""
     size_bytes = max(archive.stat().st_size, 1)
-    threads = _usable_cores()
+    threads = usable_cores()
     waiting: deque[tuple[Future[_Decoded | Rejected], int]] = deque()
     bytes_in_flight = 0
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
@@ -276,10 +276,6 @@ def _decoded(
                 yield waiting.popleft()[0].result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decode_one(picture: Picture, encoded: bytes, side: int, limits: ImageLimits) -> _Decoded | Rejected:

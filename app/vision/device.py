@@ -1,5 +1,7 @@
 """Which device computes: one setting, resolved in one place for training and for prediction."""
 
+import os
+
 import torch
 
 from app.errors import InvalidRequest
@@ -47,3 +49,8 @@ def pass_batch_size(device_type: str) -> int:
     for the next one, and an image takes 4.2 ms in place of the 2.4 that it takes with 32 (two cores).
     """
     return 32 if device_type == "cpu" else 128
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -241,6 +242,68 @@ def test_a_gain_is_what_chance_does_not_explain() -> None:
 
 def test_the_budget_ends_the_run_after_the_epoch_that_spends_it() -> None:
     assert len(list(fit(builders.state(builders.network()), builders.plan(epochs=9, budget_seconds=1e-9)))) == 1
+
+
+def test_a_budget_without_room_for_all_epochs_brings_the_rate_down_within_those_it_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, told = [0.0], []
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def a_second_long(batch: Tensor) -> Tensor:
+        clock[0] += 1.0
+        return builders.prepared(batch)
+
+    schedule = Schedule("cosine", 1000, 5, warmup_epochs=100.0)
+    plan = builders.plan(epochs=1000, normalise=a_second_long, schedule=schedule, budget_seconds=100.0)
+    hooks = Hooks(log=lambda message, _details: told.append(message))
+    state = builders.state(builders.network(), rate=0.05)
+    results = list(fit(state, plan, hooks))
+
+    # An epoch has five steps and one batch of validation: six seconds, of which 95 hold fifteen.
+    assert len(results) == state.epochs == 15
+    assert results[-1].learning_rate < 0.01 * max(result.learning_rate for result in results)
+    assert told == [
+        "budget_seconds has room for 15 of 1000 epochs: the learning rate comes down to its end within these."
+    ]
+
+
+def test_epochs_that_take_longer_than_the_first_are_cut_off_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def ever_slower(batch: Tensor) -> Tensor:
+        clock[0] += 1.0 + clock[0] / 20
+        return builders.prepared(batch)
+
+    state = builders.state(builders.network())
+    results = list(fit(state, builders.plan(epochs=1000, normalise=ever_slower, budget_seconds=100.0)))
+    assert state.is_finished
+    assert state.epochs is not None
+    assert len(results) < state.epochs
+    assert results[-1].step < 5 * len(results)  # the last epoch is a part of one, and counts
+    assert 100 <= sum(result.seconds for result in results) < 115
+
+
+def test_a_shortened_schedule_survives_a_kill() -> None:
+    state = builders.state(builders.network())
+    fitted = fit(state, builders.plan(epochs=1000, budget_seconds=0.5))
+    next(fitted)
+    fitted.close()
+    again = builders.state(builders.network())
+    again.restore(state.tensors(), state.numbers())
+    assert again.epochs == state.epochs
+    assert again.epochs is not None
+    results = list(fit(again, builders.plan(epochs=1000, budget_seconds=1e9)))
+    assert again.epoch == again.epochs
+    assert len(results) == again.epochs - 1
+
+
+def test_a_budget_with_room_for_all_epochs_changes_nothing() -> None:
+    bounded, free = builders.state(builders.network()), builders.state(builders.network())
+    list(fit(bounded, builders.plan(budget_seconds=1e6)))
+    list(fit(free, builders.plan()))
+    assert builders.same(builders.weights(bounded.network), builders.weights(free.network))
 
 
 def test_a_stop_within_the_first_epoch_validates_the_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,9 +75,13 @@ def plan(**changes: Any) -> Plan:
         batch_size=batch_size,
         seed=0,
         schedule=Schedule("constant", epochs, steps_per_epoch(len(train), batch_size)),
-        normalise=lambda batch: normalise(batch, SMALL),
+        normalise=prepared,
     )
     return replace(defaults, **changes)
+
+
+def prepared(batch: Tensor) -> Tensor:
+    return normalise(batch, SMALL)
 
 
 def prepare(pixels: Tensor) -> Tensor:

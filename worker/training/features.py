@@ -211,7 +211,7 @@ def activations(
     def fill(values: NDArray[Any]) -> None:
         total = shape[0] * len(source)
         done = 0
-        with prefetched(_all_views(source, views, seed, device)) as batches:
+        with prefetched(_all_views(source, views, seed, device), device=device) as batches:
             for view, start, batch in batches:
                 made = _forward(classifier, batch, normalise, device, precision)
                 made = made.permute(0, 2, 3, 1) if channels_last else made

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ CHECKPOINT_SECONDS = 60.0
 # bf16 must be this much faster to be chosen: less is within the noise of a few steps, and fp32 is exact.
 BF16_MIN_GAIN = 1.2
 _PROBE_STEPS = 3
+# Share of a budget that is planned with; the rest is for epochs that take longer than the first one.
+_USABLE_BUDGET = 0.95
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,12 @@ class Plan:
     budget_seconds: float | None = None
     merge_single: bool = False
     start_counts: bool = False
+
+    def shortened(self, epochs: int | None) -> "Plan":
+        """The same in at most so many epochs, its schedule ending with them."""
+        if epochs is None or epochs >= self.epochs:
+            return self
+        return replace(self, epochs=epochs, schedule=self.schedule.shortened(epochs))
 
 
 @dataclass(frozen=True)
@@ -153,10 +161,12 @@ class LoopState:
     val_accuracies: list[float] = field(default_factory=list)  # one per done epoch
     best: Best | None = None
     changing: tuple[str, ...] = field(default=())
+    live: dict[str, Tensor] = field(default_factory=dict)  # of `changing`, in the network's own memory: see begin
+    epochs: int | None = None  # fewer than planned, where budget_seconds has no room for all
 
     @classmethod
     def begin(cls, network: nn.Module, optimizer: Optimizer, *, precision: Precision, ema: float) -> "LoopState":
-        """The state before the first step. The network has been frozen as it shall be, and is on its device.
+        """The state before the first step. The network has been frozen as it shall be, and stays on its device.
 
         ema: decay per step of the moving average of the weights; 0 for none.
         """
@@ -172,6 +182,7 @@ class LoopState:
             ema={name: weights[name].clone() for name in changing} if ema > 0 else None,
             ema_decay=ema,
             changing=changing,
+            live={name: weights[name] for name in changing},
         )
 
     @property
@@ -202,6 +213,7 @@ class LoopState:
             "epoch_seconds": self.epoch_seconds,
             "elapsed_seconds": self.elapsed_seconds,
             "is_finished": self.is_finished,
+            "epochs": self.epochs,
             "val_accuracies": list(self.val_accuracies),
             "best": best and {"epoch": best.epoch, "val_accuracy": best.val_accuracy, "val_loss": best.val_loss},
         }
@@ -274,6 +286,8 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
     """Trains from wherever `state` is to the end; after each epoch's validation yields its result.
 
     Ends early on hooks.on_progress's word, by patience or by budget; then state.is_finished is true and state.best set.
+    A budget that has no room for all epochs shortens the schedule as soon as that can be told, so that the learning
+    rate still comes down to its end, where most is gained.
     Raises JobFailed: `diverged` for a loss that is no number any more, `out_of_memory` where smaller batches did not
     help.
     """
@@ -284,18 +298,19 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
         state.keep_if_best(0, val_accuracy=val_accuracy, val_loss=val_loss)
     while not state.is_finished:
         stop = _train_epoch(state, plan, pace)
-        if stop and state.best is not None:
+        if stop and state.val_accuracies and not pace.is_budget_spent():
             state.is_finished = True
             return
-        # Asked to stop within the first epoch: the weights as they are get validated, so that there is a result.
+        # Asked to stop within the first epoch, or out of time at the end of a shortened schedule: the weights as they
+        # are get validated, so that there is a result.
         with _averaged(state):
             val_loss, val_accuracy = _validate(state, plan, pace)
             result = _end_epoch(state, plan, pace, val_loss=val_loss, val_accuracy=val_accuracy)
         state.is_finished = (
             stop
-            or state.epoch >= plan.epochs
+            or state.epoch >= pace.plan.epochs
             or (plan.early_stopping_patience is not None and state.epochs_without_gain >= plan.early_stopping_patience)
-            or (plan.budget_seconds is not None and state.elapsed_seconds >= plan.budget_seconds)
+            or pace.is_budget_spent()
         )
         # First told, then saved: killed in between, the epoch is trained again and its record replaced, never missing.
         yield result
@@ -314,9 +329,9 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
         device=state.device,
     )
     state.network.train()
-    with prefetched(batches) as prepared:
+    with prefetched(batches, device=state.device) as prepared:
         for batch in prepared:
-            set_learning_rates(state.optimizer, plan.schedule, state.total_steps)
+            set_learning_rates(state.optimizer, pace.plan.schedule, state.total_steps)
             _step_in_memory(state, plan, batch, pace.hooks)
             state.step += 1
             state.total_steps += 1
@@ -345,7 +360,7 @@ def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, hooks: Hooks) ->
 
 
 def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
-    torch.manual_seed(torch_seed(plan.seed, NETWORK, state.epoch, state.step))  # dropout, stochastic depth
+    _seed_network(state.device, torch_seed(plan.seed, NETWORK, state.epoch, state.step))
     labels = batch.labels.to(state.device, non_blocking=True)
     images = plan.normalise(batch.inputs.to(state.device, non_blocking=True))
     images, targets = _mixed(state, plan, images, labels)
@@ -368,6 +383,15 @@ def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
     state.optimizer.step()
     _update_ema(state)
     state.sums += sums  # last, so that an attempt that runs out of memory is counted once
+
+
+def _seed_network(device: torch.device, seed: int) -> None:
+    """For what the network draws itself: dropout, stochastic depth."""
+    if device.type == "cpu":
+        # torch.manual_seed would also note the whole call stack for a CUDA that may come: half a millisecond.
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _mixed(state: LoopState, plan: Plan, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -406,12 +430,12 @@ def _update_ema(state: LoopState) -> None:
         return
     # A young average follows faster, else it would hold on to the random head for 1 / (1 - decay) steps.
     decay = min(state.ema_decay, (1 + state.total_steps) / (10 + state.total_steps))
-    current = state.network.state_dict()
     floating = [name for name, average in state.ema.items() if average.is_floating_point()]
     # One kernel where there is one for lists: on a GPU launching one for each tensor would be part of a short step.
-    torch._foreach_lerp_([state.ema[name] for name in floating], [current[name] for name in floating], 1 - decay)
+    # The live tensors, because collecting them anew from the network took 5 % of a step of fine_tuning.
+    torch._foreach_lerp_([state.ema[name] for name in floating], [state.live[name] for name in floating], 1 - decay)
     for name in state.ema.keys() - set(floating):
-        state.ema[name].copy_(current[name])
+        state.ema[name].copy_(state.live[name])
 
 
 @contextmanager
@@ -467,7 +491,7 @@ def predict_logits(
                 found.append(network(normalise(inputs.to(device, non_blocking=True))).float().cpu())
 
     prepared = ordered_batches(source, batch_size=batch_size, device=device)
-    with torch.inference_mode(), prefetched(prepared) as batches:
+    with torch.inference_mode(), prefetched(prepared, device=device) as batches:
         for batch in batches:
             start = len(found)
             while not _attempt(lambda start=start, batch=batch: run(start, batch)):  # type: ignore[misc]
@@ -524,7 +548,8 @@ class _Pace:
     def __init__(self, state: LoopState, plan: Plan, hooks: Hooks) -> None:
         self.hooks = hooks
         self._state = state
-        self._plan = plan
+        self._whole_plan = plan
+        self.plan = plan.shortened(state.epochs)
         self._steps = steps_per_epoch(len(plan.train), plan.batch_size, merge_single=plan.merge_single)
         now = time.monotonic()
         self._mark = self._window_start = self._reported = self._saved = now
@@ -543,9 +568,15 @@ class _Pace:
         # Waits for the device, so about once a second; a state that is lost is never saved.
         if not math.isfinite(self._state.sums[0].item()):
             raise _diverged()
+        if self._whole_plan.budget_seconds is not None:
+            self._count_time()
+            if self._state.epoch == 0:
+                # Looking costs a third of training: one pass of three.
+                looking = len(self.plan.val) / (3 * len(self.plan.train))
+                self._fit_into_budget(self._state.epoch_seconds * (self._steps / self._state.step + looking))
         if now - self._saved >= self.hooks.checkpoint_seconds:
             self.save()
-        return self._report(now)
+        return self._report(now) or self.is_budget_spent()
 
     def during_validation(self) -> None:
         now = time.monotonic()
@@ -563,7 +594,28 @@ class _Pace:
         seconds = self._state.epoch_seconds
         self._state.elapsed_seconds += seconds
         self._state.epoch_seconds = 0.0
+        if self._state.epoch == 0:
+            self._fit_into_budget(seconds)
+            if self.plan.epochs < self._whole_plan.epochs:
+                self.hooks.log(
+                    f"budget_seconds has room for {self.plan.epochs} of {self._whole_plan.epochs} epochs: the learning "
+                    "rate comes down to its end within these.",
+                    {"epochs": self.plan.epochs},
+                )
         return seconds
+
+    def is_budget_spent(self) -> bool:
+        budget = self._whole_plan.budget_seconds
+        return budget is not None and self._state.elapsed_seconds + self._state.epoch_seconds >= budget
+
+    def _fit_into_budget(self, epoch_seconds: float) -> None:
+        """Shortens the schedule to what the budget has room for, at so many seconds an epoch."""
+        budget = self._whole_plan.budget_seconds
+        if budget is None:
+            return
+        room = max(1, math.floor(_USABLE_BUDGET * budget / max(epoch_seconds, 1e-9)))
+        self._state.epochs = min(room, self._whole_plan.epochs)
+        self.plan = self._whole_plan.shortened(self._state.epochs)
 
     def _count_time(self) -> None:
         now = time.monotonic()
@@ -576,8 +628,8 @@ class _Pace:
         gained = fraction - self._first_fraction
         return self.hooks.on_progress(
             StepProgress(
-                epoch=min(self._state.epoch + 1, self._plan.epochs),
-                epochs=self._plan.epochs,
+                epoch=min(self._state.epoch + 1, self.plan.epochs),
+                epochs=self.plan.epochs,
                 fraction=fraction,
                 images_per_second=self._images_per_second,
                 eta_seconds=(now - self._began) / gained * (1 - fraction) if gained > 0 else None,
@@ -585,7 +637,7 @@ class _Pace:
         )
 
     def _fraction(self) -> float:
-        return min(1.0, (self._state.epoch + self._state.step / self._steps) / self._plan.epochs)
+        return min(1.0, (self._state.epoch + self._state.step / self._steps) / self.plan.epochs)
 
 
 def changing_tensors(network: nn.Module) -> tuple[str, ...]:

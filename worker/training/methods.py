@@ -139,7 +139,9 @@ def prepare(
     classifier.train()
     train, val = pixels.source("train"), pixels.source("val")
     if precision is None:
-        precision = "fp32" if is_solved else _precision(spec, classifier, device)
+        # A head alone is trained on what the probe was: features in full precision, which are there already.
+        is_head_alone = probe is not None and classifier.frozen_stage_names == classifier.stage_names
+        precision = "fp32" if is_head_alone else _precision(spec, classifier, device)
     network: nn.Module = classifier
     sources = frozen.sources(precision)
     to_input = _normaliser(spec.preprocessing)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,12 @@ class Schedule:
     warmup_epochs: float = 0.0
     step_size: int | None = None
     gamma: float | None = None
+
+    def shortened(self, epochs: int) -> "Schedule":
+        """The same course in other epochs."""
+        share = epochs / self.epochs
+        step_size = None if self.step_size is None else max(1, round(share * self.step_size))
+        return replace(self, epochs=epochs, warmup_epochs=share * self.warmup_epochs, step_size=step_size)
 
     def learning_rate(self, peak: float, step: int) -> float:
         """The rate for optimiser step `step`, counted from 0 over the whole job."""

@@ -1,7 +1,8 @@
 """Packed pixels to batches of uint8 tensors, in an order and with random changes that follow from the seed alone.
 
 Nothing here has a state to save: order, crops and mixing are functions of (seed, epoch, step), so a job resumed at any
-step sees exactly the batches it would have seen. The next batches are made in one thread while the current one trains.
+step sees exactly the batches it would have seen. Where there is a core for it, the next batches are made in one thread
+while the current one trains.
 """
 
 import queue
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from app.vision.device import usable_cores
 
 T = TypeVar("T")
 # A batch changed at random: pictures, uint8 (H, W, 3) of any sizes, which it must not write to; random numbers; and
@@ -205,9 +208,16 @@ def prefetch(items: Iterable[T], *, depth: int = _PREPARED_BATCHES) -> Generator
         thread.join()
 
 
-def prefetched(items: Iterable[T], *, depth: int = _PREPARED_BATCHES) -> "closing[Generator[T, None, None]]":
-    """`prefetch` as a context, for loops that may leave early."""
-    return closing(prefetch(items, depth=depth))
+def prefetched(
+    items: Iterable[T], *, device: torch.device, depth: int = _PREPARED_BATCHES
+) -> "closing[Generator[T, None, None]]":
+    """Batches for work on `device`, as a context, for loops that may leave early: made ahead by `prefetch`.
+
+    But where that work keeps all cores busy itself, made one by one as they are asked for: a thread beside it takes a
+    core from every parallel step, and an epoch of mobilenet_v3_small took 1.76 s in place of 1.50 (two cores).
+    """
+    is_crowded = device.type == "cpu" and torch.get_num_threads() >= usable_cores()
+    return closing((item for item in items) if is_crowded else prefetch(items, depth=depth))
 
 
 def class_counts(labels: NDArray[np.int64], class_count: int) -> NDArray[np.int64]:
