@@ -6,7 +6,7 @@ Used by both stories, of one method (run_job.py) and of several that compete (ru
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -31,6 +31,8 @@ from worker.training.methods import Surroundings, Training
 from worker.training.pixels import Images
 
 _DOWNLOAD_EVENT_SECONDS = 2.0
+# How a training's progress is shared out: passes through frozen stages are all that a head which is solved for takes.
+_SOLVED_PASSES, _OTHER_PASSES = 0.9, 0.1
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Share:
 
     def fraction(self, own: float) -> float:
         return self.start + self.size * own
+
+    def part(self, start: float, end: float) -> "Share":
+        """A part of it, from and to shares of its own work."""
+        return replace(self, start=self.fraction(start), size=self.size * (end - start))
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,13 @@ class Workbench:
 
     def prepare(self, spec: TrainingSpec, found: Checkpoint | None, share: Share) -> Training:
         """A training at its start, or where the checkpoint left it; tells which."""
+        passes, furthest = share.part(0.0, _passes(spec)), 0.0
+
+        def on_features(done: int, of: int) -> None:
+            nonlocal furthest
+            furthest = max(furthest, done / of)  # there may be several passes, and progress does not go back
+            self.reporter.progress("features", fraction=passes.fraction(furthest))
+
         training = methods.prepare(
             spec,
             classifier=self._build(spec),
@@ -97,7 +110,7 @@ class Workbench:
             precision=found.numbers["precision"] if found else self._remembered_precision(spec),
             surroundings=Surroundings(
                 cache=FeatureCache(self.storage, self.claim.dataset_id, self.settings.feature_cache_bytes),
-                on_features=lambda _done, _all: self.reporter.progress("features", fraction=share.fraction(0.0)),
+                on_features=on_features,
                 log=self.reporter.log,
             ),
         )
@@ -121,6 +134,7 @@ class Workbench:
         Asked to give the job back, leaves a checkpoint of the very step.
         """
         reporter, epochs_in_all = self.reporter, training.plan.epochs
+        share = share.part(_SOLVED_PASSES if training.solved else _OTHER_PASSES, 1.0)
 
         def on_progress(progress: StepProgress) -> bool:
             reporter.progress(
@@ -242,6 +256,10 @@ class Workbench:
                 "eta_seconds": (epochs - result.epoch) * result.seconds,
             },
         )
+
+
+def _passes(spec: TrainingSpec) -> float:
+    return _SOLVED_PASSES if spec.hyperparameters.optimizer == "lbfgs" else _OTHER_PASSES
 
 
 def _download_events(backbone: str, reporter: Reporter) -> Callable[[int, int | None], None]:

@@ -187,6 +187,7 @@ def _dry_run(services: Services, request: JobRequest) -> DryRun:
         )
     return DryRun(
         seconds=estimate.seconds,
+        seconds_range=estimate.seconds_range,
         peak_memory_bytes=estimate.peak_memory_bytes,
         spec=spec.model_dump(mode="json"),
         estimate=estimate,

@@ -241,7 +241,10 @@ class Job(Schema):
 
 
 class Estimate(Schema):
+    """seconds: as a rule. seconds_range: if all that may end the job early does so at once, and if nothing does."""
+
     seconds: float
+    seconds_range: tuple[float, float]
     peak_memory_bytes: int
 
 

@@ -66,7 +66,7 @@ def estimate(
         device_type=device.type,
         past=estimates.past_speeds(session),
     )
-    return Estimate(seconds=found.seconds, peak_memory_bytes=found.peak_memory_bytes)
+    return Estimate(seconds=found.seconds, seconds_range=found.seconds_range, peak_memory_bytes=found.peak_memory_bytes)
 
 
 def list_backbones(weights: WeightStore) -> list[Backbone]:

@@ -58,7 +58,10 @@ _MEASUREMENTS = 12
 
 @dataclass(frozen=True)
 class Estimate:
+    """seconds: as a rule. seconds_range: where all that may end a job early does so at once, and where nothing does."""
+
     seconds: float
+    seconds_range: tuple[float, float]
     peak_memory_bytes: int
 
 
@@ -97,10 +100,15 @@ def estimate(
         _estimate_one(one, dataset=dataset, speed=speed, device_type=device_type, past=past)
         for one in spec.candidates or [spec]
     ]
+    # auto's first method always runs to its end; whether others are tried at all, its mistakes decide.
     seconds = parts[0].seconds + sum(EXPECTED_HEAT * part.seconds for part in parts[1:])
-    if spec.budget_seconds is not None:
-        seconds = min(seconds, spec.budget_seconds + FIXED_SECONDS)
-    return Estimate(seconds=seconds, peak_memory_bytes=max(part.peak_memory_bytes for part in parts))
+    low, high = parts[0].seconds_range[0], sum(part.seconds_range[1] for part in parts)
+    limit = math.inf if spec.budget_seconds is None else spec.budget_seconds + FIXED_SECONDS
+    return Estimate(
+        seconds=min(seconds, limit),
+        seconds_range=(min(low, limit), min(high, limit)),
+        peak_memory_bytes=max(part.peak_memory_bytes for part in parts),
+    )
 
 
 def _estimate_one(
@@ -133,13 +141,16 @@ def _estimate_one(
         # Where nothing is kept, what was learned of the device's speed holds for the single passes too.
         once = once if is_cached else once * factor
     epochs = 0.0 if values.optimizer == "lbfgs" else float(values.epochs)
-    if values.early_stopping_patience is not None:
-        epochs *= EXPECTED_SHARE
-    seconds = FIXED_SECONDS + once + epochs * (dataset.train * train_image + dataset.val * val_image)
-    if spec.budget_seconds is not None:
-        seconds = min(seconds, spec.budget_seconds + FIXED_SECONDS)
+    patience = values.early_stopping_patience
+    epoch_seconds = dataset.train * train_image + dataset.val * val_image
+
+    def after(epochs: float) -> float:
+        return FIXED_SECONDS + once + epochs * epoch_seconds
+
     return Estimate(
-        seconds=seconds,
+        seconds=after(epochs if patience is None else EXPECTED_SHARE * epochs),
+        # Training goes on for `patience` epochs even if the first is the last that gains.
+        seconds_range=(after(epochs if patience is None else min(epochs, patience)), after(epochs)),
         peak_memory_bytes=_peak_bytes(
             spec, dataset=dataset, frozen=frozen, trained=trained, is_cached=is_cached, device_type=device_type
         ),

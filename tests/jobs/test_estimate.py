@@ -77,6 +77,8 @@ def test_auto_costs_more_than_its_probe_and_less_than_all_of_its_methods() -> No
     each = [estimated(modern(m)) for m in ("feature_extraction", "fine_tuning", "full_fine_tuning")]
     auto = estimated(modern("auto"))
     assert each[0].seconds < auto.seconds < sum(one.seconds for one in each)
+    # The probe alone, where it leaves nothing to gain; each to its last epoch, where every one gains.
+    assert auto.seconds_range == (each[0].seconds, sum(one.seconds_range[1] for one in each))
     assert auto.peak_memory_bytes == max(one.peak_memory_bytes for one in each)
 
 
@@ -90,7 +92,14 @@ def test_a_job_run_before_is_believed() -> None:
 
 def test_a_budget_bounds_the_time() -> None:
     budgeted = spec().model_copy(update={"budget_seconds": 10.0})
-    assert estimated(budgeted).seconds == 10.0 + FIXED_SECONDS
+    found = estimated(budgeted)
+    assert found.seconds == found.seconds_range[1] == 10.0 + FIXED_SECONDS
+
+
+def test_patience_makes_the_time_uncertain() -> None:
+    fixed, patient = estimated(spec(epochs=20)), estimated(spec(epochs=20, early_stopping_patience=5))
+    assert fixed.seconds_range == (fixed.seconds, fixed.seconds)
+    assert patient.seconds_range[0] < patient.seconds < patient.seconds_range[1] == fixed.seconds
 
 
 def test_the_device_is_measured_once() -> None:

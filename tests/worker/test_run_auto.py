@@ -126,6 +126,20 @@ def test_epochs_count_on_from_one_method_to_the_next_and_say_whose_they_are(
     assert trained[0] == "feature_extraction"
 
 
+def test_progress_never_goes_back_and_passes_through_frozen_stages_count(
+    auto: Callable[..., Job], every_step: None, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.reporter.EVENT_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("worker.training.features.pass_batch_size", lambda _device_type: 4)
+    done = auto(hyperparameters=VALUES)
+    done.run()
+    told = [event.data for event in queue_builders.event_log(database, done.id) if event.event == "progress"]
+    fractions = [progress["fraction"] for progress in told]
+    assert fractions == sorted(fractions)
+    assert len({progress["fraction"] for progress in told if progress["stage"] == "features"}) > 10
+    assert fractions[-1] == 1.0
+
+
 def test_a_spent_budget_leaves_the_probe(auto: Callable[..., Job], database: Database) -> None:
     done = auto(budget_seconds=1e-6, hyperparameters=VALUES)
     done.run()
