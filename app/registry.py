@@ -32,12 +32,14 @@ def register(
     metrics: Mapping[str, Any],
     size_bytes: int,
     sha256: str,
-    role: Literal["probe", "final"] = "final",
+    role: Literal["probe", "final", "extended"] = "final",
+    parent_id: str | None = None,
     promotion: Mapping[str, Any] | None = None,
 ) -> ModelRow:
     """Records a model whose artifact is published. promotion: what the promotion gate said of it.
 
-    role: probe for the one that a job of method auto serves until it has its final one.
+    role: probe for the one that a job of method auto serves until it has its final one; extended for one made from
+    the model `parent_id`, of whose job there may be several.
     Raises sqlalchemy's IntegrityError if the job has one of this role already.
     """
     model = ModelRow(
@@ -51,6 +53,7 @@ def register(
         size_bytes=size_bytes,
         sha256=sha256,
         role=role,
+        parent_id=parent_id,
         promotion=None if promotion is None else dict(promotion),
     )
     session.add(model)

@@ -24,7 +24,7 @@ from app.db.tables import DatasetRow, new_id
 from app.main import create_app
 from app.settings import Settings
 from app.vision import artifact
-from app.vision.artifact import Artifact
+from app.vision.artifact import Artifact, Support
 from app.vision.classifier import Classifier
 from app.vision.preprocessing import Preprocessing
 
@@ -122,6 +122,7 @@ def register_model(
     dataset_id: str = "ds_none",
     evaluation: Mapping[str, Any] | None = None,
     promotion: Mapping[str, Any] | None = None,
+    support: Support | None = None,
 ) -> str:
     """A model with random weights, published and registered as a worker does it. Returns its id."""
     model_id = new_id("mdl")
@@ -133,6 +134,7 @@ def register_model(
                 classes=list(CLASSES),
                 preprocessing=SMALL,
                 temperature=1.5,
+                support=support,
             ),
         )
         if evaluation is not None:

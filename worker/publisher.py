@@ -65,6 +65,7 @@ class Publisher:
             classes=training.class_names,
             preprocessing=training.preprocessing,
             temperature=conclusion.temperature,
+            support=training.support,
             metadata={
                 "model": model_id,
                 "job": claim.job_id,

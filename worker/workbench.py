@@ -259,7 +259,7 @@ class Workbench:
 
 
 def _passes(spec: TrainingSpec) -> float:
-    return _SOLVED_PASSES if spec.hyperparameters.optimizer == "lbfgs" else _OTHER_PASSES
+    return _SOLVED_PASSES if spec.hyperparameters.is_solved else _OTHER_PASSES
 
 
 def _download_events(backbone: str, reporter: Reporter) -> Callable[[int, int | None], None]:

@@ -315,9 +315,11 @@ class Model(Schema):
     metrics: JsonObject
     size_bytes: int
     sha256: str = Field(description="Of its weights file.")
-    role: Literal["probe", "final"] = Field(
-        description="probe: served by a job of method auto until its final model was there."
+    role: Literal["probe", "final", "extended"] = Field(
+        description="probe: served by a job of method auto until its final model was there; extended: another model "
+        "with one class more."
     )
+    parent: str | None = Field(description="The model that this one extends.")
     promotion: Promotion | None = Field(description="Whether it became the default and why; null if that is unknown.")
     created_at: datetime
 
@@ -335,6 +337,7 @@ class Model(Schema):
             size_bytes=row.size_bytes,
             sha256=row.sha256,
             role=row.role,
+            parent=row.parent_id,
             promotion=row.promotion,
             created_at=row.created_at,
         )
@@ -441,14 +444,25 @@ class EncodedPicture(BaseModel):
     filename: Annotated[str, Field(max_length=1024)] | None = None
 
 
-class PredictRequest(BaseModel):
-    """The JSON form of POST /predict."""
+class PicturesRequest(BaseModel):
+    """The JSON form of a body with pictures."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     images: Annotated[list[EncodedPicture], Field(min_length=1)]
+
+
+class PredictRequest(PicturesRequest):
+    """The JSON form of POST /predict."""
+
     model: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
+
+
+class ClassRequest(PicturesRequest):
+    """The JSON form of POST /v1/models/{model}/classes."""
+
+    name: Annotated[str, Field(min_length=1, max_length=255, description="Of the new class.")]
 
 
 class ClassScore(Schema):

@@ -22,7 +22,6 @@ from sqlalchemy import (
     MetaData,
     String,
     TypeDecorator,
-    UniqueConstraint,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -94,6 +93,7 @@ class DatasetRow(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     size_bytes: Mapped[int] = mapped_column(BigInteger)  # of the archive
     sha256: Mapped[str]  # of the archive
+    kind: Mapped[str] = mapped_column(default="labelled", server_default="labelled")  # or unlabelled
     options: Mapped[dict[str, Any]] = mapped_column(default=dict)  # val_fraction, seed
     num_images: Mapped[int] = mapped_column(default=0)
     num_rejected: Mapped[int] = mapped_column(default=0)
@@ -197,7 +197,17 @@ class ModelRow(Base):
     """A trained, registered model. The unique (job_id, role) is what makes a second registration impossible."""
 
     __tablename__ = "models"
-    __table_args__ = (UniqueConstraint("job_id", "role"), {"sqlite_autoincrement": True})
+    __table_args__ = (
+        Index(
+            "uq_models_job_id_role",
+            "job_id",
+            "role",
+            unique=True,
+            sqlite_where=text("role <> 'extended'"),
+            postgresql_where=text("role <> 'extended'"),
+        ),
+        {"sqlite_autoincrement": True},
+    )
 
     seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
@@ -210,8 +220,10 @@ class ModelRow(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str]  # of weights.safetensors
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
-    # probe: the instant model that a job of method auto serves until its final one.
+    # probe: the instant model that a job of method auto serves until its final one. extended: another with one class
+    # more, made without a job; job_id is the other's.
     role: Mapped[str] = mapped_column(default="final", server_default="final")
+    parent_id: Mapped[str | None]  # the model that this one extends; no foreign key, since that may be deleted
     promotion: Mapped[dict[str, Any] | None]  # {"promoted", "reason", ...}: what the promotion gate said
 
 

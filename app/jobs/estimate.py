@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.db.tables import JobRow
-from app.jobs.spec import DatasetFacts, TrainingSpec
+from app.jobs.spec import FROZEN_METHODS, DatasetFacts, TrainingSpec
 from app.jobs.states import JobKind, JobStatus
 from app.vision import backbones
 from app.vision.device import pass_batch_size
@@ -125,7 +125,7 @@ def _estimate_one(
 
     is_cached = bool(frozen) and (values.augmentation == "none" or values.augmented_views is not None)
     once = forward * dataset.val  # the conclusion
-    if values.head_start == "probe":
+    if values.head_start != "random":
         once += PROBE_SECONDS * dataset.train * len(dataset.classes) + forward * images
     if is_cached:
         once += frozen_forward * ((values.augmented_views or 0) * dataset.train + (images if trained else 0))
@@ -135,12 +135,12 @@ def _estimate_one(
     known = next(
         (p for p in past if (p.backbone, p.method, p.image_size) == _kind(spec) and p.images_per_second > 0), None
     )
-    if known is not None and values.optimizer != "lbfgs":
+    if known is not None and not values.is_solved:
         factor = 1 / known.images_per_second / train_image
         train_image, val_image = train_image * factor, val_image * factor
         # Where nothing is kept, what was learned of the device's speed holds for the single passes too.
         once = once if is_cached else once * factor
-    epochs = 0.0 if values.optimizer == "lbfgs" else float(values.epochs)
+    epochs = 0.0 if values.is_solved else float(values.epochs)
     patience = values.early_stopping_patience
     epoch_seconds = dataset.train * train_image + dataset.val * val_image
 
@@ -262,7 +262,7 @@ def _peak_bytes(
 
 
 def _trainable_stages(spec: TrainingSpec, stages: int) -> int:
-    if spec.method == "feature_extraction":
+    if spec.method in FROZEN_METHODS:
         return 0
     return min(spec.hyperparameters.unfreeze or 1, stages) if spec.method == "fine_tuning" else stages
 

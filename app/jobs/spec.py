@@ -20,16 +20,18 @@ from app.vision import backbones
 from app.vision.backbones import BackboneSpec, Family
 from app.vision.preprocessing import Preprocessing
 
-Method = Literal["feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch"]
+Method = Literal["feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch", "few_shot"]
 Recipe = Literal["classic", "modern"]
 Promote = Literal["if_better", "always", "never"]
 Optimizer = Literal["sgd", "adamw"]
-# lbfgs: the head is solved for, on the features of the frozen backbone; not for a caller to ask for by name.
-ResolvedOptimizer = Literal["sgd", "adamw", "lbfgs"]
-HeadStart = Literal["random", "probe"]
+# lbfgs, prototypes: the head is solved for, on features of the frozen backbone; not for a caller to ask for by name.
+ResolvedOptimizer = Literal["sgd", "adamw", "lbfgs", "prototypes"]
+HeadStart = Literal["random", "probe", "prototypes"]
 Scheduler = Literal["step", "cosine", "constant"]
 Augmentation = Literal["none", "classic", "strong"]
 ClassWeights = Literal["none", "balanced"]
+
+FROZEN_METHODS: tuple[Method, ...] = ("feature_extraction", "few_shot")  # they leave the whole backbone as it is
 
 _ID = r"^[A-Za-z0-9_.\-]{1,100}$"
 _NULLABLE = frozenset({"early_stopping_patience"})
@@ -274,6 +276,11 @@ class ResolvedHyperparameters(BaseModel):
     class_weights: ClassWeights
     early_stopping_patience: int | None
 
+    @property
+    def is_solved(self) -> bool:
+        """Whether the head is solved for, once and without steps."""
+        return self.optimizer in ("lbfgs", "prototypes")
+
 
 class BackboneRef(BaseModel):
     """The backbone a job starts from; weights is None for from_scratch, model is an earlier model's id."""
@@ -379,6 +386,8 @@ MODERN: dict[tuple[Method, Family], ModernDefaults] = {
     ("full_fine_tuning", "transformer"): ModernDefaults(1e-3, 0.05, 0.05, 600, 8, 40, (0.5, 1.0)),
     ("from_scratch", "cnn"): _CNN_SCRATCH,
     ("from_scratch", "transformer"): _TRANSFORMER_SCRATCH,
+    ("few_shot", "cnn"): _HEAD,
+    ("few_shot", "transformer"): _HEAD,
 }
 # A logistic regression has no rate, no batches and no epochs; one pass over the images, and its line search's step.
 SOLVED: dict[str, Any] = {
@@ -392,6 +401,9 @@ SOLVED: dict[str, Any] = {
     "augmented_views": None,
     "early_stopping_patience": None,
 }
+# Prototypes have not even a strength to choose. With more images a class a logistic regression has more to learn from.
+PROTOTYPES = SOLVED | {"optimizer": "prototypes", "head_start": "prototypes", "class_weights": "none"}
+MOST_SHOTS = 20
 MODERN_AUGMENTED_VIEWS = 4
 MODERN_BATCH_SIZE = 32
 MODERN_WARMUP_SHARE = 0.1  # of all epochs; 5 to 10 % is common to every recipe read
@@ -507,6 +519,10 @@ def _resolved(
         values = _classic(request.hyperparameters, method)
     else:
         values = _modern(request.hyperparameters, method, start.backbone, dataset, reasons)
+    if method == "few_shot":
+        values |= PROTOTYPES
+        if (most := max(c.train for c in dataset.classes)) > MOST_SHOTS:
+            reasons.append(f"up to {most} images a class: feature_extraction makes more of more than {MOST_SHOTS}.")
     hyperparameters = ResolvedHyperparameters.model_validate(values | {"image_size": preprocessing.crop})
     if hyperparameters.warmup_epochs > hyperparameters.epochs:
         raise _bad_hyperparameter("warmup_epochs", f"must be at most epochs, which is {hyperparameters.epochs}")
@@ -633,12 +649,16 @@ def _check_combinations(request: JobRequest, method: Method, backbone: BackboneS
         raise _bad_hyperparameter(
             "unfreeze", f"must be from 1 to {len(stages)}, the stages of {backbone.name}: {', '.join(stages)}"
         )
-    if "feature_layer" in given and method != "feature_extraction":
-        raise _bad_hyperparameter("feature_layer", f"is for the method feature_extraction only, and this is {method}")
+    if "feature_layer" in given and method not in ("feature_extraction", "few_shot"):
+        raise _bad_hyperparameter(
+            "feature_layer", f"is for methods that freeze the whole backbone, and this is {method}"
+        )
     if asked.feature_layer is not None and asked.feature_layer not in stages:
         raise _bad_hyperparameter("feature_layer", f"must be one of {backbone.name}'s layers: {', '.join(stages)}")
     if "augmented_views" in given and method not in ("feature_extraction", "fine_tuning"):
         raise _bad_hyperparameter("augmented_views", f"is for methods that freeze stages, and this is {method}")
+    if method == "few_shot" and (useless := sorted((ITERATIVE | {"class_weights"}) & given)):
+        raise _bad_hyperparameter(useless[0], "has no meaning for few_shot, which computes its head and trains nothing")
     if "backbone_learning_rate" in given and method == "feature_extraction":
         raise _bad_hyperparameter(
             "backbone_learning_rate", "has no meaning for feature_extraction, whose backbone is frozen"
@@ -694,7 +714,7 @@ def _modern(
         "warmup_epochs": round(MODERN_WARMUP_SHARE * epochs, 3),
         "label_smoothing": defaults.label_smoothing,
         # One view of each image is one pass of the backbone, whatever the epochs; views gain a linear head nothing.
-        "augmentation": "none" if method == "feature_extraction" else "classic",
+        "augmentation": "none" if method in FROZEN_METHODS else "classic",
         "crop_scale": defaults.crop_scale,
         "horizontal_flip": _flip_keeps_class(dataset, reasons),
         "mixup": 0.0,
@@ -720,9 +740,7 @@ def _per_method(asked: Hyperparameters, method: Method, *, backbone_rate: float)
         "unfreeze": (asked.unfreeze or 1) if method == "fine_tuning" else None,
         "feature_layer": asked.feature_layer,
         "augmented_views": asked.augmented_views,
-        "backbone_learning_rate": (
-            None if method == "feature_extraction" else asked.backbone_learning_rate or backbone_rate
-        ),
+        "backbone_learning_rate": (None if method in FROZEN_METHODS else asked.backbone_learning_rate or backbone_rate),
     }
 
 

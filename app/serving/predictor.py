@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.errors import ImageRefused, Overloaded
+from app.errors import FieldError, ImageRefused, Overloaded
 from app.vision import artifact, images
 from app.vision.artifact import Artifact
 from app.vision.images import ImageLimits
@@ -68,6 +68,13 @@ class LoadedModel:
             raise Overloaded("The device is out of memory; try again soon.", retry_after_seconds=5)
         half = len(pixels) // 2
         return torch.cat([self.probabilities(pixels[:half]), self.probabilities(pixels[half:])])
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the head sees of pixels as above: float32 (N, D) on the CPU."""
+        with torch.inference_mode():
+            batch = normalise(pixels.to(self._device), self.preprocessing, torch.float32)
+            found: Tensor = self._classifier.backbone(batch).float().cpu()
+        return found.clone()  # a tensor that may be computed with outside of inference mode
 
     def _forward(self, pixels: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -120,6 +127,33 @@ class Predictor:
             readable = [pixels for pixels in inputs if isinstance(pixels, Tensor)]
             scores = iter(await self._run(model, readable))
             return [next(scores) if isinstance(pixels, Tensor) else pixels for pixels in inputs]
+        finally:
+            self._pending -= len(pictures)
+
+    async def features(self, model_id: str, pictures: Sequence[bytes]) -> Tensor:
+        """What the model's head sees of each picture: float32 (N, D), N > 0.
+
+        Raises ImageRefused, which points at each picture that cannot be read, and what `predict` raises.
+        """
+        if self._pending + len(pictures) > self._max_pending:
+            raise Overloaded("Too many pictures wait for prediction; try again soon.", retry_after_seconds=1)
+        self._pending += len(pictures)
+        try:
+            model = await self.load(model_id)
+            inputs = await asyncio.gather(*(self._decode(picture, model) for picture in pictures))
+            refused = [(i, pixels) for i, pixels in enumerate(inputs) if isinstance(pixels, ImageRefused)]
+            if refused:
+                raise ImageRefused(
+                    f"{len(refused)} of {len(pictures)} pictures cannot be read; send the others alone.",
+                    errors=[FieldError(f"#/file/{i}", str(refusal.detail)) for i, refusal in refused],
+                )
+            loop = asyncio.get_running_loop()
+            readable = torch.stack([pixels for pixels in inputs if isinstance(pixels, Tensor)])
+            parts = [
+                await loop.run_in_executor(self._forwarder, model.features, part)
+                for part in torch.split(readable, FORWARD_BATCH_SIZE)
+            ]
+            return torch.cat(parts)
         finally:
             self._pending -= len(pictures)
 

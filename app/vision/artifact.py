@@ -25,7 +25,25 @@ from app.vision.preprocessing import Preprocessing
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "weights.safetensors"
+SUPPORT_FILE = "support.safetensors"
 MODEL_FILE = "model.json"
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a model of method few_shot needs to be given one more class, and to be measured with it.
+
+    metric: float32 (D, D), as in Prototypes. features: float32 (N, D), what the head sees of the images that the model
+    is measured on; labels: int64 (N,). is_shot: bool (N,), whether an image is one of those that its class was made
+    of, and so is measured by a prototype without it. images: id and path of each; None for a shot, which is in no
+    data set.
+    """
+
+    metric: Tensor
+    features: Tensor
+    labels: Tensor
+    is_shot: Tensor
+    images: list[tuple[str, str] | None]
 
 
 @dataclass
@@ -39,6 +57,7 @@ class Artifact:
     classes: list[str]  # in the order of the head's outputs
     preprocessing: Preprocessing
     temperature: float = 1.0  # that logits are divided by before softmax
+    support: Support | None = None  # written by `save`; read by `load_support`, since prediction does not need it
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -56,6 +75,10 @@ class _WeightsRecord(BaseModel):
     size_bytes: Annotated[int, Field(ge=1)]
 
 
+class _SupportRecord(_WeightsRecord):
+    images: list[tuple[str, str] | None]
+
+
 class _ModelFile(BaseModel):
     """model.json. Later versions may add members; what changes their meaning raises format_version."""
 
@@ -70,6 +93,7 @@ class _ModelFile(BaseModel):
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     metadata: dict[str, Any]
     weights: _WeightsRecord
+    support: _SupportRecord | None = None
 
 
 def save(folder: Path, artifact: Artifact) -> Saved:
@@ -98,6 +122,7 @@ def save(folder: Path, artifact: Artifact) -> Saved:
         temperature=artifact.temperature,
         metadata=artifact.metadata,
         weights=_WeightsRecord(sha256=saved.sha256, size_bytes=saved.size_bytes),
+        support=None if artifact.support is None else _save_support(folder / SUPPORT_FILE, artifact.support),
     )
     (folder / MODEL_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return saved
@@ -132,6 +157,30 @@ def load(folder: Path) -> Artifact:
         temperature=record.temperature,
         metadata=record.metadata,
     )
+
+
+def load_support(folder: Path) -> Support | None:
+    """What the artifact in `folder` can be extended with; None for one that cannot be. Raises ModelUnavailable."""
+    record = _read_model_file(folder / MODEL_FILE).support
+    if record is None:
+        return None
+    try:
+        encoded = (folder / SUPPORT_FILE).read_bytes()
+        if hashlib.sha256(encoded).hexdigest() != record.sha256:
+            raise _damaged("what it can be extended with differs from what was saved")
+        tensors = safetensors.torch.load(encoded)
+        return Support(**{name: tensors[name] for name in _SUPPORT_TENSORS}, images=record.images)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise _damaged("what it can be extended with is missing or damaged") from error
+
+
+_SUPPORT_TENSORS = ("metric", "features", "labels", "is_shot")
+
+
+def _save_support(path: Path, support: Support) -> _SupportRecord:
+    tensors = {name: getattr(support, name).contiguous() for name in _SUPPORT_TENSORS}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    return _SupportRecord(sha256=_file_sha256(path), size_bytes=path.stat().st_size, images=support.images)
 
 
 def _read_model_file(path: Path) -> _ModelFile:

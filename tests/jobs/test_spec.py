@@ -191,7 +191,7 @@ def test_a_bad_request_names_the_field(body: object, pointer: str) -> None:
         (
             {"method": "fine_tuning", "hyperparameters": {"feature_layer": "stage2"}},
             "feature_layer",
-            "is for the method feature_extraction only, and this is fine_tuning",
+            "is for methods that freeze the whole backbone, and this is fine_tuning",
         ),
         (
             {"method": "feature_extraction", "hyperparameters": {"feature_layer": "layer9"}},

@@ -300,3 +300,21 @@ def test_where_features_find_no_room_on_the_disk_a_head_is_solved_for_all_the_sa
     assert solved.solved is not None
     assert builders.same(builders.weights(solved.classifier), builders.weights(roomy.classifier))
     assert said == ["There is no room to store features: this job keeps them in memory."]
+
+
+def test_few_shot_computes_its_head_and_keeps_what_a_further_class_needs() -> None:
+    wanted = spec("few_shot", recipe="modern", epochs=None, batch_size=None)
+    assert wanted.hyperparameters.is_solved
+    prepared, computed = prepared_of(wanted, split_in_three())
+
+    assert prepared.solved is not None
+    assert computed.images == 24
+    assert prepared.classifier.frozen_stage_names == prepared.classifier.stage_names
+    support = prepared.support
+    assert support is not None
+    assert len(support.images) == len(support.features) == len(prepared.val)
+    assert not support.is_shot.any()
+    conclusion = methods.conclude(prepared, split_in_three())
+    logits = prepared.classifier.head(support.features)
+    assert (logits.argmax(1) == support.labels).double().mean().item() == conclusion.metrics["val_accuracy"]
+    assert training(spec("feature_extraction", recipe="modern", image_size=32)).support is None

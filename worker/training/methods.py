@@ -1,5 +1,6 @@
-"""The four methods, as compositions of the parts beside this file: what is frozen, what is trained, at which rates.
+"""The methods, as compositions of the parts beside this file: what is frozen, what is trained, at which rates.
 
+    few_shot             backbone frozen, a prototype for each class
     feature_extraction   backbone frozen, new head
     fine_tuning          the last `unfreeze` stages and the head
     full_fine_tuning     every parameter
@@ -22,10 +23,12 @@ from torch.nn import functional
 
 from app.datasets.manifest import Manifest
 from app.errors import StorageFull
-from app.jobs.spec import TrainingSpec
+from app.jobs.spec import FROZEN_METHODS, HeadStart, TrainingSpec
+from app.vision import evaluate
+from app.vision.artifact import Support
 from app.vision.classifier import Classifier
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
-from worker.training import evaluate
+from app.vision.prototypes import Prototypes
 from worker.training.augment import training_transform
 from worker.training.features import Activations, ActivationSource, FeatureCache, activations, plain_features
 from worker.training.forecast import Forecast, Point, forecast
@@ -40,10 +43,13 @@ from worker.training.loop import (
 )
 from worker.training.optim import Schedule, build_optimizer
 from worker.training.pixels import Images, PixelSource, Source, Split, class_counts, steps_per_epoch
-from worker.training.probe import Probe, fit_probe, learning_curve
+from worker.training.probe import DEFAULT_STRENGTH, fit_probe, learning_curve
+from worker.training.prototypes import fit_prototypes
 
 # torch's own default, which most of torchvision's networks were trained with.
 MIN_BATCH_NORM_MOMENTUM = 0.1
+# Validation images that a few-shot model keeps the features of: 8 MB of the usual 1,024 numbers each.
+MAX_SUPPORT_IMAGES = 2000
 
 
 @dataclass
@@ -51,7 +57,8 @@ class Training:
     """A training ready to run: the network, what stays the same, and what changes.
 
     val, test: as pixels, for the conclusion; test is used once, there. solved: the one epoch of a head that was solved
-    for. forecast: what more pictures would bring, by probes on fewer; None for a training without a probe.
+    for. support: what prototypes can be extended with. forecast: what more pictures would bring, by probes on fewer;
+    None for a training without a probe.
     """
 
     classifier: Classifier
@@ -62,6 +69,7 @@ class Training:
     class_names: list[str]
     preprocessing: Preprocessing
     solved: EpochResult | None = None
+    support: Support | None = None
     forecast: Callable[[], Forecast | None] | None = None
 
 
@@ -129,10 +137,9 @@ def prepare(
         _quicken_batch_norm(classifier)
     pixels = _Pixels(spec, manifest, images)
     frozen = _Frozen(spec, classifier, pixels, device, surroundings)
-    is_solved = values.optimizer == "lbfgs"
     began = time.monotonic()
     starts_as_probe = values.head_start == "probe"
-    probe = frozen.probe() if starts_as_probe else None
+    start = frozen.head(values.head_start)
     classifier.freeze(_trainable_stages(spec, classifier))
     if values.fixed_batch_norm:
         classifier.keep_statistics()
@@ -140,7 +147,7 @@ def prepare(
     train, val = pixels.source("train"), pixels.source("val")
     if precision is None:
         # A head alone is trained on what the probe was: features in full precision, which are there already.
-        is_head_alone = probe is not None and classifier.frozen_stage_names == classifier.stage_names
+        is_head_alone = start is not None and classifier.frozen_stage_names == classifier.stage_names
         precision = "fp32" if is_head_alone else _precision(spec, classifier, device)
     network: nn.Module = classifier
     sources = frozen.sources(precision)
@@ -180,8 +187,8 @@ def prepare(
         weight_decay=values.weight_decay,
         device_type=device.type,
     )
-    if probe is not None:
-        _set_head(classifier, probe)
+    if start is not None:
+        _set_head(classifier, *start)
     state = LoopState.begin(network, optimizer, precision=precision, ema=values.ema)
     test = pixels.source("test")
     training = Training(
@@ -192,9 +199,10 @@ def prepare(
         test if len(test) else None,
         list(manifest.classes),
         spec.preprocessing,
+        support=frozen.support(),
         forecast=frozen.forecast if starts_as_probe else None,
     )
-    if is_solved and probe is not None:
+    if values.is_solved:
         training.solved = _solved(training, seconds=time.monotonic() - began)
     return training
 
@@ -250,11 +258,12 @@ class _Pixels:
 
 
 @dataclass(frozen=True)
-class _Probed:
-    """What a probe was fitted on, all of the data set's images, and how strongly it was regularised."""
+class _Seen:
+    """What the head sees of all of the data set's images, and how strongly a probe on it was regularised."""
 
     features: Activations
-    strength: float
+    strength: float | None
+    prototypes: Prototypes | None = None
 
 
 @dataclass(frozen=True)
@@ -266,15 +275,24 @@ class _Frozen:
     pixels: _Pixels
     device: torch.device
     surroundings: Surroundings
-    _probed: list[_Probed] = field(default_factory=list)
+    _seen: list[_Seen] = field(default_factory=list)
 
-    def probe(self) -> Probe:
-        """The logistic regression on what the head sees, from the training images alone. Freezes all stages."""
+    def head(self, start: HeadStart) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias that training begins from, by what the head sees of the training images; None is random.
+
+        Freezes all stages.
+        """
+        if start == "random":
+            return None
         self.classifier.freeze(0)
         # In full precision, as serving computes: this head is served as it is where nothing beats it.
         found = self._head_features()
         train = self.pixels.source("train").split
         features = found.rows(0, train.indices)
+        if start == "prototypes":
+            prototypes = fit_prototypes(features, train.labels, self._class_count, seed=self.spec.seed)
+            self._seen.append(_Seen(found, None, prototypes))
+            return prototypes.rows()
         probe = fit_probe(
             features,
             train.labels,
@@ -282,12 +300,28 @@ class _Frozen:
             class_weights=_class_weights(self.spec, train, self.pixels.manifest),
             seed=self.spec.seed,
         )
-        self._probed.append(_Probed(found, probe.strength))
-        return probe
+        self._seen.append(_Seen(found, probe.strength))
+        return probe.weight, probe.bias
+
+    def support(self) -> Support | None:
+        """Where the head began as prototypes: their metric, and validation images to measure a longer one with."""
+        if not self._seen or self._seen[0].prototypes is None:
+            return None
+        chosen = self.pixels.indices("val")
+        if len(chosen) > MAX_SUPPORT_IMAGES:
+            chosen = chosen[np.linspace(0, len(chosen) - 1, MAX_SUPPORT_IMAGES).round().astype(np.int64)]
+        records = [self.pixels.manifest.records[i] for i in chosen.tolist()]
+        return Support(
+            metric=self._seen[0].prototypes.metric,
+            features=self._seen[0].features.rows(0, chosen),
+            labels=torch.tensor([record.label for record in records]),
+            is_shot=torch.zeros(len(records), dtype=torch.bool),
+            images=[(record.image_id, record.path) for record in records],
+        )
 
     def forecast(self) -> Forecast | None:
-        """By probes on part of the training images; None where there are too few. `probe` has been called."""
-        (probed,) = self._probed
+        """By probes on part of the training images; None where there are too few. The head began as a probe."""
+        (probed,) = self._seen
         train, val = self.pixels.source("train").split, self.pixels.source("val").split
         curve = learning_curve(
             probed.features.rows(0, train.indices),
@@ -296,7 +330,7 @@ class _Frozen:
             val.labels,
             self._class_count,
             seed=self.spec.seed,
-            strength=probed.strength,
+            strength=probed.strength or DEFAULT_STRENGTH,
         )
         return forecast([Point(images, accuracy, len(val)) for images, accuracy in curve], seed=self.spec.seed)
 
@@ -314,7 +348,7 @@ class _Frozen:
         if not self.classifier.frozen_stage_names or (is_augmented and values.augmented_views is None):
             return None
         try:
-            plain = self._probed_features(precision) or self._plain(precision, self.surroundings.cache)
+            plain = self._seen_features(precision) or self._plain(precision, self.surroundings.cache)
             augmented = self._augmented(values.augmented_views, precision) if is_augmented else None
         except StorageFull:
             self.surroundings.log("There is no room to store features: the frozen stages run in each epoch instead.")
@@ -326,10 +360,10 @@ class _Frozen:
             ActivationSource(labels[val], plain, val, None, val),
         )
 
-    def _probed_features(self, precision: Precision) -> Activations | None:
-        """What the probe was fitted on, where training is to see just that: a head that is solved for, always."""
+    def _seen_features(self, precision: Precision) -> Activations | None:
+        """What the head began from, where training is to see just that: a head that is solved for, always."""
         is_whole = self.classifier.frozen_stage_names == self.classifier.stage_names
-        return self._probed[0].features if self._probed and is_whole and precision == "fp32" else None
+        return self._seen[0].features if self._seen and is_whole and precision == "fp32" else None
 
     def _trained_on(self) -> NDArray[np.int64]:
         """The images of the augmented pass: all training images, those that this job excludes too."""
@@ -370,10 +404,10 @@ class _Frozen:
         )
 
 
-def _set_head(classifier: Classifier, probe: Probe) -> None:
+def _set_head(classifier: Classifier, weight: Tensor, bias: Tensor) -> None:
     with torch.no_grad():
-        classifier.head.weight.copy_(probe.weight)
-        classifier.head.bias.copy_(probe.bias)
+        classifier.head.weight.copy_(weight)
+        classifier.head.bias.copy_(bias)
 
 
 def _solved(training: Training, *, seconds: float) -> EpochResult:
@@ -436,7 +470,7 @@ def conclude(
 
 
 def _trainable_stages(spec: TrainingSpec, classifier: Classifier) -> int:
-    if spec.method == "feature_extraction":
+    if spec.method in FROZEN_METHODS:
         return 0
     if spec.method == "fine_tuning":
         return spec.hyperparameters.unfreeze or 1
@@ -493,32 +527,8 @@ def _balanced(labels: NDArray[np.int64], class_count: int) -> tuple[float, ...]:
 
 
 def _evaluation_record(found: evaluate.Evaluation, split: Split, manifest: Manifest) -> dict[str, Any]:
-    worst_first = sorted(found.mistakes, key=lambda mistake: -mistake.score)
-    records = [manifest.records[int(split.indices[mistake.position])] for mistake in worst_first]
-    return {
-        "classes": list(manifest.classes),
-        "images": len(split),
-        "accuracy": found.accuracy,
-        "accuracy_ci95": list(found.accuracy_ci95),
-        "loss": found.loss,
-        "macro_f1": found.macro_f1,
-        "macro_f1_ci95": list(found.macro_f1_ci95),
-        "expected_calibration_error": found.expected_calibration_error,
-        "expected_calibration_error_uncalibrated": found.expected_calibration_error_uncalibrated,
-        "warnings": list(found.warnings),
-        "confusion_matrix": found.confusion.tolist(),
-        "per_class": [asdict(report) for report in found.classes],
-        "mistakes": [
-            {
-                "image_id": record.image_id,
-                "path": record.path,
-                "true": manifest.classes[mistake.true_label],
-                "predicted": manifest.classes[mistake.predicted_label],
-                "score": mistake.score,
-            }
-            for mistake, record in zip(worst_first, records, strict=True)
-        ],
-    }
+    records = [manifest.records[i] for i in split.indices.tolist()]
+    return evaluate.as_record(found, [(record.image_id, record.path) for record in records])
 
 
 def _predictions(found: evaluate.Evaluation, split: Split, manifest: Manifest) -> dict[str, list[Any]]:

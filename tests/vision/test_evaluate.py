@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from worker.training import evaluate as figures
-from worker.training.evaluate import (
+from app.vision import evaluate as figures
+from app.vision.evaluate import (
     TEMPERATURE_RANGE,
     evaluate,
     expected_calibration_error,

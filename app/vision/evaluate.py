@@ -4,7 +4,8 @@ Pure arithmetic on logits and labels; the logits come from loop.predict_logits, 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -115,6 +116,40 @@ def evaluate(logits: Tensor, labels: NDArray[np.int64], class_names: list[str], 
         probability_of_true=calibrated.gather(1, truth.unsqueeze(1)).squeeze(1).numpy(),
         warnings=_warnings(right, len(labels), class_count=len(class_names)),
     )
+
+
+def as_record(found: Evaluation, images: Sequence[tuple[str, str] | None]) -> dict[str, Any]:
+    """As it is stored beside the model, JSON. images: id and path of each, in the split's order.
+
+    An image without them is counted everywhere and not listed among the mistakes.
+    """
+    names = [report.name for report in found.classes]
+    worst_first = sorted(found.mistakes, key=lambda mistake: -mistake.score)
+    listed = [(mistake, image) for mistake in worst_first if (image := images[mistake.position]) is not None]
+    return {
+        "classes": names,
+        "images": len(images),
+        "accuracy": found.accuracy,
+        "accuracy_ci95": list(found.accuracy_ci95),
+        "loss": found.loss,
+        "macro_f1": found.macro_f1,
+        "macro_f1_ci95": list(found.macro_f1_ci95),
+        "expected_calibration_error": found.expected_calibration_error,
+        "expected_calibration_error_uncalibrated": found.expected_calibration_error_uncalibrated,
+        "warnings": list(found.warnings),
+        "confusion_matrix": found.confusion.tolist(),
+        "per_class": [asdict(report) for report in found.classes],
+        "mistakes": [
+            {
+                "image_id": image_id,
+                "path": path,
+                "true": names[mistake.true_label],
+                "predicted": names[mistake.predicted_label],
+                "score": mistake.score,
+            }
+            for mistake, (image_id, path) in listed
+        ],
+    }
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

@@ -1,0 +1,153 @@
+"""POST /v1/models/{model}/classes: a few-shot model with one class more, as a new version and without training."""
+
+import json
+import unicodedata
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request
+from starlette.concurrency import run_in_threadpool
+from torch import Tensor
+
+from app import registry
+from app.api.deps import ServicesDep
+from app.api.openapi import problems
+from app.api.picture_bodies import PictureBody, form_content, read_pictures
+from app.api.schemas import ClassRequest, Model
+from app.api.services import Services
+from app.db.tables import ModelRow, new_id
+from app.errors import Conflict, FieldError, ImageRefused, InvalidRequest
+from app.serving.extension import Extension, extend
+from app.vision import artifact
+from app.vision.artifact import Artifact, Support
+
+MAX_NAME_CHARACTERS = 255
+
+router = APIRouter(tags=["models"])
+
+
+@router.post(
+    "/v1/models/{model}/classes",
+    status_code=201,
+    response_model=Model,
+    summary="Add a class from a few pictures, as a new version of the model",
+    description="For models of method few_shot. The model itself stays as it is, and aliases stay where they point; "
+    "the new version is measured on the same images, and on the new ones left out one by one.",
+    responses=problems(404, 408, 409, 413, 507),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                **form_content({"name": {"type": "string", "maxLength": MAX_NAME_CHARACTERS}}, required=["name"]),
+                "application/json": {
+                    "schema": ClassRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+                },
+            },
+        }
+    },
+)
+async def add_class(
+    request: Request,
+    services: ServicesDep,
+    model: Annotated[str, Path(max_length=100, description="A model's id or alias.")],
+) -> Model:
+    settings = services.settings
+    body = await read_pictures(request, schema=ClassRequest, max_bytes=settings.max_predict_bytes)
+    name, pictures = _name(body), _encoded(body, most=settings.max_predict_images)
+    parent = await run_in_threadpool(_open, services, model)
+    _check_new(name, parent.artifact.classes)
+    features = await services.predictor.features(parent.row.id, pictures)
+    return await run_in_threadpool(_publish, services, parent, name, features)
+
+
+@dataclass(frozen=True)
+class _Parent:
+    row: ModelRow
+    artifact: Artifact
+    support: Support
+
+
+def _open(services: Services, model: str) -> _Parent:
+    with services.database.read() as session:
+        row = registry.find(session, model)
+    folder = services.storage.path(f"models/{row.id}")
+    support = artifact.load_support(folder)
+    if support is None:
+        raise Conflict(
+            f'Classes can be added to models of method few_shot, and this one is {row.method}. Train one: {{"dataset": '
+            f'"{row.dataset_id}", "method": "few_shot"}} to /v1/jobs.',
+            code="not-extensible",
+        )
+    return _Parent(row, artifact.load(folder), support)
+
+
+def _publish(services: Services, parent: _Parent, name: str, features: Tensor) -> Model:
+    """Files first, whole and synced; then the model's row."""
+    extension = extend(parent.artifact, parent.support, name, features)
+    model_id, storage = new_id("mdl"), services.storage
+    key = f"models/{model_id}"
+    storage.announce(key)
+    try:
+        with storage.staging() as folder:
+            saved = artifact.save(folder, _described(extension, parent, model_id))
+            (folder / "evaluation.json").write_text(json.dumps(extension.evaluation, ensure_ascii=False), "utf-8")
+            storage.publish(folder, key)
+        with services.database.write() as session:
+            row = registry.register(
+                session,
+                model_id=model_id,
+                job_id=parent.row.job_id,
+                dataset_id=parent.row.dataset_id,
+                method=parent.row.method,
+                backbone=parent.row.backbone,
+                classes=extension.artifact.classes,
+                metrics=extension.metrics,
+                size_bytes=saved.size_bytes,
+                sha256=saved.sha256,
+                role="extended",
+                parent_id=parent.row.id,
+            )
+            return Model.of(row, aliases=[])
+    finally:
+        # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
+        with services.database.read() as session:
+            is_kept = registry.exists(session, model_id)
+        storage.settle(key, is_wanted=is_kept)
+
+
+def _described(extension: Extension, parent: _Parent, model_id: str) -> Artifact:
+    made = extension.artifact
+    made.metadata = {
+        **parent.artifact.metadata,
+        "model": model_id,
+        "parent": parent.row.id,
+        "metrics": extension.metrics,
+    }
+    return made
+
+
+def _name(body: PictureBody) -> str:
+    name = unicodedata.normalize("NFC", str(body.fields.get("name") or "")).strip()
+    if not name or not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:
+        detail = f"is required: the new class's name, 1 to {MAX_NAME_CHARACTERS} printable characters"
+        raise InvalidRequest(f"name {detail}.", errors=[FieldError("#/name", detail)])
+    return name
+
+
+def _check_new(name: str, classes: list[str]) -> None:
+    if name.casefold() in {known.casefold() for known in classes}:
+        raise Conflict(f"The model has a class {name!r} already; give the new one another name.", code="class-exists")
+
+
+def _encoded(body: PictureBody, *, most: int) -> list[bytes]:
+    if len(body.pictures) > most:
+        raise InvalidRequest(
+            f"{len(body.pictures)} pictures are more than the {most} that one request may have.",
+            errors=[FieldError("#/file", "too many")],
+        )
+    refused = [picture.encoded for picture in body.pictures if isinstance(picture.encoded, ImageRefused)]
+    if refused:
+        raise ImageRefused(
+            "A picture is not valid base64.", errors=[error for refusal in refused for error in refusal.errors]
+        )
+    return [picture.encoded for picture in body.pictures if isinstance(picture.encoded, bytes)]

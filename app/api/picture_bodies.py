@@ -1,0 +1,146 @@
+"""Pictures in a request's body: as a form, as raw bytes, or as JSON in base64, told apart by their first bytes."""
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from app.api.deps import parse_as, read_body, refuse_declared_size, strict_json
+from app.api.problems import pointer_to
+from app.api.schemas import PicturesRequest
+from app.errors import FieldError, ImageRefused, InvalidRequest, TooLarge
+from app.vision.images import sniff
+
+MAX_FORM_FIELDS = 20
+_DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w.+=-]*)*,", re.ASCII)
+
+_HOW_TO = (
+    "Send pictures as `-F file=@cat.jpg` (one or many), as raw bytes `--data-binary @cat.jpg`, or as JSON "
+    '`{"images": [{"b64": "…"}]}`.'
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as it came. encoded: its bytes, or why there are none."""
+
+    filename: str | None
+    encoded: bytes | ImageRefused
+
+
+@dataclass(frozen=True)
+class PictureBody:
+    """What a request's body holds. fields: what it says besides, as text from a form; JSON's as they are parsed."""
+
+    pictures: list[Picture]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+async def read_pictures(request: Request, *, schema: type[PicturesRequest], max_bytes: int) -> PictureBody:
+    """schema: of the JSON form; its members besides `images` are the fields that a form may have.
+
+    Raises InvalidRequest and TooLarge. A picture whose base64 is none is there as the reason for that.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        return await _read_form(request, known=set(schema.model_fields) - {"images"}, max_bytes=max_bytes)
+    body = await read_body(request, max_bytes=max_bytes)
+    if not body:
+        raise InvalidRequest(f"The request has no body. {_HOW_TO}")
+    if sniff(body[:16]) is None and (body.lstrip()[:1] == b"{" or media_type == "application/json"):
+        return await run_in_threadpool(_read_json, body, schema)
+    return PictureBody([Picture(filename=None, encoded=body)])
+
+
+def form_content(fields: dict[str, Any], *, required: list[str]) -> dict[str, Any]:
+    """The schemas of a form and of raw pictures, for a route's OpenAPI document. fields: besides the pictures."""
+    pictures = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+    form = {"type": "object", "required": ["file", *required], "properties": {"file": pictures, **fields}}
+    return {"multipart/form-data": {"schema": form}}
+
+
+async def _read_form(request: Request, *, known: set[str], max_bytes: int) -> PictureBody:
+    refuse_declared_size(request, max_bytes=max_bytes)
+    counted = Request(request.scope, _counting(request.receive, max_bytes))
+    pictures: list[Picture] = []
+    fields: dict[str, Any] = {}
+    try:
+        # The whole body is bounded, so a part need not be; large parts go to a temporary file, not into memory.
+        async with counted.form(max_files=1000, max_fields=MAX_FORM_FIELDS) as form:
+            for name, part in form.multi_items():
+                if isinstance(part, UploadFile):
+                    pictures.append(Picture(filename=_base_name(part.filename), encoded=await part.read()))
+                else:
+                    fields[name] = part
+    except HTTPException as error:
+        raise InvalidRequest(f"The form cannot be read: {error.detail} {_HOW_TO}") from None
+    refuse_later_options(fields)
+    unknown = fields.keys() - known
+    if unknown:
+        raise InvalidRequest(
+            f"There is no field {', '.join(sorted(unknown))} here; known are: {', '.join(['file', *sorted(known)])}. A "
+            "picture's part needs a file name, as `-F file=@cat.jpg` gives it.",
+            errors=[FieldError(pointer_to(name), "there is no such field") for name in sorted(unknown)],
+        )
+    if not pictures:
+        raise InvalidRequest(f"The form has no picture. {_HOW_TO}", errors=[FieldError("#/file", "is required")])
+    return PictureBody(pictures, fields)
+
+
+def _counting(receive: Any, max_bytes: int) -> Any:
+    received = 0
+
+    async def counting() -> Any:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > max_bytes:
+            raise TooLarge(f"The request's body is larger than the {max_bytes:,} bytes that are read here.")
+        return message
+
+    return counting
+
+
+def _base_name(filename: str | None) -> str | None:
+    """Only text for the answer; never a path of ours."""
+    return re.split(r"[/\\]", filename)[-1] if filename else None
+
+
+def _read_json(body: bytes, schema: type[PicturesRequest]) -> PictureBody:
+    content = strict_json(body)
+    refuse_later_options(content)
+    asked = parse_as(schema, content)
+    pictures = [
+        Picture(filename=_base_name(image.filename), encoded=_decoded(image.b64, index))
+        for index, image in enumerate(asked.images)
+    ]
+    return PictureBody(pictures, {name: getattr(asked, name) for name in asked.model_fields_set - {"images"}})
+
+
+def _decoded(text: str, index: int) -> bytes | ImageRefused:
+    """Base64, bare or in a data URL; line breaks are fine, as `base64` writes them."""
+    prefix = _DATA_URL.match(text)
+    payload = "".join((text[prefix.end() :] if prefix else text).split())
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        return ImageRefused("not valid base64", errors=[FieldError(f"#/images/{index}/b64", "is not valid base64")])
+
+
+# Options of the contract that this version does not have yet: asked for, they must not be passed over in silence.
+LATER_OPTIONS = ("explain", "coverage", "neighbors", "adapt")
+
+
+def refuse_later_options(fields: Any) -> None:
+    asked = [name for name in LATER_OPTIONS if name in fields]
+    if asked:
+        raise InvalidRequest(
+            f"This version of Graft does not have {', '.join(asked)} yet; leave it out.",
+            errors=[FieldError(pointer_to(name), "is not there yet") for name in asked],
+        )
