@@ -117,6 +117,11 @@ def list_models(
     return list(session.scalars(models))
 
 
+def list_of_methods(session: Session, methods: Sequence[str]) -> list[ModelRow]:
+    """All models of these methods, newest first."""
+    return list(session.scalars(select(ModelRow).where(ModelRow.method.in_(methods)).order_by(ModelRow.seq.desc())))
+
+
 def delete(session: Session, model_id: str) -> None:
     """Forgets a model; its files are the caller's to remove, once this is committed.
 

@@ -110,6 +110,16 @@ def client_of(server: RunningServer, **options: Any) -> httpx.Client:
     return httpx.Client(base_url=server.url, timeout=DEADLINE_SECONDS, **options)
 
 
+def assert_is_problem(response: httpx.Response, status: int, slug: str) -> dict[str, Any]:
+    problem: dict[str, Any] = response.json()
+    assert (response.status_code, problem["type"].rpartition("/")[2]) == (status, slug)
+    assert response.headers["content-type"] == "application/problem+json"
+    assert problem["status"] == status
+    assert problem["request_id"] == response.headers["x-request-id"]
+    assert set(problem) >= {"type", "title", "status", "detail", "request_id", "error"}
+    return problem
+
+
 def archive_of_classes(*, per_class: int = 6) -> bytes:
     return builders.zip_of(builders.class_folders(per_class, classes=CLASSES))
 

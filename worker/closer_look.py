@@ -65,6 +65,8 @@ def look_closer(
 def _reason_not_to(report: IngestReport, claim: Claim, settings: Settings, found: Found | None) -> str | None:
     if settings.quality_max_images == 0:
         return "turned_off"
+    if not report.classes:
+        return "no_labels"
     if report.num_images > settings.quality_max_images:
         return "too_many_images"
     if report.num_images < MIN_PICTURES:
@@ -80,8 +82,13 @@ def _reason_not_to(report: IngestReport, claim: Claim, settings: Settings, found
 
 
 def _weights_here(store: WeightStore, device: torch.device) -> Found | None:
-    """What `backbone: auto` would take of the weights on this machine; the network is not asked."""
-    found = {name: file for name in BACKBONES if (file := store.find(name)) is not None}
+    """What `backbone: auto` would take of the weights on this machine; the network is not asked.
+
+    Not the bundled ones: how alike two copies look, and how sure a wrong label is, was measured with features of
+    photographs, and formulas' know too little of those (copies were seen where there were none).
+    """
+    here = {name: file for name in BACKBONES if (file := store.find(name)) is not None}
+    found = {name: file for name, file in here.items() if not file.weights.is_bundled}
     return found[choose(found, device.type).name] if found else None
 
 

@@ -127,6 +127,10 @@ class Publisher:
             storage.settle(key, is_wanted=is_registered)
 
     def _decide(self, conclusion: Conclusion, spec: TrainingSpec, training: Training, *, probe: str | None) -> Decision:
+        if not training.class_names:
+            with self.database.read() as session:
+                incumbent = registry.default_model_id(session)
+            return Decision(False, "It is a backbone, to be started from: it has no classes to predict.", incumbent)
         candidate = Candidate(
             dataset_id=self.claim.dataset_id,
             start=spec.backbone.model,

@@ -124,12 +124,14 @@ def _enter(
 
 
 def _contender(spec: TrainingSpec, training: Training, conclusion: Conclusion, *, seconds: float) -> Contender:
-    wrong = {mistake.position for mistake in conclusion.val.mistakes}
+    val = conclusion.val
+    assert val is not None, "methods that compete have classes"
+    wrong = {mistake.position for mistake in val.mistakes}
     metrics, classifier = conclusion.metrics, training.classifier
     return Contender(
         method=spec.method,
         correct=np.array([i not in wrong for i in range(len(training.val))]),
-        accuracy_ci95=conclusion.val.accuracy_ci95,
+        accuracy_ci95=val.accuracy_ci95,
         val_loss=metrics["val_loss"],
         macro_f1=metrics["macro_f1"],
         val_accuracies=tuple(training.state.val_accuracies),

@@ -34,7 +34,9 @@ def run_ingest(
             storage.path(archive_key(dataset.id)),
             storage=storage,
             dataset_id=dataset.id,
-            options=IngestOptions(val_fraction=dataset.options["val_fraction"], seed=dataset.options["seed"]),
+            options=IngestOptions(
+                val_fraction=dataset.options["val_fraction"], seed=dataset.options["seed"], kind=dataset.kind
+            ),
             limits=IngestLimits.from_settings(settings),
             tick=lambda fraction: reporter.progress("ingest", fraction=_INGEST_SHARE * fraction),
             state_size=lambda packed_bytes: reporter.transaction(

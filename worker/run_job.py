@@ -12,7 +12,7 @@ from app.storage import LocalStorage
 from worker.publisher import Publisher
 from worker.reporter import Reporter
 from worker.run_auto import Entry, compete
-from worker.training import methods
+from worker.training import methods, self_supervised
 from worker.workbench import Share, Workbench
 
 
@@ -36,7 +36,10 @@ def _run_one(spec: TrainingSpec, workbench: Workbench, publisher: Publisher) -> 
     training = workbench.prepare(spec, checkpoints.newest(on_damaged=workbench.reporter.log), Share())
     workbench.fit(training, checkpoints, Share())
     workbench.reporter.progress("evaluate", fraction=1.0, eta_seconds=0.0)
-    conclusion = methods.conclude(training, workbench.manifest, on_batch=workbench.reporter.tick)
+    if spec.method == "self_supervised":
+        conclusion = self_supervised.conclude(training, on_batch=workbench.reporter.tick)
+    else:
+        conclusion = methods.conclude(training, workbench.manifest, on_batch=workbench.reporter.tick)
     publisher.publish(training, conclusion, spec, role="final")
 
 

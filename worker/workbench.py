@@ -23,7 +23,7 @@ from app.vision.classifier import Classifier
 from app.vision.device import resolve_device
 from app.vision.weights import WeightStore
 from worker.reporter import Reporter, ShuttingDown
-from worker.training import loop, methods
+from worker.training import loop, methods, self_supervised
 from worker.training.checkpoint import Checkpoint, Checkpoints
 from worker.training.features import FeatureCache
 from worker.training.loop import EpochResult, Hooks, LoopState, Precision, StepProgress
@@ -101,7 +101,8 @@ class Workbench:
             furthest = max(furthest, done / of)  # there may be several passes, and progress does not go back
             self.reporter.progress("features", fraction=passes.fraction(furthest))
 
-        training = methods.prepare(
+        prepare = self_supervised.prepare if spec.method == "self_supervised" else methods.prepare
+        training = prepare(
             spec,
             classifier=self._build(spec),
             manifest=self.manifest,
@@ -174,7 +175,9 @@ class Workbench:
 
     def _build(self, spec: TrainingSpec) -> Classifier:
         """The network before training; weights not on this machine are downloaded, which is told as events."""
-        classes, reporter = len(self.manifest.classes), self.reporter
+        # Labels, where there are some, are only to check a self-supervised backbone by.
+        classes = 0 if spec.method == "self_supervised" else len(self.manifest.classes)
+        reporter = self.reporter
         if spec.backbone.model is not None:
             earlier = artifact.load(self.storage.path(f"models/{spec.backbone.model}")).classifier
             return methods.build_classifier(spec, classes, earlier=earlier)
@@ -241,6 +244,7 @@ class Workbench:
                 "learning_rate": result.learning_rate,
                 "seconds": result.seconds,
                 "method": share.method,
+                "figures": result.figures or None,
             },
             metrics={
                 "val_accuracy": result.best_val_accuracy,

@@ -31,6 +31,7 @@ from app.datasets import catalog
 from app.datasets.archive import ArchiveLimits
 from app.datasets.ingest import archive_key
 from app.datasets.inventory import inspect
+from app.datasets.layout import Kind
 from app.datasets.manifest import Split
 from app.datasets.upload import MAX_OVERHEAD_BYTES, StagedUpload, receive
 from app.db.tables import DatasetRow, new_id
@@ -59,6 +60,7 @@ class UploadOptions(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: Name | None = None
+    kind: Kind | None = None
     val_fraction: ValFraction | None = None
     seed: Seed | None = None
 
@@ -83,6 +85,7 @@ _UPLOAD: dict[str, Any] = {
                         "properties": {
                             "file": {"type": "string", "format": "binary"},
                             "name": {"type": "string", "minLength": 1, "maxLength": 200},
+                            "kind": {"type": "string", "enum": ["labelled", "unlabelled"]},
                             "val_fraction": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
                             "seed": {"type": "integer", "minimum": 0},
                         },
@@ -105,6 +108,10 @@ async def upload_dataset(
     services: ServicesDep,
     caller: CallerDep,
     name: Annotated[Name | None, Query(description="A name for people; the file's if left out.")] = None,
+    kind: Annotated[
+        Kind | None,
+        Query(description="unlabelled: pictures in any folders and of no class, for method self_supervised."),
+    ] = None,
     val_fraction: Annotated[
         ValFraction | None, Query(description="Share of each class for validation, where the archive has no split.")
     ] = None,
@@ -114,7 +121,7 @@ async def upload_dataset(
 ) -> Response:
     _refuse_declared_size(request, services.settings)
     key = idempotency.parse_key(idempotency_key)
-    in_query = {"name": name, "val_fraction": val_fraction, "seed": seed}
+    in_query = {"name": name, "kind": kind, "val_fraction": val_fraction, "seed": seed}
     scope = f"{caller.key_id} {request.method} {request.url.path}"
     claim = None if key is None else await run_in_threadpool(idempotency.begin, services.database, scope=scope, key=key)
     try:
@@ -237,11 +244,11 @@ async def _receive(
             idempotency.check_same(claim, print_of_request)
             return claim.answered
         # Reading a large archive through takes long: only a few at a time, beside the threads that answer others.
-        await anyio.to_thread.run_sync(_inspect, staged, services, limiter=services.inspections)
+        await anyio.to_thread.run_sync(_inspect, staged, services, options["kind"], limiter=services.inspections)
         return await run_in_threadpool(_keep, services, upload, options, claim, print_of_request)
 
 
-def _inspect(staged: FilePath, services: Services) -> None:
+def _inspect(staged: FilePath, services: Services, kind: Kind) -> None:
     def tick(_fraction: float) -> None:
         if services.stopping.is_set():
             raise Overloaded("The server is shutting down; send the upload again.", retry_after_seconds=5)
@@ -250,6 +257,7 @@ def _inspect(staged: FilePath, services: Services) -> None:
         staged,
         limits=ArchiveLimits.from_settings(services.settings),
         image_limits=ImageLimits.from_settings(services.settings),
+        kind=kind,
         tick=tick,
     )
 
@@ -270,6 +278,7 @@ def _keep(
                 name=options["name"],
                 size_bytes=upload.size_bytes,
                 sha256=upload.sha256,
+                kind=options["kind"],
                 options={"val_fraction": options["val_fraction"], "seed": options["seed"]},
             )
             queue.submit(session, kind=JobKind.ingest, dataset_id=dataset_id, spec=row.options)
@@ -292,6 +301,7 @@ def _options(in_query: Mapping[str, Any], upload: StagedUpload, settings: Settin
     asked = parse_as(UploadOptions, {**in_query, **in_form})
     return {
         "name": asked.name or _name_of_file(upload.filename),
+        "kind": asked.kind or "labelled",
         "val_fraction": settings.val_fraction if asked.val_fraction is None else asked.val_fraction,
         "seed": asked.seed or 0,
     }

@@ -5,8 +5,17 @@ from typing import Any
 
 from app.api.schemas import Evaluation, thumbnail_path
 from app.db.tables import ModelRow
-from app.errors import ModelUnavailable
+from app.errors import Conflict, ModelUnavailable
 from app.storage import LocalStorage
+
+
+def check_predicts(model: ModelRow) -> None:
+    """Raises Conflict for a backbone, which has no classes."""
+    if not model.classes:
+        raise Conflict(
+            f'This model is a backbone without classes. Start a job from it: "backbone": "{model.id}" to /v1/jobs.',
+            code="not-a-classifier",
+        )
 
 
 def read_evaluation(model: ModelRow, storage: LocalStorage) -> Evaluation:

@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from app import registry
 from app.api import training
 from app.api.deps import After, Limit, ServicesDep, json_body
-from app.api.evaluation import read_evaluation
+from app.api.evaluation import check_predicts, read_evaluation
 from app.api.openapi import json_request, problems
 from app.api.schemas import Alias, AliasRequest, Backbones, Deleted, Evaluation, Listing, Model
 from app.api.services import Services
@@ -72,6 +72,7 @@ async def delete_model(services: ServicesDep, model: ModelName) -> Deleted:
 def get_evaluation(services: ServicesDep, model: ModelName) -> Evaluation:
     with services.database.read() as session:
         row = registry.find(session, model)
+    check_predicts(row)
     return read_evaluation(row, services.storage)
 
 
@@ -121,12 +122,17 @@ def delete_alias(services: ServicesDep, name: AliasName) -> Deleted:
 
 @router.get("/v1/backbones", response_model=Backbones, summary="What training can start from")
 def list_backbones(services: ServicesDep) -> Backbones:
-    return Backbones(data=training.list_backbones(services.weights))
+    with services.database.read() as session:
+        made = training.made_backbones(session, services.storage)
+    return Backbones(data=[*training.list_backbones(services.weights), *made])
 
 
 def _model_id(services: Services, name: str) -> str:
+    """Of a model that can be predicted with: an alias names nothing else."""
     with services.database.read() as session:
-        return registry.find(session, name).id
+        row = registry.find(session, name)
+    check_predicts(row)
+    return row.id
 
 
 def _previous_model_id(services: Services, alias: str) -> str:

@@ -35,8 +35,8 @@ class Pictures:
 
     def page(
         self, dataset_id: str, *, class_name: str | None, split: Split | None, limit: int, after: str | None
-    ) -> tuple[list[tuple[Record, str]], bool]:
-        """Up to `limit` (record, class name) in the manifest's order, and whether there are more.
+    ) -> tuple[list[tuple[Record, str | None]], bool]:
+        """Up to `limit` (record, class name or None) in the manifest's order, and whether there are more.
 
         Raises NotFound for a class or an `after` that the data set does not have, and for missing files.
         """
@@ -47,7 +47,8 @@ class Pictures:
         start = 0 if after is None else self._index(opened, after) + 1
         matching = self._matching(opened, start, class_name=class_name, split=split)
         found = [record for record, _ in zip(matching, range(limit + 1), strict=False)]
-        return [(record, classes[record.label]) for record in found[:limit]], len(found) > limit
+        names = [classes[record.label] if classes else None for record in found[:limit]]
+        return list(zip(found, names, strict=False)), len(found) > limit
 
     def thumbnail(self, dataset_id: str, image_id: str) -> bytes:
         """A JPEG made anew from pixels: nothing of the uploaded file is in it. Raises NotFound."""
@@ -86,7 +87,7 @@ class Pictures:
         records, classes = opened.manifest.records, opened.manifest.classes
         for index in range(start, len(records)):
             record = records[index]
-            if split in (None, record.split) and class_name in (None, classes[record.label]):
+            if split in (None, record.split) and (class_name is None or class_name == classes[record.label]):
                 yield record
 
     @staticmethod

@@ -7,6 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app import registry
 from app.api.deps import ServicesDep
+from app.api.evaluation import check_predicts
 from app.api.openapi import problems
 from app.api.picture_bodies import Picture, form_content, read_pictures
 from app.api.problems import Problem, pointer_to
@@ -24,7 +25,7 @@ router = APIRouter(tags=["prediction"])
     "/predict",
     response_model=Predictions,
     summary="Classify pictures",
-    responses=problems(404, 408, 413),
+    responses=problems(404, 408, 409, 413),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -94,7 +95,9 @@ async def predict(
 
 def _model_id(database: Database, name: str) -> str:
     with database.read() as session:
-        return registry.find(session, name).id
+        row = registry.find(session, name)
+    check_predicts(row)
+    return row.id
 
 
 def _prediction(picture: Picture, scores: Scores, *, top_k: int) -> Prediction:

@@ -119,6 +119,7 @@ class Dataset(Schema):
     id: str
     object: Literal["dataset"] = "dataset"
     name: str
+    kind: Literal["labelled", "unlabelled"] = Field(description="unlabelled: without classes, for self_supervised.")
     status: Literal["processing", "ready", "failed"]
     created_at: datetime
     size_bytes: int = Field(description="Of the archive.")
@@ -141,6 +142,7 @@ class Dataset(Schema):
         return cls(
             id=row.id,
             name=row.name,
+            kind=row.kind,
             status=row.status,
             created_at=row.created_at,
             size_bytes=row.size_bytes,
@@ -162,14 +164,14 @@ class DatasetImage(Schema):
     id: str
     object: Literal["image"] = "image"
     path: str = Field(description="Within the archive.")
-    class_name: str = Field(serialization_alias="class")
+    class_name: str | None = Field(serialization_alias="class", description="null in a data set without classes.")
     split: Literal["train", "val", "test"]
     width: int = Field(description="Of the stored picture, in pixels; large ones are stored smaller.")
     height: int
     thumbnail: str = Field(description="Where a small JPEG of it can be had.")
 
     @classmethod
-    def of(cls, record: Record, class_name: str, *, dataset_id: str) -> Self:
+    def of(cls, record: Record, class_name: str | None, *, dataset_id: str) -> Self:
         return cls(
             id=record.image_id,
             path=record.path,
@@ -265,6 +267,7 @@ class Epoch(Schema):
     learning_rate: FiniteFloat
     seconds: FiniteFloat
     method: str | None = Field(None, description="Whose epoch it is, where several methods compete; else null.")
+    figures: JsonObject | None = Field(None, description="Further ones: feature_std, knn_accuracy of self_supervised.")
 
     @classmethod
     def of(cls, row: EpochRow) -> Self:
@@ -417,8 +420,10 @@ class AliasRequest(BaseModel):
 
 
 class Backbone(Schema):
-    name: str
+    name: str = Field(description="What a job names as its backbone; a model's id for one that was trained here.")
     object: Literal["backbone"] = "backbone"
+    architecture: str = Field(description="torchvision's name of the network.")
+    method: str | None = Field(None, description="How it was trained here; null for published and bundled weights.")
     parameters: int
     image_size: int = Field(description="Side of the square it was trained on, in pixels.")
     weights: list[str]

@@ -13,7 +13,7 @@ from app.db.tables import DatasetRow
 from app.errors import FieldError, InvalidRequest, ModelUnavailable, NotFound
 from app.jobs import estimate as estimates
 from app.jobs import spec
-from app.jobs.spec import ClassFacts, DatasetFacts, JobRequest, StartingModel, TrainingSpec
+from app.jobs.spec import BACKBONE_METHODS, ClassFacts, DatasetFacts, JobRequest, StartingModel, TrainingSpec
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision.artifact import MODEL_FILE
@@ -80,21 +80,49 @@ def list_backbones(weights: WeightStore) -> list[Backbone]:
             available=available[name] or "download",
             is_obtainable=available[name] is not None,
             license=backbone.license,
+            architecture=backbone.architecture,
         )
         for name, backbone in BACKBONES.items()
     ]
 
 
+def made_backbones(session: Session, storage: LocalStorage) -> list[Backbone]:
+    """Models that were trained here to be started from, newest first."""
+    found = []
+    for row in registry.list_of_methods(session, BACKBONE_METHODS):
+        start = _starting_model(session, row.id, storage)
+        backbone = BACKBONES[start.backbone_name]
+        found.append(
+            Backbone(
+                name=row.id,
+                parameters=backbone.parameters,
+                image_size=start.preprocessing.crop,
+                weights=[],
+                available="local",
+                is_obtainable=True,
+                license="Yours, as far as your pictures, and the weights that it began from, allow.",
+                architecture=backbone.architecture,
+                method=row.method,
+            )
+        )
+    return found
+
+
 def _facts(dataset: DatasetRow, exclude: Sequence[str], storage: LocalStorage) -> DatasetFacts:
     """The images that a job has. Reads the data set's manifest only where some are left out."""
     if not exclude:
-        return DatasetFacts.from_counts(dataset.classes)
+        return DatasetFacts(
+            DatasetFacts.from_counts(dataset.classes).classes,
+            unlabelled=dataset.splits["train"] if dataset.kind == "unlabelled" else 0,
+        )
     manifest = _manifest(dataset.id, storage)
     _check_known(exclude, manifest)
     before, left = _counted(manifest, frozenset()), _counted(manifest, frozenset(exclude))
     emptied = [now.name for was, now in zip(before.classes, left.classes, strict=True) if was.train and not now.train]
     if emptied:
         raise _cannot_exclude([f"leaves no training image of {name}" for name in emptied])
+    if before.unlabelled and not left.unlabelled:
+        raise _cannot_exclude(["leaves no image"])
     if before.val and not left.val:
         raise _cannot_exclude(["leaves no validation image"])
     return left
@@ -126,7 +154,8 @@ def _check_known(exclude: Sequence[str], manifest: Manifest) -> None:
 def _counted(manifest: Manifest, exclude: frozenset[str]) -> DatasetFacts:
     train, val = (manifest.counts(split, exclude=exclude).tolist() for split in ("train", "val"))
     rows = zip(manifest.classes, train, val, strict=True)
-    return DatasetFacts(tuple(ClassFacts(*row) for row in rows))
+    unlabelled = 0 if manifest.classes else len(manifest.indices("train", exclude=exclude))
+    return DatasetFacts(tuple(ClassFacts(*row) for row in rows), unlabelled)
 
 
 def _cannot_exclude(details: list[str]) -> InvalidRequest:

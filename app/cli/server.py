@@ -24,6 +24,7 @@ from app.supervisor import Program, StopRequests, Supervisor, free_port, is_port
 
 API = Program("API", (sys.executable, "-m", "app.main"))
 WORKER = Program("worker", (sys.executable, "-m", "worker.main"))
+PRETRAINING = (sys.executable, "-m", "worker.pretraining.bundle")
 
 LOOK_INTERVAL_SECONDS = 0.2
 KILL_MARGIN_SECONDS = 5.0  # the programs get their own shutdown grace, and this much more
@@ -37,6 +38,8 @@ keys = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=True)
 def add_to(cli: typer.Typer) -> None:
     for command in (up, api, worker, migrate, settings):
         cli.command()(command)
+    # The program has its own options and its own help; they are handed on as they are.
+    cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})(pretrain_bundle)
     cli.add_typer(keys, name="keys")
 
 
@@ -73,6 +76,11 @@ def worker() -> None:
     """Run one worker alone; several may share a database."""
     load_settings()
     _become(WORKER, _environment())
+
+
+def pretrain_bundle(arguments: Annotated[list[str] | None, typer.Argument(metavar="OPTIONS")] = None) -> None:
+    """Make graft_small, the backbone that comes with Graft, again: --help tells how."""
+    _become(Program("pretraining", (*PRETRAINING, *(arguments or []))), _environment())
 
 
 def migrate() -> None:

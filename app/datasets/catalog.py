@@ -10,6 +10,7 @@ from sqlalchemy import delete as sql_delete
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from app.datasets.layout import Kind
 from app.datasets.report import IngestReport, shortened
 from app.db.tables import DatasetRow, new_id
 from app.errors import Conflict, InvalidRequest, NotFound
@@ -22,6 +23,7 @@ def create(
     size_bytes: int,
     sha256: str,
     options: dict[str, Any],
+    kind: Kind = "labelled",
     dataset_id: str | None = None,
 ) -> DatasetRow:
     """A new data set in status processing. dataset_id: where its archive was published before, if it was."""
@@ -31,6 +33,7 @@ def create(
         status="processing",
         size_bytes=size_bytes,
         sha256=sha256,
+        kind=kind,
         options=options,
         splits={"train": 0, "val": 0, "test": 0},
     )

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from app.datasets import archive as archives
 from app.datasets.archive import ArchiveLimits, shown
 from app.datasets.inventory import inspect
-from app.datasets.layout import Layout, Picture, Rejected, check_classes
-from app.datasets.manifest import SPLITS, Manifest, Record, Split
+from app.datasets.layout import Kind, Layout, Picture, Rejected, check_classes, check_enough
+from app.datasets.manifest import SPLITS, UNLABELLED, Manifest, Record, Split
 from app.datasets.packed import PackedPixels, PackedWriter, folder_bytes
 from app.datasets.quality import THUMBNAIL_SIDE, Fingerprint, Fingerprints, fingerprint, group_near_copies
 from app.datasets.report import MAX_LISTED_REJECTED, IngestReport, warning
@@ -50,6 +50,7 @@ class IngestOptions:
 
     val_fraction: float
     seed: int
+    kind: Kind = "labelled"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def ingest(
         archive,
         limits=limits.archive,
         image_limits=limits.images,
+        kind=options.kind,
         tick=lambda read: tick(_INSPECTED * read),
         on_picture=sizes.measure,
     )
@@ -110,18 +112,24 @@ def ingest(
         staged.mkdir()
         images, unreadable = _pack_all(archive, layout, staged, storage=storage, limits=limits, tick=tick)
         rejected = [*layout.rejected, *unreadable]
+        is_labelled = options.kind == "labelled"
         try:
-            check_classes(layout.classes, [image.picture for image in images])
+            if is_labelled:
+                check_classes(layout.classes, [image.picture for image in images])
+            else:
+                check_enough(len(images))
         except ArchiveRefused as error:
             records = _records(layout, images, [image.picture.split or "train" for image in images])
             return _report(layout, records, rejected, warnings=[], error=error)
 
         groups = group_near_copies(_fingerprints(images, staged), tick=lambda: tick(_DECODED))
         tick(_DECODED)
-        splits = _splits(layout, images, groups, options)
+        splits: Sequence[Split] = ["train"] * len(images)
+        if is_labelled:
+            splits = _splits(layout, images, groups, options)
         records = _records(layout, images, splits)
-        warnings = _warnings(layout, records, groups)
-        if "val" not in splits:
+        warnings = _warnings(layout, records, groups) if is_labelled else []
+        if is_labelled and "val" not in splits:
             return _report(layout, records, rejected, warnings=warnings, error=_no_validation(layout))
 
         Manifest(layout.classes, records).write(staged / "manifest.jsonl")
@@ -317,7 +325,7 @@ def _records(layout: Layout, images: Sequence[_Packed], splits: Sequence[Split])
         Record(
             image_id=f"img_{hashlib.sha256(image.picture.path.encode()).hexdigest()[:24]}",
             path=image.picture.path,
-            label=label[image.picture.class_name],
+            label=label.get(image.picture.class_name, UNLABELLED),
             split=split,
             digest=image.digest,
             width=image.width,

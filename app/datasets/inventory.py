@@ -5,7 +5,7 @@ from pathlib import Path
 
 from app.datasets import archive, layout
 from app.datasets.archive import ArchiveLimits
-from app.datasets.layout import File, Layout
+from app.datasets.layout import File, Kind, Layout
 from app.vision.images import ImageLimits, why_not_a_picture
 
 _SNIFFED_BYTES = 16
@@ -16,6 +16,7 @@ def inspect(
     *,
     limits: ArchiveLimits,
     image_limits: ImageLimits,
+    kind: Kind = "labelled",
     tick: Callable[[float], None] = lambda _fraction: None,
     on_picture: Callable[[str, bytes], None] | None = None,
 ) -> Layout:
@@ -42,7 +43,7 @@ def inspect(
             files.append(file)
             if on_picture is not None and file.why_not is None:
                 on_picture(file.path, b"".join([head, *pieces]))
-    return layout.recognise(files, folders=folders, tables=tables)
+    return layout.recognise(files, folders=folders, tables=tables, kind=kind)
 
 
 def _head(pieces: Iterator[bytes]) -> bytes:

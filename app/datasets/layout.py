@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from app.datasets.archive import shown
 from app.datasets.manifest import Split
@@ -19,8 +20,11 @@ from app.errors import ArchiveRefused
 
 MIN_CLASSES = 2
 MIN_PICTURES_PER_CLASS = 2  # one to train on, one to validate on
+MIN_UNLABELLED_PICTURES = 16  # fewer do not fill a batch
 MAX_CLASS_NAME_CHARACTERS = 255
 TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl")
+
+Kind = Literal["labelled", "unlabelled"]
 
 _SPLIT_ALIASES: dict[str, Split] = {
     "train": "train",
@@ -83,14 +87,21 @@ def is_table(path: str) -> bool:
 
 
 def recognise(
-    files: Iterable[File], *, folders: Iterable[str] = (), tables: Mapping[str, bytes] | None = None
+    files: Iterable[File],
+    *,
+    folders: Iterable[str] = (),
+    tables: Mapping[str, bytes] | None = None,
+    kind: Kind = "labelled",
 ) -> Layout:
-    """The layout of an archive, with paths as the archive has them.
+    """The layout of an archive, with paths as the archive has them. kind: unlabelled takes every picture, whatever
+    folder it lies in, as one to train on, and knows no classes.
 
     folders: those that have an entry of their own. tables: content of each file that `is_table`, by path.
     Raises ArchiveRefused (no-usable-layout, too-few-classes, too-few-images, class-name-collision, no-training-images)
     with a detail that names the class and says what to do.
     """
+    if kind == "unlabelled":
+        return _without_labels([file for file in files if not is_junk(file.path)])
     tree = _Tree(
         files=[file for file in files if not is_junk(file.path)],
         folders=frozenset(folder for folder in folders if not is_junk(folder)),
@@ -102,6 +113,23 @@ def recognise(
         layout = _by_folders_despite(tree, fault)
     check_classes(layout.classes, layout.pictures)
     return layout
+
+
+def _without_labels(files: Sequence[File]) -> Layout:
+    pictures = [Picture(file.path, "", "train") for file in files if file.why_not is None]
+    rejected = [Rejected(file.path, file.why_not) for file in files if file.why_not is not None]
+    check_enough(len(pictures))
+    return Layout([], pictures, rejected)
+
+
+def check_enough(pictures: int) -> None:
+    """Whether so many pictures without labels can be learnt from. Asked again when unreadable ones are left out."""
+    if pictures < MIN_UNLABELLED_PICTURES:
+        raise ArchiveRefused(
+            f"The archive holds {pictures or 'no'} readable picture{'' if pictures == 1 else 's'}; to learn from "
+            f"pictures without labels, {MIN_UNLABELLED_PICTURES} or more are needed.",
+            code="too-few-images",
+        )
 
 
 def _by_folders_despite(tree: "_Tree", fault: "_UnusableTable") -> Layout:
@@ -254,7 +282,10 @@ _WHAT_TO_SEND = (
 
 def _what_lacks(tree: _Tree) -> str:
     if any(file.why_not is None for file in tree.files):
-        return "The archive's pictures do not say which class they belong to."
+        return (
+            "The archive's pictures do not say which class they belong to; if they are to have none, for "
+            "self-supervised pretraining, upload it with kind=unlabelled."
+        )
     return "The archive holds no pictures that can be read."
 
 

@@ -18,6 +18,7 @@ FORMAT_VERSION = 1
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+UNLABELLED = -1  # the label of an image of a data set without classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Record:
 
     image_id: str  # "img_…": depends on the path alone, so a second ingest of the same archive gives the same
     path: str  # within the archive
-    label: int  # index into the manifest's classes
+    label: int  # index into the manifest's classes, or UNLABELLED
     split: Split
     digest: str  # SHA-256 of the encoded picture, hexadecimal
     width: int  # of the packed pixels
@@ -52,6 +53,8 @@ class Manifest:
     def counts(self, split: Split, *, exclude: AbstractSet[str] = frozenset()) -> NDArray[np.int64]:
         """Images of a split per class: (len(classes),)."""
         kept = self.indices(split, exclude=exclude)
+        if not self.classes:
+            return np.zeros(0, dtype=np.int64)
         return np.bincount(self.labels[kept], minlength=len(self.classes)).astype(np.int64)
 
     def write(self, path: Path) -> None:

@@ -22,7 +22,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from app.errors import FieldError, InvalidRequest, RequestTimeout, StorageFull, TooLarge
 
 FILE_FIELDS = ("file", "data")
-TEXT_FIELDS = ("name", "val_fraction", "seed", "purpose")
+TEXT_FIELDS = ("name", "kind", "val_fraction", "seed", "purpose")
 
 MAX_PARTS = 20
 MAX_TEXT_BYTES = 64 * 1024

@@ -6,7 +6,7 @@ because it grows whatever the clock does.
 
 import secrets
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
     JSON,
@@ -25,6 +25,8 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+DatasetKind = Literal["labelled", "unlabelled"]
 
 
 def new_id(prefix: str) -> str:
@@ -93,7 +95,7 @@ class DatasetRow(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     size_bytes: Mapped[int] = mapped_column(BigInteger)  # of the archive
     sha256: Mapped[str]  # of the archive
-    kind: Mapped[str] = mapped_column(default="labelled", server_default="labelled")  # or unlabelled
+    kind: Mapped[DatasetKind] = mapped_column(String, default="labelled", server_default="labelled")
     options: Mapped[dict[str, Any]] = mapped_column(default=dict)  # val_fraction, seed
     num_images: Mapped[int] = mapped_column(default=0)
     num_rejected: Mapped[int] = mapped_column(default=0)
@@ -156,12 +158,13 @@ class EpochRow(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     epoch: Mapped[int] = mapped_column(primary_key=True)
     train_loss: Mapped[float] = mapped_column(Float)
-    train_accuracy: Mapped[float] = mapped_column(Float)
+    train_accuracy: Mapped[float | None] = mapped_column(Float)  # null where nothing is told apart
     val_loss: Mapped[float] = mapped_column(Float)
-    val_accuracy: Mapped[float] = mapped_column(Float)
+    val_accuracy: Mapped[float | None] = mapped_column(Float)
     learning_rate: Mapped[float] = mapped_column(Float)
     seconds: Mapped[float] = mapped_column(Float)
     method: Mapped[str | None]  # of this epoch's candidate, in a job of method auto
+    figures: Mapped[dict[str, Any] | None]  # further ones by name, such as a self-supervised training's
 
 
 class EventRow(Base):

@@ -147,10 +147,11 @@ def _estimate_one(
     def after(epochs: float) -> float:
         return FIXED_SECONDS + once + epochs * epoch_seconds
 
+    # Training goes on for `patience` epochs even if the first is the last that gains.
+    fewest = epochs if patience is None else min(epochs, patience)
     return Estimate(
-        seconds=after(epochs if patience is None else EXPECTED_SHARE * epochs),
-        # Training goes on for `patience` epochs even if the first is the last that gains.
-        seconds_range=(after(epochs if patience is None else min(epochs, patience)), after(epochs)),
+        seconds=after(max(fewest, EXPECTED_SHARE * epochs)),
+        seconds_range=(after(fewest), after(epochs)),
         peak_memory_bytes=_peak_bytes(
             spec, dataset=dataset, frozen=frozen, trained=trained, is_cached=is_cached, device_type=device_type
         ),

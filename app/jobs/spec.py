@@ -20,7 +20,9 @@ from app.vision import backbones
 from app.vision.backbones import BackboneSpec, Family
 from app.vision.preprocessing import Preprocessing
 
-Method = Literal["feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch", "few_shot"]
+Method = Literal["feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch", "few_shot", "self_supervised"]
+# Their models are made to be started from: GET /v1/backbones lists them.
+BACKBONE_METHODS: tuple[Method, ...] = ("from_scratch", "self_supervised")
 Recipe = Literal["classic", "modern"]
 Promote = Literal["if_better", "always", "never"]
 Optimizer = Literal["sgd", "adamw"]
@@ -212,9 +214,10 @@ class ClassFacts:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What resolving needs to know of a ready data set: images per class and split."""
+    """What resolving needs to know of a ready data set: images per class and split, or those without a class."""
 
     classes: tuple[ClassFacts, ...]
+    unlabelled: int = 0
 
     @classmethod
     def from_counts(cls, classes: Sequence[Mapping[str, Any]]) -> Self:
@@ -223,7 +226,7 @@ class DatasetFacts:
 
     @property
     def train(self) -> int:
-        return sum(c.train for c in self.classes)
+        return self.unlabelled + sum(c.train for c in self.classes)
 
     @property
     def val(self) -> int:
@@ -388,6 +391,35 @@ MODERN: dict[tuple[Method, Family], ModernDefaults] = {
     ("from_scratch", "transformer"): _TRANSFORMER_SCRATCH,
     ("few_shot", "cnn"): _HEAD,
     ("few_shot", "transformer"): _HEAD,
+    # Crops as small as contrastive learning's: what two of them share is what the network is to find.
+    ("self_supervised", "cnn"): ModernDefaults(1e-3, 0.1, 1e-4, 1500, 10, 200, (0.2, 1.0)),
+    ("self_supervised", "transformer"): ModernDefaults(1e-3, 0.1, 0.05, 1500, 10, 200, (0.2, 1.0)),
+}
+# What two views of one picture have no use for.
+OF_LABELS = frozenset(
+    {
+        "label_smoothing",
+        "unfreeze",
+        "feature_layer",
+        "augmented_views",
+        "mixup",
+        "cutmix",
+        "ema",
+        "class_weights",
+        "early_stopping_patience",
+    }
+)
+SELF_SUPERVISED: dict[str, Any] = {
+    "head_start": "random",
+    "augmentation": "strong",
+    "augmented_views": None,
+    "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "ema": 0.0,
+    "class_weights": "none",
+    "early_stopping_patience": None,
+    "fixed_batch_norm": True,
 }
 # A logistic regression has no rate, no batches and no epochs; one pass over the images, and its line search's step.
 SOLVED: dict[str, Any] = {
@@ -462,8 +494,11 @@ def resolve(
     names one.
     Raises InvalidRequest, InvalidHyperparameter or WeightsUnavailable, naming the field.
     """
-    _check_dataset(dataset)
     reasons: list[str] = []
+    if dataset.unlabelled and request.method == "auto":
+        request = request.model_copy(update={"method": "self_supervised"})
+        reasons.append("method self_supervised: the data set has no labels.")
+    _check_dataset(dataset, request.method)
     start = _start(request, weights, device_type, starting_model, reasons)
     if methods := _contenders(request, dataset, start, device_type, reasons):
         rivals = [_resolved(_entered(request, m), m, dataset=dataset, start=start, reasons=[]) for m in methods]
@@ -519,6 +554,8 @@ def _resolved(
         values = _classic(request.hyperparameters, method)
     else:
         values = _modern(request.hyperparameters, method, start.backbone, dataset, reasons)
+    if method == "self_supervised":
+        values |= SELF_SUPERVISED | _given(request.hyperparameters)
     if method == "few_shot":
         values |= PROTOTYPES
         if (most := max(c.train for c in dataset.classes)) > MOST_SHOTS:
@@ -546,7 +583,15 @@ def _resolved(
     )
 
 
-def _check_dataset(dataset: DatasetFacts) -> None:
+def _check_dataset(dataset: DatasetFacts, method: str) -> None:
+    if method == "self_supervised":
+        return
+    if dataset.unlabelled:
+        raise InvalidRequest(
+            f'The data set has no labels, and {method} learns from them. Train a backbone on it ("method": '
+            '"self_supervised"), and then a classifier on a labelled data set that starts from it.',
+            errors=[FieldError("#/method", "needs a data set with labels")],
+        )
     trainable = sum(c.train > 0 for c in dataset.classes)
     if trainable < 2 or dataset.val == 0:
         lack = "validation images" if trainable >= 2 else "training images in at least two classes"
@@ -657,6 +702,8 @@ def _check_combinations(request: JobRequest, method: Method, backbone: BackboneS
         raise _bad_hyperparameter("feature_layer", f"must be one of {backbone.name}'s layers: {', '.join(stages)}")
     if "augmented_views" in given and method not in ("feature_extraction", "fine_tuning"):
         raise _bad_hyperparameter("augmented_views", f"is for methods that freeze stages, and this is {method}")
+    if method == "self_supervised" and (useless := sorted(OF_LABELS & given)):
+        raise _bad_hyperparameter(useless[0], "has no meaning for self_supervised, which has no labels and no head")
     if method == "few_shot" and (useless := sorted((ITERATIVE | {"class_weights"}) & given)):
         raise _bad_hyperparameter(useless[0], "has no meaning for few_shot, which computes its head and trains nothing")
     if "backbone_learning_rate" in given and method == "feature_extraction":
@@ -759,7 +806,7 @@ def _epochs_for_steps(defaults: ModernDefaults, train_images: int, batch_size: i
 def _flip_keeps_class(dataset: DatasetFacts, reasons: list[str]) -> bool:
     names = [c.name.lower() for c in dataset.classes]
     sided = [n for n in names if _SIDED_WORDS & set(n.replace("-", "_").replace(" ", "_").split("_"))]
-    if all(len(name) == 1 for name in names) or sided:
+    if (names and all(len(name) == 1 for name in names)) or sided:
         reasons.append("no horizontal flips: the class names are single characters or name a side.")
         return False
     return True

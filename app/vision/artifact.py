@@ -54,7 +54,7 @@ class Artifact:
     """
 
     classifier: Classifier
-    classes: list[str]  # in the order of the head's outputs
+    classes: list[str]  # in the order of the head's outputs; none for a backbone alone
     preprocessing: Preprocessing
     temperature: float = 1.0  # that logits are divided by before softmax
     support: Support | None = None  # written by `save`; read by `load_support`, since prediction does not need it
@@ -88,7 +88,7 @@ class _ModelFile(BaseModel):
     graft_version: str
     backbone: str
     feature_layer: str
-    classes: Annotated[list[str], Field(min_length=1)]
+    classes: list[str]  # none for a backbone alone
     preprocessing: dict[str, Any]
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     metadata: dict[str, Any]

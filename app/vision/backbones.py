@@ -7,7 +7,8 @@ forward up to its last linear layer.
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,17 +37,19 @@ class WeightsSpec:
 
     backbone: str
     name: str  # torchvision's, such as IMAGENET1K_V2
-    file: str  # its name ends in the first digits of its sha256
-    top1: float  # accuracy on ImageNet-1k as published, 0..1
+    file: str  # its name ends in the first digits of its sha256, unless it is bundled
+    top1: float | None  # accuracy on ImageNet-1k as published, 0..1
     preprocessing: Preprocessing
     license: str
+    is_bundled: bool = False  # comes with Graft, in `BUNDLED`
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
     """One backbone. weights: best for fine-tuning first."""
 
-    name: str  # torchvision's
+    name: str  # torchvision's, but for graft_small
+    architecture: str  # torchvision's name of the network
     stages: Mapping[str, str]  # stage name -> modules in order, in the notation of `_modules`
     head: str  # path of the last linear layer, which is not part of the backbone
     layout: Layout
@@ -136,7 +139,7 @@ def build(name: str, state_dict: Mapping[str, Tensor] | None = None, *, seed: in
     if state_dict is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return rewrap(name, torchvision.models.get_model(name, weights=None))
+            return rewrap(name, torchvision.models.get_model(BACKBONES[name].architecture, weights=None))
     network = hollow(name)
     try:
         # assign: the network has no memory of its own yet. Initialising vgg16 only to overwrite it takes seconds.
@@ -153,7 +156,7 @@ def hollow(name: str) -> nn.Module:
     # RegNet's constructor computes its widths with tensors, which needs a real device.
     device = "cpu" if name.startswith("regnet") else "meta"
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        network: nn.Module = torchvision.models.get_model(name, weights=None)
+        network: nn.Module = torchvision.models.get_model(BACKBONES[name].architecture, weights=None)
         return network
 
 
@@ -183,6 +186,12 @@ def choose(available: Collection[str], device_type: str) -> Choice:
             'GRAFT_WEIGHTS_DIR, allow downloads (GRAFT_ALLOW_DOWNLOADS), or use "method": "from_scratch".'
         )
     kind = "a CPU, where small networks train in minutes" if on_cpu else "a GPU"
+    if chosen == GRAFT_SMALL:
+        return Choice(
+            chosen,
+            f"backbone {chosen}: it comes with Graft; of those trained on photographs none is on this machine or can "
+            "be downloaded. Put a weight file into GRAFT_WEIGHTS_DIR for a better start.",
+        )
     if chosen == order[0]:
         return Choice(chosen, f"backbone {chosen}: the first choice on {kind}.")
     return Choice(
@@ -480,6 +489,7 @@ def _spec(name: str, cut: _Cut) -> BackboneSpec:
     weights = [published[n] for n in _WEIGHTS_NAMES if n in published]
     return BackboneSpec(
         name=name,
+        architecture=name,
         stages=cut.stages,
         head=cut.head,
         layout=cut.layout,
@@ -511,12 +521,32 @@ def _weights_spec(backbone: str, weights: Any) -> WeightsSpec:
     )
 
 
+def _graft_small() -> BackboneSpec:
+    """Graft's own: torchvision's mobilenet_v3_small, trained on images made by formula (worker/training/scenes.py)."""
+    cut, architecture = _MOBILENET_V3_SMALL, "mobilenet_v3_small"
+    imagenet = _spec(architecture, cut)
+    weights = WeightsSpec(
+        backbone=GRAFT_SMALL,
+        name="FORMULA_V1",
+        file=f"{GRAFT_SMALL}.safetensors",
+        top1=None,
+        preprocessing=replace(imagenet.preprocessing, resize=146, crop=128),
+        license="Graft's own, under Graft's licence; made from images that Graft generates, and from nothing else.",
+        is_bundled=True,
+    )
+    return replace(imagenet, name=GRAFT_SMALL, gflops=imagenet.gflops * (128 / 224) ** 2, weights=(weights,))
+
+
+GRAFT_SMALL = "graft_small"
+BUNDLED = Path(__file__).parent / "bundled"  # the folder of weight files that come with Graft
 BACKBONES: dict[str, BackboneSpec] = {name: _spec(name, cut) for name, cut in _CUTS.items()}
+BACKBONES[GRAFT_SMALL] = _graft_small()
 
 
 def _first_then(first: tuple[str, ...], cost: Callable[[BackboneSpec], float]) -> tuple[str, ...]:
-    return (*first, *sorted(set(BACKBONES) - set(first), key=lambda name: (cost(BACKBONES[name]), name)))
+    rest = set(BACKBONES) - {*first, GRAFT_SMALL}
+    return (*first, *sorted(rest, key=lambda name: (cost(BACKBONES[name]), name)), GRAFT_SMALL)
 
 
-_GPU_ORDER = _first_then(_GPU_FIRST, lambda spec: -spec.weights[0].top1)
+_GPU_ORDER = _first_then(_GPU_FIRST, lambda spec: -(spec.weights[0].top1 or 0.0))
 _CPU_ORDER = _first_then(_CPU_FIRST, lambda spec: spec.gflops)

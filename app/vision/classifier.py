@@ -69,9 +69,7 @@ class Classifier(nn.Module):
         """The shape of a classifier, to be filled by `load_state_dict(..., assign=True)`."""
         backbone = backbones.rewrap(backbone_name, backbones.hollow(backbone_name))
         backbone.cut_after(feature_layer)
-        with torch.device("meta"):
-            head = nn.Linear(backbone.feature_width, class_count)
-        return cls(backbone, head, feature_layer=feature_layer)
+        return cls(backbone, _hollow_head(backbone.feature_width, class_count), feature_layer=feature_layer)
 
     @classmethod
     def _with_new_head(cls, backbone: Backbone, class_count: int, feature_layer: str | None, seed: int) -> Self:
@@ -179,13 +177,22 @@ class Classifier(nn.Module):
         )
 
 
+def _hollow_head(feature_width: int, class_count: int) -> nn.Linear:
+    """Without memory of its own. class_count: 0 for a backbone alone, which tells no classes apart."""
+    with torch.device("meta"):
+        head = nn.Linear(feature_width, max(class_count, 1))
+    if class_count == 0:  # made so, since nn.Linear warns of a weight without elements
+        head.out_features = 0
+        head.weight, head.bias = nn.Parameter(head.weight[:0].detach()), nn.Parameter(head.bias[:0].detach())
+    return head
+
+
 def _new_head(feature_width: int, class_count: int, seed: int) -> nn.Linear:
     """A linear layer with PyTorch's usual uniform weights, drawn from `seed` alone, and no bias yet.
 
     Zero bias: every class starts equally likely.
     """
-    with torch.device("meta"):
-        head = nn.Linear(feature_width, class_count)
+    head = _hollow_head(feature_width, class_count)
     bound = feature_width**-0.5
     weight = torch.empty(class_count, feature_width).uniform_(
         -bound, bound, generator=torch.Generator().manual_seed(seed)

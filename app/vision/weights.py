@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: the operator's folder, torch's cache, our own folder, or a download into it.
+"""Where pretrained weights come from: the operator's folder, torch's cache, our own, a download into it, or Graft.
 
 Knows files and one web address; not networks. Nothing is used whose digest was not checked, except the operator's own
 `<backbone>.safetensors`, which has none in its name.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from app.errors import WeightsUnavailable
 from app.settings import Settings
-from app.vision.backbones import BACKBONES, BackboneSpec, WeightsSpec
+from app.vision.backbones import BACKBONES, BUNDLED, BackboneSpec, WeightsSpec, hollow
 
 Availability = Literal["bundled", "local", "download"]
 OnProgress = Callable[[int, int | None], None]  # bytes so far, bytes in all if the server said
@@ -96,7 +96,8 @@ class WeightStore:
             for weights in spec.weights:
                 if (folder / weights.file).is_file():
                     return Found(weights, folder / weights.file)
-        return None
+        bundled = next((weights for weights in spec.weights if weights.is_bundled), None)
+        return Found(bundled, BUNDLED / bundled.file) if bundled else None
 
     def expected(self, name: str) -> WeightsSpec:
         """The weights that `obtain` will give for this backbone, where there are any."""
@@ -105,22 +106,23 @@ class WeightStore:
 
     def availability(self, name: str) -> Availability | None:
         """Where weights can be had from. Waits up to two seconds for the server, at most once a minute."""
-        if self.find(name) is not None:
-            return "local"
+        found = self.find(name)
+        if found is not None:
+            return _where(found)
         file = BACKBONES[name].weights[0].file
         return "download" if self._allow_downloads and self._answers(file, probe_key=file) else None
 
     def availabilities(self) -> dict[str, Availability | None]:
         """The same for all backbones, with one look at the server for the whole list."""
-        local = {name for name in BACKBONES if self.find(name) is not None}
-        missing = next((spec for name, spec in BACKBONES.items() if name not in local), None)
+        here = {name: _where(found) for name in BACKBONES if (found := self.find(name)) is not None}
+        missing = next((spec for name, spec in BACKBONES.items() if name not in here), None)
         can_download = (
             missing is not None
             and self._allow_downloads
             and self._answers(missing.weights[0].file, probe_key=_WHOLE_LIST)
         )
         remote: Availability | None = "download" if can_download else None
-        return {name: "local" if name in local else remote for name in BACKBONES}
+        return {name: here.get(name, remote) for name in BACKBONES}
 
     def obtain(self, name: str, on_progress: OnProgress | None = None) -> Found:
         """The weights of this backbone, downloaded if they are not here. Raises WeightsUnavailable."""
@@ -167,7 +169,7 @@ class WeightStore:
         )
         try:
             if found.path.suffix == ".safetensors":
-                return safetensors.torch.load_file(found.path)
+                return _whole(safetensors.torch.load_file(found.path), found.weights)
             with found.path.open("rb") as stream:
                 if not hashlib.file_digest(stream, "sha256").hexdigest().startswith(_expected_digest(file)):
                     raise damaged
@@ -236,6 +238,20 @@ class WeightStore:
 
 
 _WHOLE_LIST = "*"
+
+
+def _where(found: Found) -> Availability:
+    return "bundled" if found.path.parent == BUNDLED else "local"
+
+
+def _whole(tensors: dict[str, Tensor], weights: WeightsSpec) -> dict[str, Tensor]:
+    """Bundled files are half as precise and have no head of 1000 classes, which nobody uses: a third of the size."""
+    if not weights.is_bundled:
+        return tensors
+    head = BACKBONES[weights.backbone].head
+    expected = hollow(weights.backbone).state_dict()
+    zeros = {f"{head}.{name}": torch.zeros(expected[f"{head}.{name}"].shape) for name in ("weight", "bias")}
+    return zeros | {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def _oldest(spec: BackboneSpec) -> WeightsSpec:

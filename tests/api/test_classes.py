@@ -10,8 +10,7 @@ import builders
 import httpx
 import pytest
 import torch
-from api_builders import CLASSES, RunningServer
-from test_problems import assert_is_problem
+from api_builders import CLASSES, RunningServer, assert_is_problem
 
 from app.serving.extension import extend
 from app.vision import artifact

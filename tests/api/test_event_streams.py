@@ -7,10 +7,9 @@ import api_builders
 import httpx
 import pytest
 import queue_builders
-from api_builders import RunningServer
+from api_builders import RunningServer, assert_is_problem
 from httpx_sse import ServerSentEvent, connect_sse
 from test_job_routes import asked_for
-from test_problems import assert_is_problem
 
 from app.api import event_stream
 from app.jobs import queue

@@ -8,9 +8,8 @@ from typing import Any
 import api_builders
 import httpx
 import pytest
-from api_builders import RunningServer
+from api_builders import RunningServer, assert_is_problem
 from test_job_routes import asked_for
-from test_problems import assert_is_problem
 
 from app.db.tables import IdempotencyRow, utc_now
 from app.jobs import owner

@@ -7,8 +7,7 @@ import api_builders
 import httpx
 import pytest
 import queue_builders
-from api_builders import RunningServer
-from test_problems import assert_is_problem
+from api_builders import RunningServer, assert_is_problem
 
 from app.datasets.ingest import manifest_key
 from app.datasets.manifest import Manifest, Record
@@ -102,8 +101,10 @@ def test_dry_run_answers_spec_and_estimate_and_queues_nothing(client: httpx.Clie
 
     assert response.status_code == 200
     assert answer["spec"]["hyperparameters"]["epochs"] == 2
-    assert answer["estimate"] == {key: answer[key] for key in ("seconds", "peak_memory_bytes")}
-    assert min(answer["estimate"].values()) > 0
+    assert answer["estimate"] == {key: answer[key] for key in ("seconds", "seconds_range", "peak_memory_bytes")}
+    low, high = answer["seconds_range"]
+    assert 0 < low <= answer["seconds"] <= high
+    assert answer["peak_memory_bytes"] > 0
     assert client.get("/v1/jobs").json()["data"] == []
 
 
@@ -214,7 +215,7 @@ def test_history_lists_epochs_with_null_for_what_is_no_number(
 
     history = client.get(f"/v1/jobs/{job['id']}/history").json()
 
-    assert history["data"] == [{**EPOCH, "val_loss": None, "method": None}]
+    assert history["data"] == [{**EPOCH, "val_loss": None, "method": None, "figures": None}]
 
 
 def test_deleting_a_data_set_waits_for_its_jobs(client: httpx.Client, dataset: str) -> None:

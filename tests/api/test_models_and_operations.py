@@ -8,8 +8,7 @@ import api_builders
 import builders
 import httpx
 import pytest
-from api_builders import RunningServer
-from test_problems import assert_is_problem
+from api_builders import RunningServer, assert_is_problem
 
 from app import access
 from app.access import Scope
@@ -251,6 +250,8 @@ def test_backbones_say_what_they_need(client: httpx.Client) -> None:
     assert backbones["resnet50"] | {"license": ""} == {
         "name": "resnet50",
         "object": "backbone",
+        "architecture": "resnet50",
+        "method": None,
         "parameters": 25_557_032,
         "image_size": 224,
         "weights": ["IMAGENET1K_V2", "IMAGENET1K_V1"],

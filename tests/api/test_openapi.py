@@ -52,6 +52,7 @@ def test_it_has_every_operation_of_this_version(document: dict[str, Any]) -> Non
         "PUT /v1/aliases/{name}",
         "DELETE /v1/aliases/{name}",
         "POST /v1/aliases/{name}/rollback",
+        "POST /v1/models/{model}/classes",
         "GET /v1/backbones",
         "POST /predict",
         "GET /healthz",
@@ -81,6 +82,7 @@ def test_every_operation_with_a_body_says_which(document: dict[str, Any]) -> Non
         "PUT /v1/datasets": [*archive, "multipart/form-data"],
         "POST /v1/jobs": ["application/json"],
         "PUT /v1/aliases/{name}": ["application/json"],
+        "POST /v1/models/{model}/classes": ["application/json", "multipart/form-data"],
         "POST /predict": ["application/json", "image/jpeg", "image/png", "image/webp", "multipart/form-data"],
     }
 

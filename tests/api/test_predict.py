@@ -8,8 +8,7 @@ import api_builders
 import builders
 import httpx
 import pytest
-from api_builders import CLASSES, RunningServer
-from test_problems import assert_is_problem
+from api_builders import CLASSES, RunningServer, assert_is_problem
 
 PICTURE = builders.jpeg(1)
 OTHER = builders.jpeg(2)

@@ -6,9 +6,8 @@ from typing import Any
 import api_builders
 import httpx
 import pytest
-from api_builders import RunningServer
+from api_builders import RunningServer, assert_is_problem
 from test_predict import BROKEN, PICTURE, assert_answers, b64
-from test_problems import assert_is_problem
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """Every failure, from wherever it comes, is one kind of answer."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import api_builders
 import httpx
 import pytest
-from api_builders import RunningServer
+from api_builders import RunningServer, assert_is_problem
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +19,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 def client(server: RunningServer) -> Iterator[httpx.Client]:
     with api_builders.client_of(server) as client:
         yield client
-
-
-def assert_is_problem(response: httpx.Response, status: int, slug: str) -> dict[str, Any]:
-    problem: dict[str, Any] = response.json()
-    assert (response.status_code, problem["type"].rpartition("/")[2]) == (status, slug)
-    assert response.headers["content-type"] == "application/problem+json"
-    assert problem["status"] == status
-    assert problem["request_id"] == response.headers["x-request-id"]
-    assert set(problem) >= {"type", "title", "status", "detail", "request_id", "error"}
-    return problem
 
 
 def test_unknown_path_is_a_problem(client: httpx.Client) -> None:

@@ -10,8 +10,7 @@ import api_builders
 import builders
 import httpx
 import pytest
-from api_builders import RunningServer
-from test_problems import assert_is_problem
+from api_builders import RunningServer, assert_is_problem
 
 from app.db.engine import Database
 

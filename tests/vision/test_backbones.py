@@ -19,7 +19,7 @@ def small_images(name: str, count: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_stages_compose_to_torchvisions_forward_up_to_its_last_layer(name: str) -> None:
     torch.manual_seed(0)
-    network = torchvision.models.get_model(name, weights=None).eval()
+    network = torchvision.models.get_model(BACKBONES[name].architecture, weights=None).eval()
     head = network.get_submodule(BACKBONES[name].head)
     seen: list[torch.Tensor] = []
     head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -116,10 +116,19 @@ def test_the_table_has_torchvisions_numbers() -> None:
 
 
 def test_only_plain_imagenet_weights_are_offered() -> None:
-    names = {weights.name for spec in BACKBONES.values() for weights in spec.weights}
+    names = {weights.name for spec in BACKBONES.values() for weights in spec.weights if not weights.is_bundled}
 
     assert names == {"IMAGENET1K_V1", "IMAGENET1K_V2"}
-    assert len(BACKBONES) == 28
+    assert len(BACKBONES) == 29
+
+
+def test_one_backbone_is_bundled_and_taken_where_no_other_can_be_had() -> None:
+    assert [name for name, spec in BACKBONES.items() if spec.weights[0].is_bundled] == ["graft_small"]
+    for device in ("cpu", "cuda"):
+        chosen, reason = choose({"graft_small"}, device)
+        assert chosen == "graft_small"
+        assert "comes with Graft" in reason
+        assert choose({"graft_small", "vgg16"}, device).name == "vgg16"
 
 
 def test_short_names_mean_torchvisions() -> None:

@@ -260,7 +260,7 @@ def test_with_downloads_switched_off_no_request_is_made(server: WeightServer, fo
         store.obtain(NAME)
 
     assert store.availability(NAME) is None
-    assert set(store.availabilities().values()) == {None}
+    assert store.availabilities() == dict.fromkeys(BACKBONES) | {"graft_small": "bundled"}
     assert server.requests == []
 
 
@@ -296,7 +296,7 @@ def test_the_whole_list_asks_the_server_once(server: WeightServer, folders: Fold
     available = folders.store(server.url).availabilities()
 
     assert len(server.requests) == 1
-    assert available == {name: "local" if name == NAME else "download" for name in BACKBONES}
+    assert available == dict.fromkeys(BACKBONES, "download") | {NAME: "local", "graft_small": "bundled"}
 
 
 def test_a_file_that_the_mirror_lacks_is_not_available(server: WeightServer, folders: Folders) -> None:
@@ -308,7 +308,7 @@ def test_without_a_network_nothing_is_available_but_what_is_here(folders: Folder
     store = folders.store(closed_port_url())
 
     assert store.availability("resnet50") is None
-    assert store.availabilities() == {name: "local" if name == NAME else None for name in BACKBONES}
+    assert store.availabilities() == dict.fromkeys(BACKBONES) | {NAME: "local", "graft_small": "bundled"}
 
 
 def test_a_server_that_does_not_answer_in_time_has_nothing(server: WeightServer, folders: Folders) -> None:

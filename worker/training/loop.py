@@ -50,11 +50,22 @@ _USABLE_BUDGET = 0.95
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What validation found. accuracy: None where nothing is told apart; figures: further ones, by name."""
+
+    loss: float
+    accuracy: float | None
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What stays the same over the whole run.
 
     normalise: a batch's inputs on the device -> what the network takes: for pixels float32, as serving does it.
     class_weights: one per class, or None. start_counts: the weights at the start are a candidate too, as epoch 0.
+    measure: validation, where it is not cross-entropy and accuracy on `val`; then the network gives each image's loss
+    and no logits, labels are not looked at, and the last epoch counts as the best: no figure would say which is.
     """
 
     train: Source
@@ -73,6 +84,7 @@ class Plan:
     budget_seconds: float | None = None
     merge_single: bool = False
     start_counts: bool = False
+    measure: Callable[[Callable[[], None]], Measured] | None = None
 
     def shortened(self, epochs: int | None) -> "Plan":
         """The same in at most so many epochs, its schedule ending with them."""
@@ -98,17 +110,18 @@ class EpochResult:
 
     epoch: int
     train_loss: float
-    train_accuracy: float
+    train_accuracy: float | None
     val_loss: float
-    val_accuracy: float
+    val_accuracy: float | None
     learning_rate: float
     seconds: float
     images_per_second: float
     is_best: bool
     best_epoch: int
-    best_val_accuracy: float
+    best_val_accuracy: float | None
     best_val_loss: float
     step: int  # optimiser steps done since the run began
+    figures: dict[str, float] = field(default_factory=dict)  # further ones of the validation
 
 
 @dataclass(frozen=True)
@@ -130,12 +143,14 @@ class Best:
     """The best validation epoch so far, and a copy on the CPU of the weights that it had."""
 
     epoch: int
-    val_accuracy: float
+    val_accuracy: float | None
     val_loss: float
     weights: dict[str, Tensor]
 
-    def is_beaten_by(self, val_accuracy: float, val_loss: float) -> bool:
-        """By accuracy; among equals, by loss."""
+    def is_beaten_by(self, val_accuracy: float | None, val_loss: float) -> bool:
+        """By accuracy; among equals, by loss. Without accuracies, by whatever comes later."""
+        if val_accuracy is None or self.val_accuracy is None:
+            return True
         return (val_accuracy, -val_loss) > (self.val_accuracy, -self.val_loss)
 
 
@@ -236,7 +251,7 @@ class LoopState:
             setattr(self, name, value)
         self.best = Best(**numbers["best"], weights=parts["best"]) if numbers["best"] else None
 
-    def keep_if_best(self, epoch: int, *, val_accuracy: float, val_loss: float) -> bool:
+    def keep_if_best(self, epoch: int, *, val_accuracy: float | None, val_loss: float) -> bool:
         """Keeps the network's weights as the best epoch's, if it beats the one before."""
         if self.best is not None and not self.best.is_beaten_by(val_accuracy, val_loss):
             return False
@@ -294,18 +309,17 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
     hooks = hooks or Hooks()
     pace = _Pace(state, plan, hooks)
     if plan.start_counts and state.best is None and state.total_steps == 0:
-        val_loss, val_accuracy = _validate(state, plan, pace)
-        state.keep_if_best(0, val_accuracy=val_accuracy, val_loss=val_loss)
+        start = _validate(state, plan, pace)
+        state.keep_if_best(0, val_accuracy=start.accuracy, val_loss=start.loss)
     while not state.is_finished:
         stop = _train_epoch(state, plan, pace)
-        if stop and state.val_accuracies and not pace.is_budget_spent():
+        if stop and state.epoch > 0 and not pace.is_budget_spent():
             state.is_finished = True
             return
         # Asked to stop within the first epoch, or out of time at the end of a shortened schedule: the weights as they
         # are get validated, so that there is a result.
         with _averaged(state):
-            val_loss, val_accuracy = _validate(state, plan, pace)
-            result = _end_epoch(state, plan, pace, val_loss=val_loss, val_accuracy=val_accuracy)
+            result = _end_epoch(state, plan, pace, _validate(state, plan, pace))
         state.is_finished = (
             stop
             or state.epoch >= pace.plan.epochs
@@ -364,22 +378,28 @@ def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
     labels = batch.labels.to(state.device, non_blocking=True)
     images = plan.normalise(batch.inputs.to(state.device, non_blocking=True))
     images, targets = _mixed(state, plan, images, labels)
+    gives_losses = plan.measure is not None
     weights = None if plan.class_weights is None else _on_device(plan.class_weights, state.device)
     scale = _loss_scale(targets, weights)
     state.optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros_like(state.sums)
     for part in _parts(len(labels), state.micro_batches):
         with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=state.precision == "bf16"):
-            logits = state.network(images[part])
-        losses = functional.cross_entropy(
-            logits.float(), targets[part], weights, reduction="none", label_smoothing=plan.label_smoothing
+            output = state.network(images[part])
+        losses = (
+            output.float()
+            if gives_losses
+            else functional.cross_entropy(
+                output.float(), targets[part], weights, reduction="none", label_smoothing=plan.label_smoothing
+            )
         )
         # Each part's share of the whole batch's mean: summed over parts, the gradient is the whole batch's.
         loss = losses.sum() / scale
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         sums[0] += loss.detach() * len(labels)
-        sums[1] += (logits.detach().argmax(1) == labels[part]).sum()
-        sums[2] += len(logits)
+        if not gives_losses:
+            sums[1] += (output.detach().argmax(1) == labels[part]).sum()
+        sums[2] += len(output)
     state.optimizer.step()
     _update_ema(state)
     state.sums += sums  # last, so that an attempt that runs out of memory is counted once
@@ -452,8 +472,10 @@ def _averaged(state: LoopState) -> Iterator[None]:
         _copy_into(state.network, own)
 
 
-def _validate(state: LoopState, plan: Plan, pace: "_Pace") -> tuple[float, float]:
-    """(mean loss, accuracy) on the validation images."""
+def _validate(state: LoopState, plan: Plan, pace: "_Pace") -> Measured:
+    """Mean loss and accuracy on the validation images, or what the plan measures in their place."""
+    if plan.measure is not None:
+        return plan.measure(pace.during_validation)
     logits = predict_logits(
         state.network,
         plan.val,
@@ -467,7 +489,7 @@ def _validate(state: LoopState, plan: Plan, pace: "_Pace") -> tuple[float, float
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     if not math.isfinite(loss):
         raise _diverged()
-    return loss, accuracy
+    return Measured(loss, accuracy)
 
 
 def predict_logits(
@@ -502,25 +524,27 @@ def predict_logits(
     return torch.cat(found)
 
 
-def _end_epoch(state: LoopState, plan: Plan, pace: "_Pace", *, val_loss: float, val_accuracy: float) -> EpochResult:
+def _end_epoch(state: LoopState, plan: Plan, pace: "_Pace", found: Measured) -> EpochResult:
+    val_loss, val_accuracy = found.loss, found.accuracy
     loss_sum, correct, count = state.sums.tolist()  # waits for the device, so once per epoch
     if not math.isfinite(loss_sum):
         raise _diverged()
     is_best = state.keep_if_best(state.epoch + 1, val_accuracy=val_accuracy, val_loss=val_loss)
-    state.val_accuracies.append(val_accuracy)
+    if val_accuracy is not None:
+        state.val_accuracies.append(val_accuracy)
     assert state.best is not None
     seconds = pace.end_epoch()
     state.epoch += 1
     state.step = 0
     state.sums.zero_()
-    if is_gain(val_accuracy, state.reached_accuracy, images=len(plan.val)):
+    if val_accuracy is not None and is_gain(val_accuracy, state.reached_accuracy, images=len(plan.val)):
         state.reached_accuracy, state.epochs_without_gain = val_accuracy, 0
     else:
         state.epochs_without_gain += 1
     return EpochResult(
         epoch=state.epoch,
         train_loss=loss_sum / count,
-        train_accuracy=correct / count,
+        train_accuracy=None if plan.measure is not None else correct / count,
         val_loss=val_loss,
         val_accuracy=val_accuracy,
         learning_rate=state.optimizer.param_groups[0]["lr"],
@@ -531,6 +555,7 @@ def _end_epoch(state: LoopState, plan: Plan, pace: "_Pace", *, val_loss: float, 
         best_val_accuracy=state.best.val_accuracy,
         best_val_loss=state.best.val_loss,
         step=state.total_steps,
+        figures=found.figures,
     )
 
 

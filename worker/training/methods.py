@@ -92,7 +92,7 @@ class Conclusion:
     temperature: float
     metrics: dict[str, Any]
     evaluation: dict[str, Any]
-    val: evaluate.Evaluation
+    val: evaluate.Evaluation | None  # None for a backbone, which predicts nothing
 
 
 def build_classifier(
@@ -134,8 +134,8 @@ def prepare(
     values, surroundings = spec.hyperparameters, surroundings or Surroundings()
     place(classifier, device)
     if spec.recipe == "modern":
-        _quicken_batch_norm(classifier)
-    pixels = _Pixels(spec, manifest, images)
+        quicken_batch_norm(classifier)
+    pixels = SplitPixels(spec, manifest, images)
     frozen = _Frozen(spec, classifier, pixels, device, surroundings)
     began = time.monotonic()
     starts_as_probe = values.head_start == "probe"
@@ -151,7 +151,7 @@ def prepare(
         precision = "fp32" if is_head_alone else _precision(spec, classifier, device)
     network: nn.Module = classifier
     sources = frozen.sources(precision)
-    to_input = _normaliser(spec.preprocessing)
+    to_input = normaliser(spec.preprocessing)
     if sources is not None:
         network, to_input = Suffix(classifier), Tensor.float
     merge_single = trains_batch_norm(classifier)
@@ -220,7 +220,7 @@ class Suffix(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Pixels:
+class SplitPixels:
     """A data set's splits as pixels, changed at random as the spec says, without the images that it excludes."""
 
     spec: TrainingSpec
@@ -272,7 +272,7 @@ class _Frozen:
 
     spec: TrainingSpec
     classifier: Classifier
-    pixels: _Pixels
+    pixels: SplitPixels
     device: torch.device
     surroundings: Surroundings
     _seen: list[_Seen] = field(default_factory=list)
@@ -395,7 +395,7 @@ class _Frozen:
             self.pixels.of(self._trained_on()),
             views=views,
             seed=self.spec.seed,
-            normalise=_normaliser(self.spec.preprocessing),
+            normalise=normaliser(self.spec.preprocessing),
             device=self.device,
             precision=precision,
             described=self.pixels.described(),
@@ -448,7 +448,7 @@ def conclude(
         return predict_logits(
             training.classifier,
             source,
-            normalise=_normaliser(training.preprocessing),
+            normalise=normaliser(training.preprocessing),
             device=training.state.device,
             on_batch=on_batch,
         )
@@ -477,7 +477,7 @@ def _trainable_stages(spec: TrainingSpec, classifier: Classifier) -> int:
     return len(classifier.stage_names)
 
 
-def _quicken_batch_norm(network: nn.Module) -> None:
+def quicken_batch_norm(network: nn.Module) -> None:
     """Lets validation see the network as it is, and not as it was some hundred steps ago.
 
     torchvision builds MobileNetV3 with a batch-norm momentum of 0.01, made for hundreds of thousands of steps: in short
@@ -500,14 +500,14 @@ def _precision(spec: TrainingSpec, classifier: Classifier, device: torch.device)
         return "fp32"
     return choose_precision(
         classifier,
-        _normaliser(spec.preprocessing),
+        normaliser(spec.preprocessing),
         image_size=spec.preprocessing.crop,
         batch_size=spec.hyperparameters.batch_size,
         seed=spec.seed,
     )
 
 
-def _normaliser(preprocessing: Preprocessing) -> Callable[[Tensor], Tensor]:
+def normaliser(preprocessing: Preprocessing) -> Callable[[Tensor], Tensor]:
     return lambda batch: normalise(batch, preprocessing)
 
 

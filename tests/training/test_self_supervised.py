@@ -1,0 +1,179 @@
+"""Learning without labels: the loss by hand, its checks against collapse, and a resumed run."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training_builders as builders
+
+from app.datasets.manifest import UNLABELLED, Manifest, Record
+from app.jobs.spec import DatasetFacts, TrainingSpec, parse_request, resolve
+from app.vision import backbones
+from worker.training import loop, methods, self_supervised
+from worker.training.loop import Hooks
+from worker.training.methods import Training
+from worker.training.self_supervised import COVARIANCE_WEIGHT, TwoViews, VICReg, feature_std, knn_accuracy
+
+
+def spec(**hyperparameters: Any) -> TrainingSpec:
+    asked = {"epochs": 2, "batch_size": 6, "image_size": 32} | hyperparameters
+    body = {"dataset": "ds_1", "method": "self_supervised", "backbone": "mobilenet_v3_small", "hyperparameters": asked}
+    facts = DatasetFacts((), unlabelled=18)
+    weights = {"mobilenet_v3_small": "IMAGENET1K_V1"}
+    return resolve(parse_request(body), dataset=facts, weights=weights, device_type="cpu")
+
+
+def prepared(wanted: TrainingSpec | None = None, *, labelled: bool = False) -> Training:
+    wanted = wanted or spec()
+    source = builders.split(24)
+    records = [
+        Record(
+            f"img_{i}",
+            f"{i}.png",
+            int(label) if labelled else UNLABELLED,
+            "val" if labelled and i >= 18 else "train",
+            "",
+            30,
+            24,
+        )
+        for i, label in enumerate(source.labels)
+    ]
+    return self_supervised.prepare(
+        wanted,
+        classifier=methods.build_classifier(wanted, 0),
+        manifest=Manifest(["dark", "middle", "light"] if labelled else [], records),
+        images=source.images,
+        device=torch.device("cpu"),
+        precision="fp32",
+    )
+
+
+def test_the_loss_is_the_papers() -> None:
+    network = VICReg(backbones.build("mobilenet_v3_small", seed=0), seed=0).train()
+    views = torch.randn(6, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    losses = network(views)
+
+    torch.manual_seed(0)  # the same dropout
+    first, second = network.expander(network.backbone(torch.cat([views[:, 0], views[:, 1]]))).chunk(2)
+    width = first.shape[1]
+    invariance = torch.nn.functional.mse_loss(first, second)
+    variance = sum(torch.relu(1 - torch.sqrt(z.var(dim=0) + 1e-4)).mean() for z in (first, second)) / 2
+    covariance = (
+        sum((torch.cov(z.T) ** 2).sum() - (torch.diag(torch.cov(z.T)) ** 2).sum() for z in (first, second)) / width
+    )
+    expected = invariance + variance + COVARIANCE_WEIGHT * covariance
+    assert losses.shape == (6,)
+    torch.testing.assert_close(losses.mean(), expected, rtol=1e-3, atol=0)
+
+
+def test_two_views_of_a_picture_differ_and_follow_from_seed_epoch_and_step() -> None:
+    pixels = prepared(labelled=True).plan.train
+    assert isinstance(pixels, TwoViews)
+    positions = np.arange(4)
+    batch, again = (pixels.training_batch(positions, seed=3, epoch=1, step=2) for _ in range(2))
+    assert batch.inputs.shape == (4, 2, 3, 32, 32)
+    assert torch.equal(batch.inputs, again.inputs)
+    assert not torch.equal(batch.inputs[:, 0], batch.inputs[:, 1])
+    other = pixels.training_batch(positions, seed=3, epoch=1, step=3)
+    assert not torch.equal(batch.inputs, other.inputs)
+
+
+def test_features_that_are_all_the_same_have_no_spread_and_even_ones_have_one() -> None:
+    assert feature_std(torch.ones(50, 64) + 1e-6 * torch.rand(50, 64)) < 0.01
+    even = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    assert feature_std(even) == pytest.approx(1.0, abs=0.02)
+    assert feature_std(even[:1]) == 0.0
+
+
+def test_neighbours_vote_with_their_similarity() -> None:
+    features = torch.eye(3).repeat(10, 1)
+    labels = np.arange(30) % 3
+    new = torch.tensor([[1.0, 0.2, 0.0], [0.0, 1.0, 0.1], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    assert knn_accuracy(features, labels, new, np.array([0, 1, 2, 2]), 3) == 0.75
+
+
+def test_an_epoch_tells_the_loss_and_the_checks_and_no_accuracy() -> None:
+    training = prepared()
+    results = list(loop.fit(training.state, training.plan))
+    assert [result.epoch for result in results] == [1, 2]
+    for result in results:
+        assert (result.train_accuracy, result.val_accuracy) == (None, None)
+        assert set(result.figures) == {"feature_std"}
+        assert result.is_best  # the last one counts
+    assert training.state.best is not None
+    assert training.state.best.epoch == 2
+
+
+def test_where_there_are_labels_neighbours_are_asked() -> None:
+    training = prepared(labelled=True)
+    *_, last = loop.fit(training.state, training.plan)
+    assert 0 <= last.figures["knn_accuracy"] <= 1
+    conclusion = self_supervised.conclude(training)
+    assert conclusion.metrics["knn_accuracy"] == last.figures["knn_accuracy"]
+
+
+def test_labels_change_nothing_of_what_is_learnt() -> None:
+    def backbone(labels: list[int]) -> dict[str, torch.Tensor]:
+        training = prepared(labelled=True)
+        plan = training.plan
+        assert isinstance(plan.train, TwoViews)
+        split = replace(plan.train.pixels.split, labels=np.array(labels, dtype=np.int64))
+        train = TwoViews(replace(plan.train.pixels, split=split))
+        list(loop.fit(training.state, replace(plan, train=train)))
+        return builders.weights(training.classifier.backbone)
+
+    assert builders.same(backbone([0] * 18), backbone(list(range(18))))
+
+
+def test_a_collapse_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = prepared()
+    list(loop.fit(training.state, training.plan))
+    assert training.state.best is not None
+    monkeypatch.setattr("worker.training.self_supervised.COLLAPSED_STD", 0.0)
+    assert self_supervised.conclude(training).metrics["warning"] is None
+    monkeypatch.undo()
+    # Every picture's features become the last layer's bias.
+    for name, tensor in training.state.best.weights.items():
+        if name.startswith("backbone.stages.stage4.") and tensor.ndim == 2:
+            tensor.zero_()
+    collapsed = self_supervised.conclude(training).metrics
+    assert collapsed["feature_std"] < 1e-3
+    assert "collapsed" in collapsed["warning"]
+
+
+def test_a_run_left_in_the_middle_ends_as_if_it_had_not_been(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.training.loop.TICK_SECONDS", 0.0)
+
+    class Killed(Exception):
+        pass
+
+    def kill_at(step: int, training: Training) -> Hooks:
+        def on_progress(_progress: loop.StepProgress) -> bool:
+            if training.state.total_steps == step:
+                raise Killed
+            return False
+
+        return Hooks(on_progress=on_progress)
+
+    whole = prepared()
+    list(loop.fit(whole.state, whole.plan))
+    left = prepared()
+    with pytest.raises(Killed):
+        list(loop.fit(left.state, left.plan, kill_at(2, left)))
+    resumed = prepared()
+    resumed.state.restore(left.state.tensors(), left.state.numbers())
+    list(loop.fit(resumed.state, resumed.plan))
+    assert builders.same(builders.weights(whole.state.network), builders.weights(resumed.state.network))
+
+
+def test_a_network_trained_so_is_a_start_for_a_classifier() -> None:
+    training = prepared()
+    list(loop.fit(training.state, training.plan))
+    learnt = {name: tensor.clone() for name, tensor in training.classifier.backbone.state_dict().items()}
+    assert training.classifier.class_count == 0
+    later = methods.build_classifier(spec(), 3, earlier=training.classifier)
+    assert later.class_count == 3
+    assert builders.same(learnt, builders.weights(later.backbone))
