@@ -133,8 +133,9 @@ def test_the_demo_ends_by_itself_when_asked_to(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     found = re.search(r"^([0-9]+) of 200 pictures kept from training are right", ran.stdout, flags=re.MULTILINE)
     assert found is not None, ran.stdout
-    # 200 from scratch and 195 from pretrained weights when the settings were chosen; 20 would be right by chance.
-    assert int(found[1]) > 190
+    assert "graft_small" in ran.stdout
+    # 20 would be right by chance.
+    assert int(found[1]) > 180
 
 
 @pytest.mark.slow
