@@ -564,6 +564,7 @@ def _resolved(
     if method == "self_supervised":
         values |= SELF_SUPERVISED | _given(request.hyperparameters)
     if method == "few_shot":
+        reasons.append("the head is a prototype for each class: computed at once, without training.")
         values |= PROTOTYPES
         if (most := max(c.train for c in dataset.classes)) > MOST_SHOTS:
             reasons.append(f"up to {most} images a class: feature_extraction makes more of more than {MOST_SHOTS}.")
@@ -752,7 +753,8 @@ def _modern(
     is_sgd = given.get("optimizer") == "sgd"
     batch_size = given.get("batch_size", MODERN_BATCH_SIZE)
     epochs = given.get("epochs", _epochs_for_steps(defaults, dataset.train, batch_size))
-    if "epochs" not in given:
+    is_solved = method == "few_shot" or (method == "feature_extraction" and not ITERATIVE & set(given))
+    if "epochs" not in given and not is_solved:
         reasons.append(f"epochs {epochs}: about {defaults.steps} steps suit {dataset.train} images.")
     is_step = given.get("scheduler") == "step"
     values = {
@@ -783,7 +785,7 @@ def _modern(
     values |= _per_method(asked, method, backbone_rate=values["learning_rate"] * ratio)
     if method in ("feature_extraction", "fine_tuning") and values["augmentation"] != "none":
         values["augmented_views"] = min(given.get("augmented_views", MODERN_AUGMENTED_VIEWS), values["epochs"])
-    if method == "feature_extraction" and not ITERATIVE & set(given):
+    if method == "feature_extraction" and is_solved:
         reasons.append("the head is solved for: a logistic regression, regularised as cross-validation says.")
         values |= SOLVED
     return values

@@ -1,0 +1,162 @@
+r"""What a start is worth: the bundled backbone against random weights, training from nothing, and ImageNet's weights.
+
+    python benchmarks/backbones.py --data FOLDER_OF_ZIPS --weights FOLDER --results backbones.jsonl \
+        [--shots 5,10,20,all] [--seeds 0,1,2,3,4] [--sets hymenoptera,…] [--what probe,scratch,tuned] [--threads 1]
+
+Each run takes so many training images of each class, another choice for each seed, and is measured on all validation
+images. probe: the head alone, solved for (feature_extraction). tuned: full_fine_tuning. scratch: from_scratch, with the
+epochs of tuned. Random is an untrained network's features. A JSON line is written per run, and runs that the file has
+are not made again.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _setup import Ingested, fitted, hardware, ingested, markdown, resolved
+
+from app.datasets.manifest import Manifest
+from app.jobs.spec import DatasetFacts
+from app.settings import Settings
+from app.storage import LocalStorage
+from app.vision.weights import WeightStore
+from worker.training import methods
+from worker.training.features import FeatureCache
+from worker.training.methods import Surroundings
+
+STARTS = ("random", "graft_small", "mobilenet_v3_small")
+METHODS = {"probe": "feature_extraction", "tuned": "full_fine_tuning", "scratch": "from_scratch"}
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    done = {_key(line) for line in _read(arguments.results)}
+    with tempfile.TemporaryDirectory() as folder:
+        storage = LocalStorage(Path(folder))
+        for seed, name, shots, what in itertools.product(
+            arguments.seeds, arguments.sets, arguments.shots, arguments.what
+        ):
+            for start in ("random",) if what == "scratch" else STARTS:
+                run = {"set": name, "shots": shots, "what": what, "start": start, "seed": seed}
+                if _key(run) in done or (what == "tuned" and start == "random"):
+                    continue
+                outcome = _run(run, ingested(arguments.data / f"{name}.zip", storage), arguments.weights)
+                with arguments.results.open("a", encoding="utf-8") as results:
+                    results.write(json.dumps(run | outcome) + "\n")
+                print(json.dumps(run | outcome), file=sys.stderr, flush=True)
+    print(table(_read(arguments.results)))
+    print(f"\nValidation accuracy, mean ± standard deviation (n). {hardware(torch.device('cpu'))}.")
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: a row per set and number of images, a column per way; at the end the means over sets."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        column = line["what"] if line["what"] == "scratch" else f"{line['what']}, {line['start']}"
+        found[line["set"], str(line["shots"])][column].append(line["val_accuracy"])
+        found["mean over sets", str(line["shots"])][column].append(line["val_accuracy"])
+    columns = sorted({column for by_column in found.values() for column in by_column})
+    rows = [
+        [*key, *(_cell(by_column.get(column, []), is_mean=key[0] == "mean over sets") for column in columns)]
+        for key, by_column in found.items()
+    ]
+    return markdown(["set", "images a class", *columns], rows)
+
+
+def _cell(values: list[float], *, is_mean: bool) -> str:
+    if not values:
+        return "-"
+    spread = "" if is_mean or len(values) == 1 else f" ± {statistics.stdev(values):.3f}"
+    return f"{statistics.mean(values):.3f}{spread} ({len(values)})"
+
+
+def _run(run: dict[str, Any], data: Ingested, weights_dir: Path) -> dict[str, Any]:
+    part = _part(data, run["shots"], run["seed"])
+    backbone = "graft_small" if run["start"] != "mobilenet_v3_small" else run["start"]
+    spec = resolved(part, method=METHODS[run["what"]], backbone=backbone, seed=run["seed"], weights_dir=weights_dir)
+    if run["what"] == "scratch":
+        tuned = resolved(part, method="full_fine_tuning", backbone=backbone, seed=run["seed"], weights_dir=weights_dir)
+        values = spec.hyperparameters.model_copy(update={"epochs": 2 * tuned.hyperparameters.epochs})
+        spec = spec.model_copy(update={"hyperparameters": values})
+    store = WeightStore.from_settings(Settings(weights_dir=weights_dir, allow_downloads=False))
+    found = store.find(backbone)
+    assert found is not None, backbone
+    state_dict = None if run["start"] == "random" else store.load(found)
+    start = time.perf_counter()
+    training = methods.prepare(
+        spec,
+        classifier=methods.build_classifier(spec, len(part.manifest.classes), state_dict=state_dict),
+        manifest=part.manifest,
+        images=part.images(spec),
+        device=torch.device("cpu"),
+        # Features of all images are kept, whichever of them are trained on.
+        surroundings=Surroundings(FeatureCache(data.storage, data.name, max_bytes=10**10)),
+    )
+    fitted(training)
+    conclusion = methods.conclude(training, part.manifest, is_final=False)
+    return {
+        "val_accuracy": conclusion.metrics["val_accuracy"],
+        "macro_f1": conclusion.metrics["macro_f1"],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def _part(data: Ingested, shots: str, seed: int) -> Ingested:
+    """The data set with so many training images of each class; the others belong to no split that is used."""
+    if shots == "all":
+        return data
+    random = np.random.default_rng(seed)
+    train = data.manifest.indices("train")
+    labels = data.manifest.labels[train]
+    kept: set[int] = set()
+    for label in range(len(data.manifest.classes)):
+        kept |= set(random.permutation(train[labels == label])[: int(shots)].tolist())
+    records = [
+        replace(record, split="test") if record.split == "train" and i not in kept else record
+        for i, record in enumerate(data.manifest.records)
+    ]
+    manifest = Manifest(data.manifest.classes, records)
+    counts = zip(manifest.classes, manifest.counts("train"), manifest.counts("val"), strict=True)
+    facts = DatasetFacts.from_counts([{"name": name, "train": int(t), "val": int(v)} for name, t, v in counts])
+    return Ingested(data.name, manifest, facts, data.storage)
+
+
+def _key(run: dict[str, Any]) -> str:
+    return json.dumps([str(run[name]) for name in ("set", "shots", "what", "start", "seed")])
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def _arguments() -> argparse.Namespace:
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(description="What a start is worth.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of zips")
+    parser.add_argument("--weights", type=Path, required=True, help="folder of weight files")
+    parser.add_argument("--results", type=Path, required=True, help="file that runs are added to, a JSON line each")
+    sets = ["hymenoptera", "sign_digits", "surface_defects", "tiny_longtail", "two_trees"]
+    parser.add_argument("--sets", type=names, default=sets)
+    parser.add_argument("--shots", type=names, default=["5", "10", "20", "all"])
+    parser.add_argument("--what", type=names, default=list(METHODS))
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2, 3, 4])
+    parser.add_argument("--threads", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
