@@ -18,7 +18,8 @@ from app.datasets.ingest import IngestLimits, IngestOptions, ensure_packed, inge
 from app.datasets.manifest import Manifest
 from app.datasets.packed import PackedPixels
 from app.datasets.report import IngestReport
-from app.jobs.spec import DatasetFacts, TrainingSpec, parse_request, resolve
+from app.jobs.request import parse_request
+from app.jobs.spec import DatasetFacts, TrainingSpec, resolve
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision import backbones

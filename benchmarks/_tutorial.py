@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from app.jobs.spec import CLASSIC, IMAGENET_MEAN, IMAGENET_STD
+from app.jobs.recipes import CLASSIC, IMAGENET_MEAN, IMAGENET_STD
 
 BATCH_SIZE = int(CLASSIC["batch_size"])
 # Per network: its last layer, and what `fine_tuning` trains besides, as Graft's last stage.

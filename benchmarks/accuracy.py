@@ -32,7 +32,8 @@ from app.db.engine import Database
 from app.db.migrate import upgrade
 from app.db.tables import utc_now
 from app.jobs import owner, queue
-from app.jobs.spec import Method, Recipe, TrainingSpec
+from app.jobs.request import Method, Recipe
+from app.jobs.spec import TrainingSpec
 from app.jobs.states import JobKind
 from app.settings import Settings
 from app.storage import LocalStorage

@@ -18,7 +18,7 @@ from _job import measured
 from _setup import hardware, ingested, markdown, resolved, spread
 
 from app.jobs import estimate
-from app.jobs.spec import Method, Recipe
+from app.jobs.request import Method, Recipe
 from app.storage import LocalStorage
 from app.vision.device import resolve_device
 

@@ -28,7 +28,8 @@ from _setup import classifier, extracted, fitted, hardware, ingested, markdown, 
 from _tutorial import Tutorial, best_workers
 from safetensors.torch import load_file
 
-from app.jobs.spec import CLASSIC, Recipe
+from app.jobs.recipes import CLASSIC
+from app.jobs.request import Recipe
 from app.storage import LocalStorage
 from app.vision.device import resolve_device
 from worker.training import methods

@@ -39,7 +39,8 @@ from _tutorial import BATCH_SIZE, HEADS, Tutorial, best_workers
 from torch import Tensor
 from torch.nn import functional
 
-from app.jobs.spec import Method, Recipe, TrainingSpec
+from app.jobs.request import Method, Recipe
+from app.jobs.spec import TrainingSpec
 from app.storage import LocalStorage
 from app.vision.device import pass_batch_size, resolve_device
 from app.vision.preprocessing import normalise

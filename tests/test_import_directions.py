@@ -47,7 +47,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.demo": frozenset(),
     "app.supervisor": frozenset(),
     "app.cli": frozenset({"app.access", "app.client", "app.db", "app.supervisor"}),
-    "worker.training": frozenset({"app.vision", "app.datasets.manifest", "app.datasets.packed", "app.jobs.spec"}),
+    "worker.training": frozenset(
+        {"app.vision", "app.datasets.manifest", "app.datasets.packed", "app.jobs.request", "app.jobs.spec"}
+    ),
     "worker": frozenset({"app.datasets", "app.db", "app.jobs", "app.registry", "app.vision", "worker.training"}),
     "migrations": frozenset({"app.db"}),
 }

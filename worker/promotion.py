@@ -18,7 +18,7 @@ from app.datasets.ingest import IngestLimits, ensure_packed, manifest_key
 from app.datasets.manifest import Manifest
 from app.db.engine import Database
 from app.errors import JobFailed, ModelUnavailable, NotFound, StorageFull
-from app.jobs.spec import Promote
+from app.jobs.request import Promote
 from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.preprocessing import eval_pixels, normalise

@@ -19,7 +19,8 @@ from app.datasets import catalog
 from app.db.tables import DatasetRow, JobRow
 from app.errors import Conflict, InvalidRequest
 from app.jobs import events, queue
-from app.jobs.spec import JobRequest, TrainingSpec, parse_request
+from app.jobs.request import JobRequest, parse_request
+from app.jobs.spec import TrainingSpec
 from app.jobs.states import JobKind, JobStatus
 
 router = APIRouter(tags=["jobs"])

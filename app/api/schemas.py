@@ -1,4 +1,4 @@
-"""Every body that the API answers with, and its own request bodies (a job's is `app.jobs.spec.JobRequest`).
+"""Every body that the API answers with, and its own request bodies (a job's is `app.jobs.request.JobRequest`).
 
 Tables are never answered as they are: what callers see is written down here, and made from rows by the `of` methods.
 """

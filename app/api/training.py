@@ -13,7 +13,8 @@ from app.db.tables import DatasetRow
 from app.errors import FieldError, InvalidRequest, ModelUnavailable, NotFound
 from app.jobs import estimate as estimates
 from app.jobs import spec
-from app.jobs.spec import BACKBONE_METHODS, ClassFacts, DatasetFacts, JobRequest, StartingModel, TrainingSpec
+from app.jobs.request import BACKBONE_METHODS, JobRequest
+from app.jobs.spec import ClassFacts, DatasetFacts, StartingModel, TrainingSpec
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision.artifact import MODEL_FILE

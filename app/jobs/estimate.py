@@ -21,7 +21,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.db.tables import JobRow
-from app.jobs.spec import FROZEN_METHODS, DatasetFacts, TrainingSpec
+from app.jobs.request import FROZEN_METHODS
+from app.jobs.spec import DatasetFacts, TrainingSpec
 from app.jobs.states import JobKind, JobStatus
 from app.vision import backbones
 from app.vision.device import pass_batch_size

@@ -1,208 +1,61 @@
-"""What a training job is: what a caller may ask for (JobRequest), and every value it resolves to (TrainingSpec).
+"""What a training job is: every value that a request resolves to (TrainingSpec), and how.
 
-The two recipes are data here, each number with its reason. Resolving is pure: facts about the data set, the backbones
-and the device come in as arguments. Knows no queue, no HTTP, no files.
+Resolving is pure: facts about the data set, the backbones and the device come in as arguments. Knows no queue, no HTTP,
+no files.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
-import annotated_types
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.fields import FieldInfo
-from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict
 
 from app.errors import FieldError, InvalidHyperparameter, InvalidRequest, WeightsUnavailable
+from app.jobs.recipes import (
+    _SIDED_WORDS,
+    CLASSIC,
+    CLASSIC_PREPROCESSING,
+    DEFAULT_EMA,
+    DEFAULT_GAMMA,
+    DEFAULT_MOMENTUM,
+    DEFAULT_SCRATCH_BACKBONE,
+    DEFAULT_STEP_SIZE,
+    ENOUGH_IMAGES_PER_CLASS,
+    FEW_IMAGES_PER_CLASS,
+    FORMULA_RATE_FACTOR,
+    ITERATIVE,
+    MAX_CPU_TRAINING_GFLOPS,
+    MODERN,
+    MODERN_AUGMENTED_VIEWS,
+    MODERN_BATCH_SIZE,
+    MODERN_WARMUP_SHARE,
+    MOST_SHOTS,
+    OF_LABELS,
+    PROTOTYPES,
+    SCRATCH_BACKBONES,
+    SELF_SUPERVISED,
+    SGD_RATE_FACTOR,
+    SGD_WEIGHT_DECAY,
+    SOLVED,
+    ModernDefaults,
+)
+from app.jobs.request import (
+    FROZEN_METHODS,
+    Augmentation,
+    ClassWeights,
+    HeadStart,
+    Hyperparameters,
+    JobRequest,
+    Method,
+    Promote,
+    Recipe,
+    ResolvedOptimizer,
+    Scheduler,
+)
 from app.vision import backbones
-from app.vision.backbones import BackboneSpec, Family
+from app.vision.backbones import BackboneSpec
 from app.vision.preprocessing import Preprocessing
-
-Method = Literal["feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch", "few_shot", "self_supervised"]
-# Their models are made to be started from: GET /v1/backbones lists them.
-BACKBONE_METHODS: tuple[Method, ...] = ("from_scratch", "self_supervised")
-Recipe = Literal["classic", "modern"]
-Promote = Literal["if_better", "always", "never"]
-Optimizer = Literal["sgd", "adamw"]
-# lbfgs, prototypes: the head is solved for, on features of the frozen backbone; not for a caller to ask for by name.
-ResolvedOptimizer = Literal["sgd", "adamw", "lbfgs", "prototypes"]
-HeadStart = Literal["random", "probe", "prototypes"]
-Scheduler = Literal["step", "cosine", "constant"]
-Augmentation = Literal["none", "classic", "strong"]
-ClassWeights = Literal["none", "balanced"]
-
-FROZEN_METHODS: tuple[Method, ...] = ("feature_extraction", "few_shot")  # they leave the whole backbone as it is
-
-_ID = r"^[A-Za-z0-9_.\-]{1,100}$"
-_NULLABLE = frozenset({"early_stopping_patience"})
-MAX_EXCLUDED = 10_000
-
-
-class Hyperparameters(BaseModel):
-    """What a job may override; what is left out comes from the recipe."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    epochs: Annotated[int, Field(ge=1, le=1000)] | SkipJsonSchema[None] = Field(
-        None, description="Passes over the training images."
-    )
-    batch_size: Annotated[int, Field(ge=1, le=4096)] | SkipJsonSchema[None] = Field(
-        None, description="Images per optimiser step."
-    )
-    optimizer: Optimizer | SkipJsonSchema[None] = Field(None, description="How gradients become steps.")
-    learning_rate: Annotated[float, Field(gt=0, le=10)] | SkipJsonSchema[None] = Field(
-        None, description="Peak learning rate of the head, for one batch of batch_size images."
-    )
-    backbone_learning_rate: Annotated[float, Field(gt=0, le=10)] | SkipJsonSchema[None] = Field(
-        None, description="Peak learning rate of the trained part of the backbone."
-    )
-    momentum: Annotated[float, Field(ge=0, lt=1)] | SkipJsonSchema[None] = Field(
-        None, description="Momentum; for sgd only."
-    )
-    weight_decay: Annotated[float, Field(ge=0, le=1)] | SkipJsonSchema[None] = Field(
-        None, description="Weight decay; coupled in sgd, decoupled in adamw."
-    )
-    scheduler: Scheduler | SkipJsonSchema[None] = Field(None, description="How the learning rate goes down.")
-    step_size: Annotated[int, Field(ge=1, le=1000)] | SkipJsonSchema[None] = Field(
-        None, description="Epochs between two decays; for scheduler step only."
-    )
-    gamma: Annotated[float, Field(gt=0, le=1)] | SkipJsonSchema[None] = Field(
-        None, description="Factor of each decay; for scheduler step only."
-    )
-    warmup_epochs: Annotated[float, Field(ge=0, le=1000)] | SkipJsonSchema[None] = Field(
-        None, description="Epochs, fractions too, over which the learning rate rises linearly from 0."
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | SkipJsonSchema[None] = Field(
-        None, description="Share of each target spread over all classes."
-    )
-    unfreeze: Annotated[int, Field(ge=1, le=100)] | SkipJsonSchema[None] = Field(
-        None, description="Trailing stages of the backbone that are trained; for fine_tuning only."
-    )
-    feature_layer: Annotated[str, Field(min_length=1, max_length=100)] | SkipJsonSchema[None] = Field(
-        None, description="Layer whose features the head sees; for feature_extraction only."
-    )
-    image_size: Annotated[int, Field(ge=32, le=640)] | SkipJsonSchema[None] = Field(
-        None, description="Side of the square that the network sees, in pixels."
-    )
-    augmentation: Augmentation | SkipJsonSchema[None] = Field(None, description="Random changes of training images.")
-    augmented_views: Annotated[int, Field(ge=1, le=64)] | SkipJsonSchema[None] = Field(
-        None,
-        description="How many random views of each training image go through the frozen stages, once each, and are "
-        "then used in turn; for feature_extraction and fine_tuning only.",
-    )
-    mixup: Annotated[float, Field(ge=0, le=8)] | SkipJsonSchema[None] = Field(
-        None, description="Alpha of the Beta distribution that images are mixed by; 0 is off."
-    )
-    cutmix: Annotated[float, Field(ge=0, le=8)] | SkipJsonSchema[None] = Field(
-        None,
-        description="Alpha of the Beta distribution that boxes of other images are cut in by; 0 is off. With mixup on "
-        "too, each batch takes one of the two.",
-    )
-    ema: bool | Annotated[float, Field(ge=0, lt=1)] | SkipJsonSchema[None] = Field(
-        None, description="Decay per step of the moving average of the weights; true is 0.999, false and 0 are off."
-    )
-    class_weights: ClassWeights | SkipJsonSchema[None] = Field(
-        None, description="balanced weighs each class's loss by the inverse of its number of images."
-    )
-    early_stopping_patience: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, description="Epochs without a better validation result after which training ends; null is never."
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def refuse_null(cls, value: object, info: ValidationInfo) -> object:
-        if value is None and info.field_name not in _NULLABLE:
-            raise PydanticCustomError("null", "null is not a value; leave it out for the recipe's default")
-        return value
-
-
-class JobRequest(BaseModel):
-    """The body of POST /v1/jobs."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    dataset: Annotated[str, Field(pattern=_ID)] = Field(description="Id of a ready data set.")
-    method: Method | Literal["auto"] = Field("auto", description="What is trained; auto chooses from the data.")
-    backbone: Annotated[str, Field(pattern=_ID)] = Field(
-        "auto", description="A name from GET /v1/backbones, a model id to start from, or auto."
-    )
-    # 2^53 - 1 is the largest integer that every JSON reader keeps exactly.
-    seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = Field(0, description="Same seed, data and spec, same model.")
-    name: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(None, description="A name for people.")
-    recipe: Recipe = Field("modern", description="classic is the textbook's training, modern is our best.")
-    hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters, description="Overrides of the recipe.")
-    promote: Promote = Field("if_better", description="Whether the model becomes the default one.")
-    budget_seconds: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] | None = Field(
-        None, description="Training time after which the best epoch so far is kept, in seconds."
-    )
-    # Ends at the first bad path: thousands of the same complaint help nobody.
-    exclude: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=MAX_EXCLUDED, fail_fast=True)
-    ] = Field(
-        default_factory=list,
-        description="Paths of images that are left out of training, validation and test, as the data set's images "
-        "list them.",
-    )
-
-    @field_validator("exclude")
-    @classmethod
-    def refuse_repetition(cls, value: list[str]) -> list[str]:
-        seen: set[str] = set()
-        for place, path in enumerate(value):
-            if path in seen:
-                raise PydanticCustomError("repeated", "item {place} repeats an earlier one", {"place": place})
-            seen.add(path)
-        return value
-
-    @field_validator("name")
-    @classmethod
-    def refuse_control_characters(cls, value: str | None) -> str | None:
-        if value is not None and not value.isprintable():
-            raise PydanticCustomError("not_printable", "control characters are not allowed")
-        return value
-
-
-def parse_request(body: object) -> JobRequest:
-    """The request in a decoded JSON body. Raises InvalidHyperparameter or InvalidRequest that name each bad field."""
-    try:
-        return JobRequest.model_validate(body)
-    except ValidationError as error:
-        raise request_refusal(error.errors()) from error
-
-
-def request_refusal(errors: Sequence[Any]) -> InvalidRequest:
-    """The refusal for pydantic's errors on a JobRequest; a leading "body" in their locations is passed over."""
-    found: dict[str, str] = {}
-    for error in errors:
-        location = [str(part) for part in error["loc"]]
-        location = location[1:] if location[:1] == ["body"] else location
-        if location[:1] == ["hyperparameters"]:
-            # Members of unions append their types' names: the field is what the caller wrote.
-            location = location[:2]
-            fields, unknown = Hyperparameters.model_fields, "no such hyperparameter"
-        else:
-            # An item of a list keeps its place.
-            location = location[: 2 if location[1:] and location[1].isdecimal() else 1]
-            fields, unknown = JobRequest.model_fields, "no such field"
-        name = location[-1] if location else ""
-        if error["type"] == "extra_forbidden":
-            detail = f"{unknown}; there are: {', '.join(fields)}"
-        elif error["type"] == "missing":
-            detail = "is needed"
-        elif error["type"] in ("model_type", "model_attributes_type"):
-            detail = "must be a JSON object"
-        elif name in fields and (allowed := _allowed(fields[name])):
-            detail = f"must be {allowed}"
-        else:
-            detail = str(error["msg"])
-        found.setdefault(_pointer(location), detail)
-    field_errors = [FieldError(pointer, detail) for pointer, detail in found.items()]
-    summary = "; ".join(f"{_shown(e.pointer)}: {e.detail}" for e in field_errors[:3])
-    if any(pointer.startswith("#/hyperparameters") for pointer in found):
-        return InvalidHyperparameter(summary, errors=field_errors)
-    return InvalidRequest(summary, errors=field_errors)
 
 
 @dataclass(frozen=True)
@@ -314,150 +167,6 @@ class TrainingSpec(BaseModel):
     reasons: list[str]
     # For auto, which competes: a spec for each method, the simplest first. The values above are the last one's.
     candidates: list["TrainingSpec"] = []
-
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# The textbook's: PyTorch's transfer-learning tutorial, with batch 32.
-CLASSIC_PREPROCESSING = Preprocessing(256, 224, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
-CLASSIC: dict[str, Any] = {
-    "epochs": 25,
-    "batch_size": 32,
-    "optimizer": "sgd",
-    "head_start": "random",
-    "learning_rate": 0.001,
-    "momentum": 0.9,
-    "weight_decay": 0.0,
-    "scheduler": "step",
-    "step_size": 7,
-    "gamma": 0.1,
-    "warmup_epochs": 0.0,
-    "label_smoothing": 0.0,
-    "augmentation": "classic",
-    "crop_scale": (0.08, 1.0),
-    "horizontal_flip": True,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "ema": 0.0,
-    "class_weights": "none",
-    "early_stopping_patience": None,
-}
-# Who sets none of these under modern gets a head that is solved for, not stepped towards: it has no use for them.
-ITERATIVE = frozenset(Hyperparameters.model_fields) - {"class_weights", "feature_layer", "image_size"}
-DEFAULT_MOMENTUM = 0.9
-DEFAULT_STEP_SIZE, DEFAULT_GAMMA = 7, 0.1
-DEFAULT_EMA = 0.999
-
-
-@dataclass(frozen=True)
-class ModernDefaults:
-    """First defaults of the modern recipe for one method and family. Rates are for adamw and a batch of 32."""
-
-    learning_rate: float
-    backbone_ratio: float  # backbone learning rate over the head's
-    weight_decay: float
-    steps: int  # optimiser steps aimed at; epochs follow from the number of images
-    min_epochs: int
-    max_epochs: int
-    crop_scale: tuple[float, float]
-    label_smoothing: float = 0.0
-    ema: float = 0.0
-    fixed_batch_norm: bool = False
-
-
-# Where the numbers come from. Rates: 1e-3 for a new head and 3e-4 for a convolutional body are what AutoGluon, Geti
-# and LightlyTrain ship within a factor of 3; transformers take a tenth of that (1e-4 to 5e-5 with weight decay 0.05).
-# Steps by data size and not epochs, 500 for small sets: BiT's rule. Gentle crops: a crop of 8 % of the area is made
-# for ImageNet from scratch, and hides the object in a few hundred photos. Scratch needs more steps, higher rates,
-# stronger crops and label smoothing, as in torchvision's reference training. A moving average and the pretrained
-# batch-norm statistics were measured for both fine-tunings (decision 6).
-# From formulas' weights the backbone has further to go: on handwritten digits 0.981 in place of 0.935.
-FORMULA_RATE_FACTOR = 4.0
-SHORT_EMA = 0.98  # over the last 50 steps, where there are some hundreds
-_HEAD = ModernDefaults(2e-3, 1.0, 0.01, 500, 10, 40, (0.5, 1.0))
-_CNN_SCRATCH = ModernDefaults(2e-3, 1.0, 0.05, 2000, 20, 100, (0.35, 1.0), label_smoothing=0.1)
-_TRANSFORMER_SCRATCH = ModernDefaults(5e-4, 1.0, 0.05, 2000, 20, 100, (0.35, 1.0), label_smoothing=0.1)
-MODERN: dict[tuple[Method, Family], ModernDefaults] = {
-    ("feature_extraction", "cnn"): _HEAD,
-    ("feature_extraction", "transformer"): _HEAD,
-    ("fine_tuning", "cnn"): ModernDefaults(
-        1e-3, 0.3, 0.01, 500, 8, 40, (0.5, 1.0), ema=SHORT_EMA, fixed_batch_norm=True
-    ),
-    ("fine_tuning", "transformer"): ModernDefaults(1e-3, 0.1, 0.05, 500, 8, 40, (0.5, 1.0)),
-    ("full_fine_tuning", "cnn"): ModernDefaults(
-        1e-3, 0.5, 0.02, 600, 8, 40, (0.5, 1.0), ema=SHORT_EMA, fixed_batch_norm=True
-    ),
-    ("full_fine_tuning", "transformer"): ModernDefaults(1e-3, 0.05, 0.05, 600, 8, 40, (0.5, 1.0)),
-    ("from_scratch", "cnn"): _CNN_SCRATCH,
-    ("from_scratch", "transformer"): _TRANSFORMER_SCRATCH,
-    ("few_shot", "cnn"): _HEAD,
-    ("few_shot", "transformer"): _HEAD,
-    # Crops as small as contrastive learning's: what two of them share is what the network is to find.
-    ("self_supervised", "cnn"): ModernDefaults(1e-3, 0.1, 1e-4, 1500, 10, 200, (0.2, 1.0)),
-    ("self_supervised", "transformer"): ModernDefaults(1e-3, 0.1, 0.05, 1500, 10, 200, (0.2, 1.0)),
-}
-# What two views of one picture have no use for.
-OF_LABELS = frozenset(
-    {
-        "label_smoothing",
-        "unfreeze",
-        "feature_layer",
-        "augmented_views",
-        "mixup",
-        "cutmix",
-        "ema",
-        "class_weights",
-        "early_stopping_patience",
-    }
-)
-SELF_SUPERVISED: dict[str, Any] = {
-    "head_start": "random",
-    "augmentation": "strong",
-    "augmented_views": None,
-    "label_smoothing": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "ema": 0.0,
-    "class_weights": "none",
-    "early_stopping_patience": None,
-    "fixed_batch_norm": True,
-}
-# A logistic regression has no rate, no batches and no epochs; one pass over the images, and its line search's step.
-SOLVED: dict[str, Any] = {
-    "epochs": 1,
-    "optimizer": "lbfgs",
-    "learning_rate": 1.0,
-    "weight_decay": 0.0,
-    "scheduler": "constant",
-    "warmup_epochs": 0.0,
-    "augmentation": "none",
-    "augmented_views": None,
-    "early_stopping_patience": None,
-}
-# Prototypes have not even a strength to choose. With more images a class a logistic regression has more to learn from.
-PROTOTYPES = SOLVED | {"optimizer": "prototypes", "head_start": "prototypes", "class_weights": "none"}
-MOST_SHOTS = 20
-MODERN_AUGMENTED_VIEWS = 4
-MODERN_BATCH_SIZE = 32
-MODERN_WARMUP_SHARE = 0.1  # of all epochs; 5 to 10 % is common to every recipe read
-SGD_RATE_FACTOR = 10.0  # sgd with momentum 0.9 wants about ten times adamw's rate: 0.01 beside 1e-3
-SGD_WEIGHT_DECAY = 1e-4
-
-# Below this many training images per class (median) a new head on frozen features is as good as anything, and cannot
-# overfit much: 12 to 20 shots is where full fine-tuning overtakes linear probes in the transfer literature.
-FEW_IMAGES_PER_CLASS = 20
-# Below this many, auto trains the last stages only. Measured with about 120 images per class: on hymenoptera full
-# fine-tuning loses 7 points to them (classic, 3 seeds: 0.858 and 0.932), on sign_digits it gains 1, on surface_defects
-# nothing (docs/benchmarks.md). Where it overtakes was not measured yet; this is on the safe side.
-ENOUGH_IMAGES_PER_CLASS = 500
-# About 20 minutes on a CPU that does 50 GFLOP/s in training; beyond it, auto trains the last stages only.
-MAX_CPU_TRAINING_GFLOPS = 60_000.0
-# What auto trains where nothing pretrained can be had: small enough for the device, and known to train from nothing.
-SCRATCH_BACKBONES = {"cpu": "mobilenet_v3_small"}
-DEFAULT_SCRATCH_BACKBONE = "resnet18"
-# A single character, or a word for a side: mirroring such pictures may change their class.
-_SIDED_WORDS = frozenset({"left", "right", "leftward", "rightward", "clockwise", "counterclockwise", "anticlockwise"})
 
 
 @dataclass(frozen=True)
@@ -833,53 +542,3 @@ def _class_weights(dataset: DatasetFacts, reasons: list[str]) -> ClassWeights:
 
 def _bad_hyperparameter(name: str, detail: str) -> InvalidHyperparameter:
     return InvalidHyperparameter(f"{name} {detail}.", errors=[FieldError(f"#/hyperparameters/{name}", detail)])
-
-
-def _pointer(location: Sequence[str]) -> str:
-    return "#" + "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in location)
-
-
-def _shown(pointer: str) -> str:
-    """A pointer as a sentence names it: "epochs", "exclude/3"."""
-    return pointer.removeprefix("#").removeprefix("/").removeprefix("hyperparameters/") or "body"
-
-
-def _allowed(field: FieldInfo) -> str:
-    """What a field accepts: "an integer from 1 to 1000", "one of sgd, adamw"; "" where pydantic says it best."""
-    members = _members(field.annotation, tuple(field.metadata))
-    choices = [str(choice) for kind, _ in members for choice in _choices(kind)]
-    parts = [f"one of {', '.join(choices)}"] if choices else []
-    parts += [part for part in (_allowed_member(*member) for member in members) if part]
-    return " or ".join(parts)
-
-
-def _members(annotation: Any, metadata: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
-    """Members of a union as (type, constraints), None left out; nested Annotated forms are opened."""
-    if hasattr(annotation, "__metadata__"):
-        return _members(annotation.__origin__, metadata + tuple(annotation.__metadata__))
-    arguments = get_args(annotation)
-    if arguments and not _choices(annotation):
-        return [member for argument in arguments for member in _members(argument, metadata)]
-    return [] if annotation is type(None) else [(annotation, metadata)]
-
-
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if getattr(annotation, "__origin__", None) is Literal else ()
-
-
-def _allowed_member(kind: Any, metadata: tuple[Any, ...]) -> str:
-    if kind is bool:
-        return "true or false"
-    if kind not in (int, float):
-        return ""
-    flat = [m for entry in metadata for m in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
-    words = ["an integer" if kind is int else "a number"]
-    words += [f"from {m.ge}" for m in flat if isinstance(m, annotated_types.Ge)]
-    words += [f"above {m.gt}" for m in flat if isinstance(m, annotated_types.Gt)]
-    words += [
-        f"to {m.le}" if kind is int or words[-1].startswith("from") else f"and at most {m.le}"
-        for m in flat
-        if isinstance(m, annotated_types.Le)
-    ]
-    words += [f"to below {m.lt}" for m in flat if isinstance(m, annotated_types.Lt)]
-    return " ".join(words)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from app.jobs.estimate import FIXED_SECONDS, DeviceSpeed, Estimate, PastSpeed, estimate, measure, stage_costs
-from app.jobs.spec import DatasetFacts, TrainingSpec, parse_request, resolve
+from app.jobs.request import parse_request
+from app.jobs.spec import DatasetFacts, TrainingSpec, resolve
 from app.vision.backbones import BACKBONES
 
 SPEED = DeviceSpeed(flops_per_second=100e9, bytes_per_second=10e9)

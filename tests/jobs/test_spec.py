@@ -7,16 +7,9 @@ from typing import Any
 import pytest
 
 from app.errors import FieldError, InvalidHyperparameter, InvalidRequest, WeightsUnavailable
-from app.jobs.spec import (
-    CLASSIC_PREPROCESSING,
-    ClassFacts,
-    DatasetFacts,
-    Hyperparameters,
-    StartingModel,
-    TrainingSpec,
-    parse_request,
-    resolve,
-)
+from app.jobs.recipes import CLASSIC_PREPROCESSING
+from app.jobs.request import Hyperparameters, parse_request
+from app.jobs.spec import ClassFacts, DatasetFacts, StartingModel, TrainingSpec, resolve
 from app.vision.backbones import BACKBONES
 from app.vision.preprocessing import Preprocessing
 

@@ -10,7 +10,8 @@ import torch
 import training_builders as builders
 
 from app.datasets.manifest import Manifest, Record
-from app.jobs.spec import DatasetFacts, TrainingSpec, parse_request, resolve
+from app.jobs.request import parse_request
+from app.jobs.spec import DatasetFacts, TrainingSpec, resolve
 from app.storage import LocalStorage
 from worker.training import loop, methods
 from worker.training.features import ActivationSource, FeatureCache

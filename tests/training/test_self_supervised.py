@@ -9,7 +9,8 @@ import torch
 import training_builders as builders
 
 from app.datasets.manifest import UNLABELLED, Manifest, Record
-from app.jobs.spec import DatasetFacts, TrainingSpec, parse_request, resolve
+from app.jobs.request import parse_request
+from app.jobs.spec import DatasetFacts, TrainingSpec, resolve
 from app.vision import backbones
 from worker.training import loop, methods, self_supervised
 from worker.training.loop import Hooks

@@ -19,7 +19,8 @@ from app.db.tables import DatasetRow
 from app.errors import Conflict
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim
-from app.jobs.spec import DatasetFacts, parse_request, resolve
+from app.jobs.request import parse_request
+from app.jobs.spec import DatasetFacts, resolve
 from app.jobs.states import JobKind
 from app.settings import Settings
 from app.storage import LocalStorage

@@ -18,7 +18,9 @@ from app.db.engine import Database
 from app.errors import JobFailed, ModelUnavailable
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim
-from app.jobs.spec import CLASSIC_PREPROCESSING, DatasetFacts, StartingModel, parse_request, resolve
+from app.jobs.recipes import CLASSIC_PREPROCESSING
+from app.jobs.request import parse_request
+from app.jobs.spec import DatasetFacts, StartingModel, resolve
 from app.jobs.states import JobKind
 from app.settings import Settings
 from app.storage import LocalStorage

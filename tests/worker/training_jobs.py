@@ -16,7 +16,8 @@ from app.db.engine import Database
 from app.db.tables import JobRow
 from app.jobs import queue
 from app.jobs.queue import Claim
-from app.jobs.spec import DatasetFacts, StartingModel, parse_request, resolve
+from app.jobs.request import parse_request
+from app.jobs.spec import DatasetFacts, StartingModel, resolve
 from app.jobs.states import JobKind
 from app.settings import Settings
 from app.storage import LocalStorage

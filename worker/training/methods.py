@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from app.datasets.manifest import Manifest
 from app.errors import StorageFull
-from app.jobs.spec import FROZEN_METHODS, HeadStart, TrainingSpec
+from app.jobs.request import FROZEN_METHODS, HeadStart
+from app.jobs.spec import TrainingSpec
 from app.vision import evaluate
 from app.vision.artifact import Support
 from app.vision.classifier import Classifier
