@@ -155,6 +155,9 @@ class Run:
     def _train_step(self) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
         """Returns the loss, and for each task how many were right of how many that were asked."""
         self._set_rate()
+        torch.manual_seed(
+            int(np.random.SeedSequence([self._options.seed, 2, self.step]).generate_state(1)[0])
+        )  # dropout
         images, labels = self._batch()
         self.network.train()
         answers = self.network(images)

@@ -1,0 +1,142 @@
+"""The program that makes graft_small: by its command, ended and gone on with, and the file that it writes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from app.settings import Settings
+from app.vision import backbones
+from app.vision.backbones import BACKBONES, BUNDLED, GRAFT_SMALL
+from app.vision.weights import WeightStore
+from worker.pretraining import bundle
+from worker.pretraining.bundle import Options, Run, load_backbone, save_backbone
+from worker.pretraining.scenes import Bank, Pool
+
+LARGEST_BUNDLE_BYTES = 12 * 1024**2
+
+
+@pytest.fixture(scope="module")
+def bank() -> Bank:
+    return Bank.render(textures=8, shapes=5, instances=1, seed=0)
+
+
+@pytest.fixture(scope="module")
+def pool(bank: Bank, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    return Pool.rendered(tmp_path_factory.mktemp("pool"), bank, count=250, side=bundle.SCENE_SIDE, seed=0)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(
+        folder=tmp_path,
+        out=tmp_path / "made.safetensors",
+        minutes=60.0,
+        scenes=250,
+        textures=8,
+        shapes=5,
+        instances=1,
+        seed=0,
+        device=torch.device("cpu"),
+        start=None,
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "BATCH_SIZE", 8)
+
+
+def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def steps(run: Run, count: int) -> None:
+    for _ in range(count):
+        run._train_step()
+        run.step += 1
+
+
+def test_a_run_that_was_ended_goes_on_as_if_it_had_not_been(options: Options, pool: Pool, bank: Bank) -> None:
+    whole = Run(options, pool, bank.class_counts)
+    steps(whole, 4)
+
+    ended = Run(options, pool, bank.class_counts)
+    steps(ended, 2)
+    ended.save()
+    resumed = Run(options, pool, bank.class_counts)
+    assert resumed.resume()
+    assert resumed.step == 2
+    steps(resumed, 2)
+
+    assert same(whole.network.state_dict(), resumed.network.state_dict())
+    assert same(whole.average, resumed.average)
+
+
+def test_there_is_nothing_to_go_on_with_at_first(options: Options, pool: Pool, bank: Bank) -> None:
+    assert not Run(options, pool, bank.class_counts).resume()
+
+
+def test_what_is_written_is_read_back_to_half_precision(tmp_path: Path) -> None:
+    made, read = (backbones.build(GRAFT_SMALL, seed=seed) for seed in (1, 2))
+    save_backbone(made.state_dict(), tmp_path / "graft_small.safetensors")
+    load_backbone(read, tmp_path / "graft_small.safetensors")
+    for name, tensor in made.state_dict().items():
+        torch.testing.assert_close(read.state_dict()[name], tensor, rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_can_begin_from_the_file_alone(options: Options, pool: Pool, bank: Bank) -> None:
+    first = backbones.build(GRAFT_SMALL, seed=5)
+    save_backbone(first.state_dict(), options.out)
+    run = Run(replace(options, start=options.out), pool, bank.class_counts)
+    expected = backbones.build(GRAFT_SMALL, seed=0)
+    load_backbone(expected, options.out)
+    assert same(run.network.backbone.state_dict(), expected.state_dict())
+
+
+def test_the_command_trains_writes_the_file_and_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "graft_small.safetensors"
+
+    def ran(minutes: float) -> list[str]:
+        command = [sys.executable, "-m", "app.cli", "pretrain-bundle", "--folder", str(tmp_path / "work")]
+        sizes = ["--scenes", "200", "--textures", "8", "--shapes", "5", "--instances", "1", "--threads", "1"]
+        wanted = ["--minutes", str(minutes), "--out", str(out), "--device", "cpu"]
+        done = subprocess.run([*command, *sizes, *wanted], capture_output=True, text=True, check=False, env=os.environ)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    rendering, figures, wrote = ran(0.01)
+    assert rendering == "Rendering 8 textures, 5 shapes and 200 scenes."
+    assert json.loads(figures)["step"] >= 1
+    assert wrote == f"Wrote {out}."
+    _, going_on, *_ = ran(0.02)
+    assert going_on.startswith(f"Going on from step {json.loads(figures)['step']}")
+    # A server that is given the file takes it in place of the one it came with.
+    store = WeightStore.from_settings(Settings(weights_dir=tmp_path, allow_downloads=False))
+    found = store.find(GRAFT_SMALL)
+    assert found is not None
+    assert (found.path, store.availability(GRAFT_SMALL)) == (out, "local")
+    backbones.build(GRAFT_SMALL, store.load(found))
+
+
+def test_the_bundled_file_is_small_whole_and_free_of_a_head() -> None:
+    path = BUNDLED / BACKBONES[GRAFT_SMALL].weights[0].file
+    assert path.stat().st_size < LARGEST_BUNDLE_BYTES
+    tensors = safetensors.torch.load_file(path)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert not any(name.startswith(BACKBONES[GRAFT_SMALL].head) for name in tensors)
+    store = WeightStore.from_settings(Settings(allow_downloads=False))
+    found = store.find(GRAFT_SMALL)
+    assert found is not None
+    built = backbones.build(GRAFT_SMALL, store.load(found)).eval()
+    with torch.inference_mode():
+        features = built(torch.randn(4, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
+    assert features.isfinite().all()
+    assert float(features.std(0).mean()) > 0  # pictures differ in it
