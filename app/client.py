@@ -84,13 +84,17 @@ class GraftClient:
     # Data sets
 
     def upload_dataset(
-        self, archive: Path, *, name: str, on_sent: Callable[[int], None] = lambda sent_bytes: None
+        self,
+        archive: Path,
+        *,
+        name: str,
+        kind: str = "labelled",
+        on_sent: Callable[[int], None] = lambda sent_bytes: None,
     ) -> JsonObject:
         """Streams an archive to the server. on_sent gets the number of bytes of each piece sent."""
+        params = {"name": name} | ({} if kind == "labelled" else {"kind": kind})
         headers = {"Content-Length": str(archive.stat().st_size), "Idempotency-Key": secrets.token_hex(16)}
-        return self._json(
-            "PUT", "/v1/datasets", params={"name": name}, headers=headers, content=_pieces(archive, on_sent)
-        )
+        return self._json("PUT", "/v1/datasets", params=params, headers=headers, content=_pieces(archive, on_sent))
 
     def wait_for_dataset(self, dataset_id: str) -> JsonObject:
         """The data set once it is ready or failed."""
@@ -184,6 +188,11 @@ class GraftClient:
             part = self._json("POST", "/predict", params=params, files=files)
             answer = part | {"predictions": [*answer.get("predictions", []), *part["predictions"]]}
         return answer
+
+    def add_class(self, model: str, name: str, images: Sequence[Path]) -> JsonObject:
+        """A new version of a few-shot model, with one class more."""
+        files = [("file", (path.name, path.read_bytes(), _media_type(path))) for path in images]
+        return self._json("POST", f"/v1/models/{model}/classes", data={"name": name}, files=files)
 
     # Any list, and the server itself
 

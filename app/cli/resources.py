@@ -18,12 +18,12 @@ from app.cli.terminal import (
     print_line,
     print_table,
 )
-from app.cli.train import describe_dataset, describe_model, model_of, upload, watch
+from app.cli.train import Unlabelled, describe_dataset, describe_model, model_of, upload, watch
 from app.client import DEFAULT_URL, JsonObject
 
 jobs = typer.Typer(help="Training jobs: list, show, watch, cancel, stop.", no_args_is_help=True)
 datasets = typer.Typer(help="Data sets: list, show, upload, delete.", no_args_is_help=True)
-models = typer.Typer(help="Trained models: list, show, promote, rollback, delete.", no_args_is_help=True)
+models = typer.Typer(help="Trained models: list, show, extend, promote, rollback, delete.", no_args_is_help=True)
 
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET")]
@@ -169,13 +169,14 @@ def show_dataset(dataset_id: DatasetId, url: Url = DEFAULT_URL, api_key: ApiKey 
 def upload_dataset(
     source: Annotated[Path, typer.Argument(metavar="ARCHIVE_OR_FOLDER")],
     name: Annotated[str | None, typer.Option(help="Name of the data set; that of the file if left out.")] = None,
+    unlabelled: Unlabelled = False,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
 ) -> None:
     """Upload pictures and wait until they are checked."""
     with connect(url, api_key) as client:
-        dataset = upload(client, source, name=name)
+        dataset = upload(client, source, name=name, unlabelled=unlabelled)
     if as_json:
         print_json(dataset)
     else:
@@ -252,6 +253,24 @@ def roll_back_model(
     with connect(url, api_key) as client:
         model_id = client.roll_back_alias(alias)["model"]
     print_line(f"{alias} is {model_id} again.")
+
+
+@models.command("extend")
+def extend_model(
+    model_id: ModelId,
+    name: Annotated[str, typer.Argument(help="Of the new class.")],
+    pictures: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Of the new class, one or more.")],
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+) -> None:
+    """Give a few-shot model one class more, as a new model."""
+    with connect(url, api_key) as client:
+        model = client.add_class(model_id, name, pictures)
+        if as_json:
+            print_json(model)
+        else:
+            describe_model(client, model)
 
 
 @models.command("delete")

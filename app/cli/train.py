@@ -35,6 +35,10 @@ from app.cli.terminal import (
 )
 from app.client import DEFAULT_URL, GraftClient, JobEvent, JsonObject
 
+Unlabelled = Annotated[
+    bool, typer.Option("--unlabelled", help="The pictures have no classes, whatever folders they lie in.")
+]
+
 
 def add_to(cli: typer.Typer) -> None:
     cli.command()(train)
@@ -49,7 +53,10 @@ def train(
         ),
     ],
     method: Annotated[
-        str, typer.Option(help="feature_extraction, fine_tuning, full_fine_tuning, from_scratch or auto.")
+        str,
+        typer.Option(
+            help="few_shot, feature_extraction, fine_tuning, full_fine_tuning, from_scratch, self_supervised or auto."
+        ),
     ] = "auto",
     backbone: Annotated[str, typer.Option(help="A backbone, a model to start from (mdl_…), or auto.")] = "auto",
     recipe: Annotated[str | None, typer.Option(help="classic or modern.")] = None,
@@ -69,6 +76,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Same seed, same data: same model.")] = 0,
     promote: Annotated[str, typer.Option(help="if_better, always or never becomes the default model.")] = "if_better",
     name: Annotated[str | None, typer.Option(help="Name of the data set; that of the file if left out.")] = None,
+    unlabelled: Unlabelled = False,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
@@ -84,7 +92,9 @@ def train(
     request["hyperparameters"] |= dict(_name_and_value(text) for text in hyperparameter or [])
     with connect(url, api_key) as client:
         dataset = (
-            client.wait_for_dataset(source) if source.startswith("ds_") else upload(client, Path(source), name=name)
+            client.wait_for_dataset(source)
+            if source.startswith("ds_")
+            else upload(client, Path(source), name=name, unlabelled=unlabelled)
         )
         describe_dataset(dataset)
         job = client.submit_job(request | {"dataset": dataset["id"]})
@@ -96,14 +106,17 @@ def train(
             describe_model(client, model)
 
 
-def upload(client: GraftClient, source: Path, *, name: str | None) -> JsonObject:
+def upload(client: GraftClient, source: Path, *, name: str | None, unlabelled: bool = False) -> JsonObject:
     """Uploads an archive or a folder and waits until its pictures are checked. Raises Failure if they are refused."""
     if not source.exists():
         raise Failure(f"There is no file or folder {source}.", exit_code=EXIT_USAGE)
     with _as_archive(source) as archive, _bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("upload", total=archive.stat().st_size)
         dataset = client.upload_dataset(
-            archive, name=name or _stem(source), on_sent=lambda sent_bytes: bar.advance(task, sent_bytes)
+            archive,
+            name=name or _stem(source),
+            kind="unlabelled" if unlabelled else "labelled",
+            on_sent=lambda sent_bytes: bar.advance(task, sent_bytes),
         )
     with errors.status("The server checks the pictures …"):
         dataset = client.wait_for_dataset(dataset["id"])
@@ -139,9 +152,12 @@ def model_of(client: GraftClient, job: JsonObject) -> JsonObject:
 
 def describe_dataset(dataset: JsonObject) -> None:
     splits = dataset["splits"]
+    if dataset["classes"]:
+        of = f"of {len(dataset['classes'])} classes, {splits['train']} to train on, {splits['val']} to validate with"
+    else:
+        of = "without labels"
     errors.print(
-        f"Data set {dataset['id']}: {dataset['num_images']} pictures of {len(dataset['classes'])} classes, "
-        f"{splits['train']} to train on, {splits['val']} to validate with"
+        f"Data set {dataset['id']}: {dataset['num_images']} pictures {of}"
         + (f", {splits['test']} for testing" if splits.get("test") else "")
         + (f"; rejected files: {dataset['num_rejected']}" if dataset["num_rejected"] else "")
         + "."
@@ -155,6 +171,9 @@ def describe_model(client: GraftClient, model: JsonObject) -> None:
     low, high = metrics.get("val_accuracy_ci95") or (None, None)
     interval = f" (95 % interval {percent(low)} to {percent(high)})" if low is not None else ""
     print_line(f"Model {model['id']}: {model['method']} on {model['backbone']['name']}")
+    if not model["classes"]:
+        _describe_backbone(model)
+        return
     print_line(f"  validation accuracy {percent(metrics['val_accuracy'])}{interval}")
     if metrics.get("macro_f1") is not None:
         print_line(f"  macro F1            {metrics['macro_f1']:.3f}")
@@ -164,6 +183,16 @@ def describe_model(client: GraftClient, model: JsonObject) -> None:
         print_line(f"  {metrics['forecast']['sentence']}")
     which = "" if "default" in model["aliases"] else f"?model={model['id']}"
     print_line(f"  curl -F file=@picture.jpg {client.url}/predict{which}")
+
+
+def _describe_backbone(model: JsonObject) -> None:
+    metrics = model["metrics"]
+    print_line(f"  spread of the features  {metrics['feature_std']:.2f} (1 is even, 0 a collapse)")
+    if metrics.get("knn_accuracy") is not None:
+        print_line(f"  nearest neighbours      {percent(metrics['knn_accuracy'])}")
+    if metrics.get("warning"):
+        errors.print(f"Warning: {metrics['warning']}", style="yellow", markup=False, soft_wrap=True)
+    print_line(f"  graft train ARCHIVE_OR_FOLDER --backbone {model['id']}")
 
 
 def _show(event: JobEvent, bar: Progress, task: Any) -> None:
@@ -176,16 +205,20 @@ def _show(event: JobEvent, bar: Progress, task: Any) -> None:
             if epochs and fraction is not None:
                 bar.update(task, completed=round(fraction * epochs, 2))
         case "epoch":
-            method = event.data.get("method")  # where several compete
-            bar.console.print(
-                f"epoch {event.data['epoch']:3}{f'   {method}' if method else ''}   "
-                f"train loss {event.data['train_loss']:.4f} "
-                f"accuracy {percent(event.data['train_accuracy'])}   validation loss {event.data['val_loss']:.4f} "
-                f"accuracy {percent(event.data['val_accuracy'])}",
-                soft_wrap=True,
-            )
+            bar.console.print(_epoch_line(event.data), soft_wrap=True)
         case "log":
             bar.console.print(event.data.get("message", ""), style="dim", markup=False, soft_wrap=True)
+
+
+def _epoch_line(epoch: JsonObject) -> str:
+    method = epoch.get("method")  # where several compete
+    parts = [f"epoch {epoch['epoch']:3}", *([method] if method else [])]
+    for split in ("train", "val"):
+        accuracy = epoch[f"{split}_accuracy"]  # none where nothing is told apart
+        shown = "" if accuracy is None else f" accuracy {percent(accuracy)}"
+        parts.append(f"{'validation' if split == 'val' else split} loss {epoch[f'{split}_loss']:.4f}{shown}")
+    parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in (epoch.get("figures") or {}).items()]
+    return "   ".join(parts)
 
 
 def _bar(*columns: Any) -> Progress:

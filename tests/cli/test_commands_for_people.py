@@ -348,3 +348,45 @@ def test_commands_that_change_something_say_what(
 
     assert (result.exit_code, result.output) == (0, f"{printed}\n")
     assert len(server.sent(*request_line)) == 1
+
+
+def test_train_on_pictures_without_labels_ends_with_a_backbone_and_how_to_start_from_it(
+    training: ScriptedServer, graft: Graft, archive: Path
+) -> None:
+    training.answers["GET", "/v1/datasets/ds_1"] = (200, DATASET | {"classes": [], "warnings": [], "num_rejected": 0})
+    epoch = EPOCH | {"train_accuracy": None, "val_accuracy": None, "figures": {"feature_std": 0.5}}
+    training.answers["GET", "/v1/jobs/job_1/events"] = (200, stream(("epoch", epoch)))
+    metrics = {"feature_std": 0.52, "knn_accuracy": None, "warning": "The features have collapsed."}
+    made = MODEL | {"classes": [], "aliases": [], "method": "self_supervised", "metrics": metrics}
+    training.answers["GET", "/v1/models/mdl_1"] = (200, made)
+
+    result = graft("train", str(archive), "--unlabelled", "--method", "self_supervised")
+
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [
+        "Model mdl_1: self_supervised on resnet50",
+        "  spread of the features  0.52 (1 is even, 0 a collapse)",
+        "  graft train ARCHIVE_OR_FOLDER --backbone mdl_1",
+    ]
+    assert result.errors.splitlines() == [
+        "Data set ds_1: 300 pictures without labels.",
+        "Job job_1",
+        "epoch   1   train loss 0.5000   validation loss 0.4000   feature std 0.500",
+        "Warning: The features have collapsed.",
+    ]
+    [upload] = training.sent("PUT", "/v1/datasets")
+    assert upload.path == "/v1/datasets?name=flowers&kind=unlabelled"
+
+
+def test_extend_sends_the_pictures_of_the_new_class(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
+    pictures = [tmp_path / "1.jpg", tmp_path / "2.jpg"]
+    for picture in pictures:
+        picture.write_bytes(picture.name.encode())
+    server.answers["POST", "/v1/models/mdl_1/classes"] = (201, MODEL | {"id": "mdl_2", "aliases": []})
+
+    result = graft("models", "extend", "mdl_1", "wasp", *map(str, pictures))
+
+    assert result.exit_code == 0
+    assert result.output.splitlines()[0] == "Model mdl_2: fine_tuning on resnet50"
+    [sent] = server.sent("POST", "/v1/models/mdl_1/classes")
+    assert all(part in sent.body for part in (b'name="name"\r\n\r\nwasp', b"1.jpg", b"2.jpg"))
