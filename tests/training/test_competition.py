@@ -34,17 +34,20 @@ def test_a_heat_is_a_quarter_of_the_epochs_and_two_at_least(epochs: int, heat: i
     assert heat_epochs(epochs) == heat
 
 
-def test_a_method_goes_on_if_it_is_ahead_of_the_leader_or_of_where_the_leader_was() -> None:
+def test_a_method_goes_on_unless_it_is_behind_where_the_leader_was_by_more_than_chance() -> None:
     tuned = contender("fine_tuning", right=384, past=[0.90, 0.92, 0.93])  # 0.96 in the end
     assert survives([0.95, 0.97], tuned)
     assert survives([0.91, 0.93], tuned)
-    assert not survives([0.91, 0.92], tuned)
+    # A standard error of 0.92 on 400 images is 1.4 points.
+    assert survives([0.90, 0.91], tuned)
+    assert not survives([0.90, 0.905], tuned)
 
 
-def test_a_solved_head_has_no_past_so_its_whole_accuracy_must_be_beaten() -> None:
-    probe = contender("feature_extraction", right=380)  # 0.95
-    assert not survives([0.95, 0.94], probe)
+def test_a_solved_head_has_no_past_so_it_is_its_whole_accuracy_that_counts() -> None:
+    probe = contender("feature_extraction", right=380)  # 0.95, give or take 1.1 points
     assert survives([0.90, 0.955], probe)
+    assert survives([0.90, 0.94], probe)
+    assert not survives([0.90, 0.935], probe)
 
 
 @pytest.mark.parametrize(
