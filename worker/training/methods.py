@@ -24,7 +24,7 @@ from torch.nn import functional
 from app.datasets.manifest import Manifest
 from app.errors import StorageFull
 from app.jobs.request import FROZEN_METHODS, HeadStart
-from app.jobs.spec import TrainingSpec
+from app.jobs.spec import ResolvedHyperparameters, TrainingSpec
 from app.vision import evaluate
 from app.vision.artifact import Support
 from app.vision.classifier import Classifier
@@ -163,14 +163,7 @@ def prepare(
         epochs=values.epochs,
         batch_size=values.batch_size,
         seed=spec.seed,
-        schedule=Schedule(
-            scheduler=values.scheduler,
-            epochs=values.epochs,
-            steps_per_epoch=steps_per_epoch(len(train), values.batch_size, merge_single=merge_single),
-            warmup_epochs=values.warmup_epochs,
-            step_size=values.step_size,
-            gamma=values.gamma,
-        ),
+        schedule=schedule_for(values, images=len(train), merge_single=merge_single),
         normalise=to_input,
         label_smoothing=values.label_smoothing,
         class_weights=_class_weights(spec, train, manifest),
@@ -403,6 +396,17 @@ class _Frozen:
             cache=self.surroundings.cache,
             on_batch=self.surroundings.on_features,
         )
+
+
+def schedule_for(values: ResolvedHyperparameters, *, images: int, merge_single: bool) -> Schedule:
+    return Schedule(
+        scheduler=values.scheduler,
+        epochs=values.epochs,
+        steps_per_epoch=steps_per_epoch(images, values.batch_size, merge_single=merge_single),
+        warmup_epochs=values.warmup_epochs,
+        step_size=values.step_size,
+        gamma=values.gamma,
+    )
 
 
 def _set_head(classifier: Classifier, weight: Tensor, bias: Tensor) -> None:

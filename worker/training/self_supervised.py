@@ -29,8 +29,9 @@ from worker.training.methods import (
     Training,
     normaliser,
     place,
+    schedule_for,
 )
-from worker.training.optim import Schedule, build_optimizer
+from worker.training.optim import build_optimizer
 from worker.training.pixels import (
     CPU,
     VIEW,
@@ -40,7 +41,6 @@ from worker.training.pixels import (
     Split,
     ordered_batches,
     random_stream,
-    steps_per_epoch,
 )
 
 EXPANDED_WIDTH = 512
@@ -175,14 +175,7 @@ def prepare(
         epochs=values.epochs,
         batch_size=values.batch_size,
         seed=spec.seed,
-        schedule=Schedule(
-            scheduler=values.scheduler,
-            epochs=values.epochs,
-            steps_per_epoch=steps_per_epoch(len(train), values.batch_size, merge_single=True),
-            warmup_epochs=values.warmup_epochs,
-            step_size=values.step_size,
-            gamma=values.gamma,
-        ),
+        schedule=schedule_for(values, images=len(train), merge_single=True),
         normalise=normaliser(spec.preprocessing),
         budget_seconds=spec.budget_seconds,
         merge_single=True,
