@@ -9,7 +9,8 @@ device, are not known here.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -52,6 +53,8 @@ TRAINING_ARITHMETIC, TRAINING_PASSES = 3.0, 30.0
 # How much memory the activations take in practice, with what the convolutions and the memory allocator add; fitted to
 # the ten jobs of benchmarks/estimates.py.
 PASS_MEMORY, TRAINING_MEMORY = 1.7, 2.2
+# Of each picture in a step.
+VIEWS: Mapping[str, int] = defaultdict(lambda: 1, self_supervised=2)
 PAST_JOBS = 100
 # The fastest counts: the first few wake threads and caches, and others may be disturbed.
 _MEASUREMENTS = 12
@@ -121,7 +124,7 @@ def _estimate_one(
     frozen, trained = costs[: len(costs) - trainable], costs[len(costs) - trainable :]
     frozen_forward = sum(_forward_seconds(cost, speed) for cost in frozen)
     forward = frozen_forward + sum(_forward_seconds(cost, speed) for cost in trained)
-    training = max(sum(_training_seconds(cost, speed) for cost in trained), HEAD_SECONDS)
+    training = VIEWS[spec.method] * max(sum(_training_seconds(cost, speed) for cost in trained), HEAD_SECONDS)
     images = dataset.train + dataset.val
 
     is_cached = bool(frozen) and (values.augmentation == "none" or values.augmented_views is not None)
@@ -132,7 +135,7 @@ def _estimate_one(
         once += frozen_forward * ((values.augmented_views or 0) * dataset.train + (images if trained else 0))
         train_image, val_image = training, forward - frozen_forward
     else:
-        train_image, val_image = max(frozen_forward + training, AUGMENT_SECONDS), forward
+        train_image, val_image = max(frozen_forward + training, VIEWS[spec.method] * AUGMENT_SECONDS), forward
     known = next(
         (p for p in past if (p.backbone, p.method, p.image_size) == _kind(spec) and p.images_per_second > 0), None
     )
@@ -253,7 +256,7 @@ def _peak_bytes(
     kept = sum(c.activation_bytes for c in trained)
     if frozen and not is_cached:
         kept += max(c.activation_bytes for c in frozen)
-    training = min(values.batch_size, dataset.train) * (kept + size)
+    training = VIEWS[spec.method] * min(values.batch_size, dataset.train) * (kept + size)
     activations = max(PASS_MEMORY * looking, TRAINING_MEMORY * training)
     # Of a whole backbone's output only the means over space are kept.
     stored = 0.0

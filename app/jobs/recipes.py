@@ -102,6 +102,7 @@ OF_LABELS = frozenset(
         "early_stopping_patience",
     }
 )
+SELF_SUPERVISED_BATCH_SIZE = 64  # what varies over a batch is part of the loss
 SELF_SUPERVISED: dict[str, Any] = {
     "head_start": "random",
     "augmentation": "strong",

@@ -35,6 +35,7 @@ from app.jobs.recipes import (
     PROTOTYPES,
     SCRATCH_BACKBONES,
     SELF_SUPERVISED,
+    SELF_SUPERVISED_BATCH_SIZE,
     SGD_RATE_FACTOR,
     SGD_WEIGHT_DECAY,
     SOLVED,
@@ -460,7 +461,8 @@ def _modern(
     ratio = defaults.backbone_ratio * (FORMULA_RATE_FACTOR if start.is_from_formulas else 1.0)
     given = _given(asked)
     is_sgd = given.get("optimizer") == "sgd"
-    batch_size = given.get("batch_size", MODERN_BATCH_SIZE)
+    usual = SELF_SUPERVISED_BATCH_SIZE if method == "self_supervised" else MODERN_BATCH_SIZE
+    batch_size = given.get("batch_size", usual)
     epochs = given.get("epochs", _epochs_for_steps(defaults, dataset.train, batch_size))
     is_solved = method == "few_shot" or (method == "feature_extraction" and not ITERATIVE & set(given))
     if "epochs" not in given and not is_solved:

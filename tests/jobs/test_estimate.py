@@ -97,6 +97,20 @@ def test_a_budget_bounds_the_time() -> None:
     assert found.seconds == found.seconds_range[1] == 10.0 + FIXED_SECONDS
 
 
+def test_two_views_of_each_picture_cost_twice_the_training() -> None:
+    def of(method: str) -> Estimate:
+        asked = {"epochs": 20, "batch_size": 32, "image_size": 224}
+        request = {"dataset": "ds_1", "method": method, "backbone": "resnet18", "hyperparameters": asked}
+        weights = {"resnet18": "IMAGENET1K_V1"}
+        found = resolve(parse_request(request), dataset=FACTS, weights=weights, device_type="cpu")
+        values = found.hyperparameters.model_copy(update={"head_start": "random", "early_stopping_patience": None})
+        return estimated(found.model_copy(update={"hyperparameters": values}))
+
+    one, two = of("full_fine_tuning"), of("self_supervised")
+    assert 1.8 * one.seconds < two.seconds < 2 * one.seconds
+    assert two.peak_memory_bytes > 1.5 * one.peak_memory_bytes
+
+
 def test_patience_makes_the_time_uncertain() -> None:
     fixed, patient = estimated(spec(epochs=20)), estimated(spec(epochs=20, early_stopping_patience=5))
     assert fixed.seconds_range == (fixed.seconds, fixed.seconds)
