@@ -598,7 +598,8 @@ class _Pace:
             if self._state.epoch == 0:
                 # Looking costs a third of training: one pass of three.
                 looking = len(self.plan.val) / (3 * len(self.plan.train))
-                self._fit_into_budget(self._state.epoch_seconds * (self._steps / self._state.step + looking))
+                training = self._state.epoch_seconds * self._steps / self._state.step
+                self._fit_into_budget(training * (1 + looking))
         if now - self._saved >= self.hooks.checkpoint_seconds:
             self.save()
         return self._report(now) or self.is_budget_spent()
