@@ -530,11 +530,11 @@ def _graft_small() -> BackboneSpec:
         name="FORMULA_V1",
         file=f"{GRAFT_SMALL}.safetensors",
         top1=None,
-        preprocessing=replace(imagenet.preprocessing, resize=146, crop=128),
+        preprocessing=replace(imagenet.preprocessing, resize=183, crop=160),
         license="Graft's own, under Graft's licence; made from images that Graft generates, and from nothing else.",
         is_bundled=True,
     )
-    return replace(imagenet, name=GRAFT_SMALL, gflops=imagenet.gflops * (128 / 224) ** 2, weights=(weights,))
+    return replace(imagenet, name=GRAFT_SMALL, gflops=imagenet.gflops * (160 / 224) ** 2, weights=(weights,))
 
 
 GRAFT_SMALL = "graft_small"
