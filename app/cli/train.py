@@ -179,7 +179,8 @@ def describe_model(client: GraftClient, model: JsonObject) -> None:
         print_line(f"  macro F1            {metrics['macro_f1']:.3f}")
     if metrics.get("validation_warning"):
         errors.print(f"Warning: {metrics['validation_warning']}", style="yellow", markup=False, soft_wrap=True)
-    if metrics.get("forecast"):
+    # It is measured with heads on frozen features, so beside the figures of a tuned network it would mislead.
+    if metrics.get("forecast") and model["method"] == "feature_extraction":
         print_line(f"  {metrics['forecast']['sentence']}")
     which = "" if "default" in model["aliases"] else f"?model={model['id']}"
     print_line(f"  curl -F file=@picture.jpg {client.url}/predict{which}")

@@ -390,3 +390,13 @@ def test_extend_sends_the_pictures_of_the_new_class(server: ScriptedServer, graf
     assert result.output.splitlines()[0] == "Model mdl_2: fine_tuning on resnet50"
     [sent] = server.sent("POST", "/v1/models/mdl_1/classes")
     assert all(part in sent.body for part in (b'name="name"\r\n\r\nwasp', b"1.jpg", b"2.jpg"))
+
+
+@pytest.mark.parametrize(("method", "is_told"), [("feature_extraction", True), ("full_fine_tuning", False)])
+def test_the_forecast_is_told_of_the_models_that_it_is_made_with(
+    training: ScriptedServer, graft: Graft, method: str, is_told: bool
+) -> None:
+    metrics = MODEL["metrics"] | {"forecast": {"sentence": "Twice as many would bring 0.97."}}
+    training.answers["GET", "/v1/models/mdl_1"] = (200, MODEL | {"method": method, "metrics": metrics})
+
+    assert ("  Twice as many would bring 0.97." in graft("train", "ds_1").output.splitlines()) == is_told
