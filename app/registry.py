@@ -29,6 +29,7 @@ def register(
     method: str,
     backbone: Mapping[str, Any],
     classes: Sequence[str],
+    tasks: Sequence[Mapping[str, Any]] = (),
     metrics: Mapping[str, Any],
     size_bytes: int,
     sha256: str,
@@ -36,7 +37,8 @@ def register(
     parent_id: str | None = None,
     promotion: Mapping[str, Any] | None = None,
 ) -> ModelRow:
-    """Records a model whose artifact is published. promotion: what the promotion gate said of it.
+    """Records a model whose artifact is published. promotion: what the promotion gate said of it. tasks: name and
+    classes of each where there are several.
 
     role: probe for the one that a job of method auto serves until it has its final one; extended for one made from
     the model `parent_id`, of whose job there may be several.
@@ -49,6 +51,7 @@ def register(
         method=method,
         backbone=dict(backbone),
         classes=list(classes),
+        tasks=[dict(task) for task in tasks],
         metrics=dict(metrics),
         size_bytes=size_bytes,
         sha256=sha256,

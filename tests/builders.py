@@ -50,6 +50,22 @@ def class_folders(
     }
 
 
+def two_tasks(count: int, *, without: Mapping[int, str] | None = None, first_seed: int = 0) -> dict[str, bytes]:
+    """Pictures and a labels.csv that tells two things of each: its colour and its light.
+
+    without: picture → the task whose label it lacks.
+    """
+    tints = {("red", "bright"): (230, 90, 90), ("red", "dark"): (110, 0, 0)}
+    tints |= {("blue", light): (b, g, r) for (_, light), (r, g, b) in list(tints.items())}
+    files, rows = {}, ["filename,label:colour,label:light"]
+    for i in range(count):
+        labels = {"colour": ("red", "blue")[i % 2], "light": ("bright", "dark")[i // 2 % 2]}
+        files[f"{i}.jpg"] = jpeg(first_seed + i, tint=tints[labels["colour"], labels["light"]])
+        labels |= {task: "" for task in [(without or {}).get(i)] if task}
+        rows.append(f"{i}.jpg,{labels['colour']},{labels['light']}")
+    return {**files, "labels.csv": "\n".join(rows).encode()}
+
+
 def zip_of(files: Mapping[str, bytes], *, folders: Sequence[str] = (), compression: int = zipfile.ZIP_STORED) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:

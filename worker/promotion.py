@@ -5,7 +5,7 @@ validated on the same pictures, else it is run on them. Decides only; registry a
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,8 +21,9 @@ from app.errors import JobFailed, ModelUnavailable, NotFound, StorageFull
 from app.jobs.request import Promote
 from app.storage import LocalStorage
 from app.vision import artifact
+from app.vision.outputs import of_outputs
 from app.vision.preprocessing import eval_pixels, normalise
-from worker.training.compare import Paired, Predictions, Ties, is_promotable, pair
+from worker.training.compare import Paired, Predictions, Ties, is_promotable, of_task, pair, without_task
 from worker.training.loop import predict_logits
 from worker.training.pixels import PixelSource, Split
 
@@ -33,12 +34,12 @@ _BY_HAND = "`graft models promote` makes it the default all the same."
 class Candidate:
     """A model that was just trained. start: the model that its training began with, where there was one.
 
-    predictions: of its validation images.
+    knows: classes by task, "" being the only one. predictions: of its validation images.
     """
 
     dataset_id: str
     start: str | None
-    classes: Sequence[str]
+    knows: Mapping[str, frozenset[str]]
     predictions: Predictions
 
 
@@ -63,7 +64,7 @@ class _Incumbent:
     id: str
     dataset_id: str
     start: str | None
-    classes: Sequence[str]
+    knows: Mapping[str, frozenset[str]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def decide(
         return Decision(False, "The default model stays, as the job asked for (promote: never).", incumbent_id)
     if incumbent is None:
         return Decision(True, "The model becomes the default: there was none.", None)
-    if set(incumbent.classes) != set(candidate.classes):
+    if incumbent.knows != candidate.knows:
         reason = (
             f"The model becomes the default: {incumbent.id}, the one before, knows other classes, so that their "
             "accuracies cannot be compared."
@@ -112,7 +113,7 @@ def decide(
     true = {
         digest: name
         for digest, name in candidate.predictions.true_classes().items()
-        if digest not in trained_on.digests and digest not in own.digests
+        if without_task(digest) not in trained_on.digests | own.digests
     }
     if not true:
         reason = (
@@ -167,7 +168,9 @@ def _incumbent(database: Database) -> _Incumbent | None:
             row = registry.find(session, registry.DEFAULT_ALIAS)
         except NotFound:
             return None
-        return _Incumbent(row.id, row.dataset_id, row.backbone.get("model"), list(row.classes))
+        tasks = row.tasks or [{"name": "", "classes": row.classes}]
+        knows = {task["name"]: frozenset(task["classes"]) for task in tasks}
+        return _Incumbent(row.id, row.dataset_id, row.backbone.get("model"), knows)
 
 
 def _trained_on(dataset_id: str, start: str | None, *, database: Database, storage: LocalStorage) -> _Seen:
@@ -197,7 +200,7 @@ def _stored_answers(model_id: str, true: dict[str, str], storage: LocalStorage) 
     """The model's classes by digest, as it gave them at its own validation; None unless all of `true` were there."""
     try:
         record = json.loads(storage.path(f"models/{model_id}/evaluation.json").read_bytes())
-        stored = Predictions.from_record(record["predictions"])
+        stored = Predictions.of_evaluation(record)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # also of a model from before predictions were kept
     answers = stored.predicted_classes()
@@ -222,7 +225,8 @@ def _answers(
     manifest = Manifest.read(storage.path(manifest_key(dataset_id)))
     images = ensure_packed(storage, dataset_id, model.preprocessing.side, limits=limits, tick=lambda _share: tick())
     place = {manifest.records[i].digest: i for i in manifest.indices("val").tolist()}
-    split = Split(images, np.array([place[digest] for digest in true]), np.zeros(len(true), dtype=np.int64))
+    asked = list(dict.fromkeys(without_task(digest) for digest in true))
+    split = Split(images, np.array([place[digest] for digest in asked]), np.zeros(len(asked), dtype=np.int64))
 
     def prepare(pixels: Tensor) -> Tensor:
         return eval_pixels(pixels, model.preprocessing)
@@ -234,4 +238,8 @@ def _answers(
         device=device,
         on_batch=tick,
     )
-    return {digest: model.classes[label] for digest, label in zip(true, logits.argmax(1).tolist(), strict=True)}
+    answers = {}
+    for output, of_output in zip(model.outputs, of_outputs(logits, model.outputs), strict=True):
+        for digest, label in zip(asked, of_output.argmax(1).tolist(), strict=True):
+            answers[of_task(digest, output.name)] = output.classes[label]
+    return answers

@@ -58,13 +58,16 @@ class Publisher:
         by then, the new model is compared with that one. job_metrics: shown with the job, beside the model's.
         """
         claim, database, storage, reporter = self.claim, self.database, self.storage, self.reporter
+        outputs = [task.output for task in conclusion.tasks]
+        classes = list(outputs[0].classes) if outputs else []
         model_id = new_id("mdl")
         key = f"models/{model_id}"
         result = Artifact(
             classifier=training.classifier.to("cpu"),
-            classes=training.class_names,
+            classes=classes,
             preprocessing=training.preprocessing,
-            temperature=conclusion.temperature,
+            temperature=outputs[0].temperature if outputs else 1.0,
+            tasks=outputs if len(outputs) > 1 else [],
             support=training.support,
             metadata={
                 "model": model_id,
@@ -95,7 +98,8 @@ class Publisher:
                 dataset_id=claim.dataset_id,
                 method=spec.method,
                 backbone=_backbone_record(spec),
-                classes=training.class_names,
+                classes=classes,
+                tasks=[{"name": each.name, "classes": list(each.classes)} for each in outputs if each.name],
                 metrics=conclusion.metrics,
                 size_bytes=saved.size_bytes,
                 sha256=saved.sha256,
@@ -127,15 +131,15 @@ class Publisher:
             storage.settle(key, is_wanted=is_registered)
 
     def _decide(self, conclusion: Conclusion, spec: TrainingSpec, training: Training, *, probe: str | None) -> Decision:
-        if not training.class_names:
+        if not conclusion.tasks:
             with self.database.read() as session:
                 incumbent = registry.default_model_id(session)
             return Decision(False, "It is a backbone, to be started from: it has no classes to predict.", incumbent)
         candidate = Candidate(
             dataset_id=self.claim.dataset_id,
             start=spec.backbone.model,
-            classes=training.class_names,
-            predictions=Predictions.from_record(conclusion.evaluation["predictions"]),
+            knows={task.output.name: frozenset(task.output.classes) for task in conclusion.tasks},
+            predictions=Predictions.of_evaluation(conclusion.evaluation),
         )
         return promotion.decide(
             candidate,

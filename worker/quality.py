@@ -6,7 +6,7 @@ pixels and so misses mirrored and cropped copies. Nothing here changes a data se
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from app.datasets.manifest import Split
+from app.datasets.manifest import UNLABELLED, Split
 from app.datasets.report import warning
 from worker.training.probe import fit_probe, out_of_fold
 
@@ -73,6 +73,7 @@ def quality_warnings(
 ) -> list[dict[str, Any]]:
     """Warnings for a data set's report, all splits together; what pixels have shown already is not repeated.
 
+    labels: int64 (N,), UNLABELLED for a picture whose class is not known.
     features: float32 (N, D), of each picture in the manifest's order. copies: (N,), the group of each picture as
     app.datasets.quality.group_near_copies finds it. tick: called now and then; may raise to stop.
     """
@@ -88,7 +89,7 @@ def quality_warnings(
                 _paths_of(leaked, paths),
             )
         )
-    if contradicting := [(i, j) for i, j in pairs if labels[i] != labels[j]]:
+    if contradicting := [(i, j) for i, j in pairs if _differ(labels[i], labels[j])]:
         found.append(
             warning(
                 "conflicting_labels",
@@ -97,8 +98,17 @@ def quality_warnings(
                 _paths_of(contradicting, paths),
             )
         )
-    suspects = suspicious_labels(features, labels, len(classes), groups=_joined(copies, pairs), seed=seed, tick=tick)
+    known = np.flatnonzero(labels != UNLABELLED)
+    suspects = suspicious_labels(
+        features[torch.from_numpy(known)],
+        labels[known],
+        len(classes),
+        groups=_joined(copies, pairs)[known],
+        seed=seed,
+        tick=tick,
+    )
     if suspects:
+        suspects = [replace(suspect, index=int(known[suspect.index])) for suspect in suspects]
         first = suspects[0]
         found.append(
             warning(
@@ -110,6 +120,10 @@ def quality_warnings(
             )
         )
     return found
+
+
+def _differ(first: int, second: int) -> bool:
+    return UNLABELLED not in (first, second) and first != second
 
 
 def near_pairs(features: Tensor, *, tick: Callable[[], None] = lambda: None) -> list[tuple[int, int]]:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from app.jobs.spec import TrainingSpec
 from app.vision.classifier import Classifier
+from app.vision.evaluate import Evaluation, wilson_interval
 from worker.training import competition, methods
 from worker.training.competition import Contender, Dropped
 from worker.training.loop import EpochResult
@@ -124,14 +126,13 @@ def _enter(
 
 
 def _contender(spec: TrainingSpec, training: Training, conclusion: Conclusion, *, seconds: float) -> Contender:
-    val = conclusion.val
-    assert val is not None, "methods that compete have classes"
-    wrong = {mistake.position for mistake in val.mistakes}
+    # Of several tasks, all labels together.
+    correct = np.concatenate([_correct(task.val) for task in conclusion.tasks if task.val is not None])
     metrics, classifier = conclusion.metrics, training.classifier
     return Contender(
         method=spec.method,
-        correct=np.array([i not in wrong for i in range(len(training.val))]),
-        accuracy_ci95=val.accuracy_ci95,
+        correct=correct,
+        accuracy_ci95=wilson_interval(int(correct.sum()), len(correct)),
         val_loss=metrics["val_loss"],
         macro_f1=metrics["macro_f1"],
         val_accuracies=tuple(training.state.val_accuracies),
@@ -139,6 +140,12 @@ def _contender(spec: TrainingSpec, training: Training, conclusion: Conclusion, *
         latency_seconds=_latency(classifier, spec.preprocessing.crop, training.state.device),
         size_bytes=sum(tensor.nbytes for tensor in classifier.state_dict().values()),
     )
+
+
+def _correct(val: Evaluation) -> NDArray[np.bool_]:
+    correct = np.ones(len(val.predicted), dtype=np.bool_)
+    correct[[mistake.position for mistake in val.mistakes]] = False
+    return correct
 
 
 def _latency(classifier: Classifier, image_size: int, device: torch.device) -> float:

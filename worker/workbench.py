@@ -176,7 +176,7 @@ class Workbench:
     def _build(self, spec: TrainingSpec) -> Classifier:
         """The network before training; weights not on this machine are downloaded, which is told as events."""
         # Labels, where there are some, are only to check a self-supervised backbone by.
-        classes = 0 if spec.method == "self_supervised" else len(self.manifest.classes)
+        classes = 0 if spec.method == "self_supervised" else sum(self.manifest.class_counts)
         reporter = self.reporter
         if spec.backbone.model is not None:
             earlier = artifact.load(self.storage.path(f"models/{spec.backbone.model}")).classifier

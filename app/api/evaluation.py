@@ -23,8 +23,10 @@ def read_evaluation(model: ModelRow, storage: LocalStorage) -> Evaluation:
     try:
         stored = json.loads(storage.path(f"models/{model.id}/evaluation.json").read_bytes())
         record = _with_thumbnails(stored, model.dataset_id)
-        if stored.get("test"):
-            record["test"] = _with_thumbnails(stored["test"], model.dataset_id)
+        if "tasks" in stored:
+            record["tasks"] = {
+                name: _with_thumbnails(task, model.dataset_id) for name, task in stored["tasks"].items() if task
+            }
         return Evaluation.model_validate({**record, "model": model.id, "dataset": model.dataset_id})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelUnavailable("The model's evaluation is missing or damaged; train it again.") from error
@@ -36,4 +38,6 @@ def _with_thumbnails(record: dict[str, Any], dataset_id: str) -> dict[str, Any]:
         {**mistake, "thumbnail": thumbnail_path(dataset_id, mistake["image_id"])} for mistake in record["mistakes"]
     ]
     shown = {name: value for name, value in record.items() if name != "predictions"}
+    if record.get("test"):
+        shown["test"] = _with_thumbnails(record["test"], dataset_id)
     return {**shown, "mistakes": mistakes}

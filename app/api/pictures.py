@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from app.datasets.ingest import PACKED_SIDE, manifest_key, packed_key
-from app.datasets.manifest import Manifest, Record, Split
+from app.datasets.manifest import UNLABELLED, Manifest, Record, Split
 from app.datasets.packed import PackedPixels
 from app.errors import NotFound
 from app.storage import LocalStorage
@@ -47,7 +47,7 @@ class Pictures:
         start = 0 if after is None else self._index(opened, after) + 1
         matching = self._matching(opened, start, class_name=class_name, split=split)
         found = [record for record, _ in zip(matching, range(limit + 1), strict=False)]
-        names = [classes[record.label] if classes else None for record in found[:limit]]
+        names = [None if record.label == UNLABELLED else classes[record.label] for record in found[:limit]]
         return list(zip(found, names, strict=False)), len(found) > limit
 
     def thumbnail(self, dataset_id: str, image_id: str) -> bytes:
@@ -84,10 +84,11 @@ class Pictures:
 
     @staticmethod
     def _matching(opened: _Opened, start: int, *, class_name: str | None, split: Split | None) -> Iterator[Record]:
-        records, classes = opened.manifest.records, opened.manifest.classes
+        records = opened.manifest.records
+        label = None if class_name is None else list(opened.manifest.classes).index(class_name)
         for index in range(start, len(records)):
             record = records[index]
-            if split in (None, record.split) and (class_name is None or class_name == classes[record.label]):
+            if split in (None, record.split) and label in (None, record.label):
                 yield record
 
     @staticmethod

@@ -1,6 +1,6 @@
 """POST /predict: pictures in any of three bodies, told apart by their first bytes, answered by a trained model."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
@@ -11,7 +11,7 @@ from app.api.evaluation import check_predicts
 from app.api.openapi import problems
 from app.api.picture_bodies import Picture, form_content, read_pictures
 from app.api.problems import Problem, pointer_to
-from app.api.schemas import ClassScore, FailedPrediction, Prediction, Predictions, PredictRequest
+from app.api.schemas import ClassScore, FailedPrediction, Prediction, Predictions, PredictRequest, TaskPrediction
 from app.db.engine import Database
 from app.errors import FieldError, ImageRefused, InvalidRequest, TooLarge
 from app.serving.predictor import Scores
@@ -101,8 +101,13 @@ def _model_id(database: Database, name: str) -> str:
 
 
 def _prediction(picture: Picture, scores: Scores, *, top_k: int) -> Prediction:
+    tasks = {task: TaskPrediction(**_best(of_task, top_k)) for task, of_task in scores.tasks.items()}
+    return Prediction(filename=picture.filename, tasks=tasks or None, **_best(scores, top_k))
+
+
+def _best(scores: Scores, top_k: int) -> dict[str, Any]:
     top = [ClassScore(label=label, score=score) for label, score in scores.top(top_k)]
-    return Prediction(filename=picture.filename, label=top[0].label, score=top[0].score, top=top)
+    return {"label": top[0].label, "score": top[0].score, "top": top}
 
 
 def _explained(picture: Picture, refusal: ImageRefused) -> ImageRefused:

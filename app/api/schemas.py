@@ -104,6 +104,13 @@ class ClassCounts(SplitCounts):
     name: str
 
 
+class TaskCounts(Schema):
+    """One of several things that the pictures are told apart by."""
+
+    name: str
+    classes: list[ClassCounts]
+
+
 class RejectedFile(Schema):
     path: str
     reason: str
@@ -132,7 +139,8 @@ class Dataset(Schema):
     num_images: int
     num_rejected: int
     splits: SplitCounts
-    classes: list[ClassCounts]
+    classes: list[ClassCounts] = Field(description="Of several tasks, the first one's.")
+    tasks: list[TaskCounts] = Field(description="All of them where a table has several label columns; else empty.")
     rejected: list[RejectedFile] = Field(description="Files that were left out, with the reason for each.")
     warnings: list[DatasetWarning]
     error: JsonObject | None = Field(description="Why it failed, as a problem.")
@@ -154,6 +162,7 @@ class Dataset(Schema):
             num_rejected=row.num_rejected,
             splits=SplitCounts(**row.splits),
             classes=row.classes,
+            tasks=row.tasks,
             rejected=row.rejected,
             warnings=row.warnings,
             error=row.error,
@@ -306,6 +315,11 @@ class Promotion(Schema):
     p_value: float | None = Field(description="One-sided exact McNemar test; below 0.05 it is better beyond chance.")
 
 
+class TaskClasses(Schema):
+    name: str
+    classes: list[str]
+
+
 class Model(Schema):
     id: str
     object: Literal["model"] = "model"
@@ -313,7 +327,8 @@ class Model(Schema):
     dataset: str
     method: str
     backbone: JobBackbone
-    classes: list[str]
+    classes: list[str] = Field(description="Of several tasks, the first one's; empty for a backbone alone.")
+    tasks: list[TaskClasses] = Field(description="All of them where the model tells several things; else empty.")
     aliases: list[str]
     metrics: JsonObject
     size_bytes: int
@@ -335,6 +350,7 @@ class Model(Schema):
             method=row.method,
             backbone=row.backbone,
             classes=row.classes,
+            tasks=row.tasks,
             aliases=sorted(aliases),
             metrics=row.metrics,
             size_bytes=row.size_bytes,
@@ -387,13 +403,19 @@ class SplitEvaluation(Schema):
     mistakes: list[Mistake] = Field(description="What it got wrong, the most confident first.")
 
 
-class Evaluation(SplitEvaluation):
+class TaskEvaluation(SplitEvaluation):
     """Of the validation images; `test` too where the data set has a test split."""
+
+    test: SplitEvaluation | None = None
+
+
+class Evaluation(TaskEvaluation):
+    """Of several tasks, the first one's, and all of them as `tasks`."""
 
     object: Literal["evaluation"] = "evaluation"
     model: str
     dataset: str
-    test: SplitEvaluation | None = None
+    tasks: dict[str, TaskEvaluation] | None = Field(None, description="By name, where the model tells several things.")
     forecast: JsonObject | None = Field(
         None, description="What more training pictures would bring, by heads trained on fewer; null where unknown."
     )
@@ -475,11 +497,19 @@ class ClassScore(Schema):
     score: float
 
 
-class Prediction(Schema):
-    filename: str | None
+class TaskPrediction(Schema):
     label: str
     score: float
     top: list[ClassScore] = Field(description="min(top_k, classes) rows, best first.")
+
+
+class Prediction(TaskPrediction):
+    """Of several tasks, the first one's, and all of them as `tasks`."""
+
+    filename: str | None
+    tasks: dict[str, TaskPrediction] | None = Field(
+        None, exclude_if=lambda tasks: tasks is None, description="By name, where the model tells several things."
+    )
 
 
 class FailedPrediction(Schema):

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sqlalchemy.orm import Session
 
 from app import registry
 from app.api.schemas import Backbone, Estimate
 from app.datasets.ingest import manifest_key
-from app.datasets.manifest import Manifest
+from app.datasets.manifest import Manifest, Task
 from app.db.tables import DatasetRow
 from app.errors import FieldError, InvalidRequest, ModelUnavailable, NotFound
 from app.jobs import estimate as estimates
@@ -112,17 +113,19 @@ def made_backbones(session: Session, storage: LocalStorage) -> list[Backbone]:
 def _facts(dataset: DatasetRow, exclude: Sequence[str], storage: LocalStorage) -> DatasetFacts:
     """The images that a job has. Reads the data set's manifest only where some are left out."""
     if not exclude:
-        return DatasetFacts(
-            DatasetFacts.from_counts(dataset.classes).classes,
-            unlabelled=dataset.splits["train"] if dataset.kind == "unlabelled" else 0,
-        )
+        return DatasetFacts.from_counts(dataset.classes, tasks=dataset.tasks, splits=dataset.splits)
     manifest = _manifest(dataset.id, storage)
     _check_known(exclude, manifest)
     before, left = _counted(manifest, frozenset()), _counted(manifest, frozenset(exclude))
-    emptied = [now.name for was, now in zip(before.classes, left.classes, strict=True) if was.train and not now.train]
+    pairs = [
+        pair
+        for was, now in zip((before.classes, *before.further), (left.classes, *left.further), strict=True)
+        for pair in zip(was, now, strict=True)
+    ]
+    emptied = [now.name for was, now in pairs if was.train and not now.train]
     if emptied:
         raise _cannot_exclude([f"leaves no training image of {name}" for name in emptied])
-    if before.unlabelled and not left.unlabelled:
+    if before.train and not left.train:
         raise _cannot_exclude(["leaves no image"])
     if before.val and not left.val:
         raise _cannot_exclude(["leaves no validation image"])
@@ -153,10 +156,17 @@ def _check_known(exclude: Sequence[str], manifest: Manifest) -> None:
 
 
 def _counted(manifest: Manifest, exclude: frozenset[str]) -> DatasetFacts:
-    train, val = (manifest.counts(split, exclude=exclude).tolist() for split in ("train", "val"))
-    rows = zip(manifest.classes, train, val, strict=True)
-    unlabelled = 0 if manifest.classes else len(manifest.indices("train", exclude=exclude))
-    return DatasetFacts(tuple(ClassFacts(*row) for row in rows), unlabelled)
+    tasks = manifest.tasks or [Task("", manifest.classes)]
+    facts = []
+    for place, task in enumerate(tasks):
+        train, val = (manifest.counts(split, exclude=exclude, task=place).tolist() for split in ("train", "val"))
+        facts.append(tuple(ClassFacts(*row) for row in zip(task.classes, train, val, strict=True)))
+    labelled = DatasetFacts(facts[0], further=tuple(facts[1:]))
+    return replace(
+        labelled,
+        unlabelled=len(manifest.indices("train", exclude=exclude)) - labelled.train,
+        val_unlabelled=len(manifest.indices("val", exclude=exclude)) - labelled.val,
+    )
 
 
 def _cannot_exclude(details: list[str]) -> InvalidRequest:

@@ -107,6 +107,7 @@ def _finish(
             "num_rejected": report.num_rejected,
             "splits": report.splits,
             "classes": report.classes,
+            "tasks": report.tasks,
             "rejected": report.rejected,
             "warnings": [shortened(each) for each in report.warnings],
         }

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from app.datasets import archive as archives
 from app.datasets.archive import ArchiveLimits, shown
 from app.datasets.inventory import inspect
-from app.datasets.layout import Kind, Layout, Picture, Rejected, check_classes, check_enough
-from app.datasets.manifest import SPLITS, UNLABELLED, Manifest, Record, Split
+from app.datasets.layout import Kind, Layout, Picture, Rejected, check, check_enough
+from app.datasets.manifest import SPLITS, UNLABELLED, Manifest, Record, Split, Task
 from app.datasets.packed import PackedPixels, PackedWriter, folder_bytes
 from app.datasets.quality import THUMBNAIL_SIDE, Fingerprint, Fingerprints, fingerprint, group_near_copies
-from app.datasets.report import MAX_LISTED_REJECTED, IngestReport, warning
+from app.datasets.report import MAX_LISTED_REJECTED, IngestReport, merged, warning
 from app.datasets.split import choose_validation
 from app.errors import ArchiveRefused, ImageRefused
 from app.settings import Settings
@@ -115,7 +115,7 @@ def ingest(
         is_labelled = options.kind == "labelled"
         try:
             if is_labelled:
-                check_classes(layout.classes, [image.picture for image in images])
+                check(layout, [image.picture for image in images])
             else:
                 check_enough(len(images))
         except ArchiveRefused as error:
@@ -132,7 +132,7 @@ def ingest(
         if is_labelled and "val" not in splits:
             return _report(layout, records, rejected, warnings=warnings, error=_no_validation(layout))
 
-        Manifest(layout.classes, records).write(staged / "manifest.jsonl")
+        Manifest(layout.classes, records, layout.tasks).write(staged / "manifest.jsonl")
         # The manifest last: where it is, everything is.
         storage.publish(staged / "packed", packed_key(dataset_id, PACKED_SIDE))
         storage.publish(staged / "manifest.jsonl", manifest_key(dataset_id))
@@ -304,10 +304,9 @@ def _splits(
     splits: list[Split] = [image.picture.split or "train" for image in images]
     if "val" in splits:
         return splits
-    label = {name: i for i, name in enumerate(layout.classes)}
     trained_on = [i for i, split in enumerate(splits) if split == "train"]
     is_validation = choose_validation(
-        [label[images[i].picture.class_name] for i in trained_on],
+        _strata([images[i].picture for i in trained_on]),
         groups=[int(groups[i]) for i in trained_on],
         digests=[images[i].digest for i in trained_on],
         fraction=options.val_fraction,
@@ -319,8 +318,19 @@ def _splits(
     return splits
 
 
+def _strata(pictures: Sequence[Picture]) -> list[int]:
+    """A number for each picture: its class. Of several tasks' classes, the one with the fewest pictures (as Sechidis et
+    al. 2011 stratify several labels), so that small classes of every task are on both sides."""
+    named = [list(enumerate(picture.class_names or (picture.class_name,))) for picture in pictures]
+    sizes = Counter(each for names in named for each in names if each[1])
+    rarest = [min((each for each in names if each[1]), key=lambda each: (sizes[each], each)) for names in named]
+    number = {each: i for i, each in enumerate(sorted(sizes))}
+    return [number[each] for each in rarest]
+
+
 def _records(layout: Layout, images: Sequence[_Packed], splits: Sequence[Split]) -> list[Record]:
     label = {name: i for i, name in enumerate(layout.classes)}
+    of_tasks = [{name: i for i, name in enumerate(task.classes)} for task in layout.tasks]
     return [
         Record(
             image_id=f"img_{hashlib.sha256(image.picture.path.encode()).hexdigest()[:24]}",
@@ -330,6 +340,9 @@ def _records(layout: Layout, images: Sequence[_Packed], splits: Sequence[Split])
             digest=image.digest,
             width=image.width,
             height=image.height,
+            labels=[
+                labels.get(name, UNLABELLED) for labels, name in zip(of_tasks, image.picture.class_names, strict=True)
+            ],
         )
         for image, split in zip(images, splits, strict=True)
     ]
@@ -366,7 +379,7 @@ def _warnings(layout: Layout, records: Sequence[Record], groups: NDArray[np.int6
                 _paths(leaked),
             )
         )
-    if contradicting := [members for members in copies if len({member.label for member in members}) > 1]:
+    if contradicting := [members for members in copies if _contradict(members)]:
         found.append(
             warning(
                 "conflicting_labels",
@@ -374,15 +387,28 @@ def _warnings(layout: Layout, records: Sequence[Record], groups: NDArray[np.int6
                 _paths(contradicting),
             )
         )
-    return [*found, *_count_warnings(layout, records)]
+    for place, task in enumerate(layout.tasks or [Task("", layout.classes)]):
+        labelled = [(record.split, (record.labels or [record.label])[place]) for record in records]
+        warnings = _count_warnings(task.classes, Counter(labelled))
+        if task.name:
+            warnings = [each | {"detail": f"Of the task {shown(task.name)}: {each['detail']}"} for each in warnings]
+        found = merged(found, warnings)
+    return found
 
 
-def _count_warnings(layout: Layout, records: Sequence[Record]) -> list[dict[str, Any]]:
+def _contradict(members: Sequence[Record]) -> bool:
+    """Whether labels of one task differ; one that is missing contradicts nothing."""
+    of_tasks = zip(*(member.labels or [member.label] for member in members), strict=True)
+    return any(len(set(labels) - {UNLABELLED}) > 1 for labels in of_tasks)
+
+
+def _count_warnings(classes: Sequence[str], counts: Mapping[tuple[Split, int], int]) -> list[dict[str, Any]]:
     found = []
-    counts = Counter((record.split, record.label) for record in records)
-    validated = [counts["val", label] for label in range(len(layout.classes))]
-    trained = [counts["train", label] for label in range(len(layout.classes))]
-    if without := [name for name, count in zip(layout.classes, validated, strict=True) if count == 0]:
+    validated = [counts["val", label] for label in range(len(classes))]
+    trained = [counts["train", label] for label in range(len(classes))]
+    if without := [name for name, count in zip(classes, trained, strict=True) if count == 0]:
+        found.append(warning("class_without_training", f"No training pictures in {_listed(without)}: not learnt."))
+    if without := [name for name, count in zip(classes, validated, strict=True) if count == 0]:
         found.append(
             warning(
                 "class_without_validation", f"No validation pictures in {_listed(without)}: its quality is unknown."
@@ -401,8 +427,8 @@ def _count_warnings(layout: Layout, records: Sequence[Record]) -> list[dict[str,
         found.append(
             warning(
                 "class_imbalance",
-                f"{shown(layout.classes[trained.index(most)])} has {most} training pictures and "
-                f"{shown(layout.classes[trained.index(fewest)])} only {fewest}. Add pictures to the small classes, or "
+                f"{shown(classes[trained.index(most)])} has {most} training pictures and "
+                f"{shown(classes[trained.index(fewest)])} only {fewest}. Add pictures to the small classes, or "
                 'train with "class_weights": "balanced".',
             )
         )
@@ -430,14 +456,23 @@ def _report(
     warnings: list[dict[str, Any]],
     error: ArchiveRefused | None = None,
 ) -> IngestReport:
-    counts = Counter((record.split, record.label) for record in records)
+    def counted(classes: Sequence[str], labelled: Sequence[tuple[Split, int]]) -> list[dict[str, Any]]:
+        counts = Counter(labelled)
+        return [
+            {"name": name, **{split: counts[split, label] for split in SPLITS}} for label, name in enumerate(classes)
+        ]
+
     return IngestReport(
         num_images=len(records),
         num_rejected=len(rejected),
         splits={split: sum(record.split == split for record in records) for split in SPLITS},
-        classes=[
-            {"name": name, **{split: counts[split, label] for split in SPLITS}}
-            for label, name in enumerate(layout.classes)
+        classes=counted(layout.classes, [(record.split, record.label) for record in records]),
+        tasks=[
+            {
+                "name": task.name,
+                "classes": counted(task.classes, [(record.split, record.labels[place]) for record in records]),
+            }
+            for place, task in enumerate(layout.tasks)
         ],
         rejected=[{"path": each.path, "reason": each.reason} for each in rejected[:MAX_LISTED_REJECTED]],
         warnings=warnings,

@@ -1,7 +1,8 @@
 """Names of files → which picture belongs to which class and split. Pure: knows names; not bytes, not storage.
 
 Three layouts, each also under one wrapping folder: class folders, split folders with class folders, and pictures
-beside a table (`labels.csv`, `metadata.csv`, `metadata.jsonl`).
+beside a table (`labels.csv`, `metadata.csv`, `metadata.jsonl`). A table may tell several things of each picture, its
+tasks: in columns `label:<task>`, or in JSON lines as an object `label`.
 """
 
 import csv
@@ -15,13 +16,14 @@ from functools import cached_property
 from typing import Literal
 
 from app.datasets.archive import shown
-from app.datasets.manifest import Split
+from app.datasets.manifest import Split, Task
 from app.errors import ArchiveRefused
 
 MIN_CLASSES = 2
 MIN_PICTURES_PER_CLASS = 2  # one to train on, one to validate on
 MIN_UNLABELLED_PICTURES = 16  # fewer do not fill a batch
 MAX_CLASS_NAME_CHARACTERS = 255
+MAX_TASKS = 32
 TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl")
 
 Kind = Literal["labelled", "unlabelled"]
@@ -48,11 +50,15 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture that belongs to a class. split: None where Graft is to choose."""
+    """A picture that belongs to a class. split: None where Graft is to choose.
+
+    class_name: of several tasks, the first one's; "" where none is known. class_names: one for each of several tasks.
+    """
 
     path: str
     class_name: str
     split: Split | None
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +71,15 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Layout:
-    """What an archive holds. classes: sorted by name; a class's place in it is its label."""
+    """What an archive holds. classes: sorted by name; a class's place in it is its label.
+
+    tasks: all of them where there are several, in the table's order, the first with `classes`; else empty.
+    """
 
     classes: Sequence[str]
     pictures: Sequence[Picture]
     rejected: Sequence[Rejected]
+    tasks: Sequence[Task] = ()
 
     @property
     def has_given_validation(self) -> bool:
@@ -111,7 +121,7 @@ def recognise(
         layout = _by_tables(tree) or _by_folders(tree)
     except _UnusableTable as fault:
         layout = _by_folders_despite(tree, fault)
-    check_classes(layout.classes, layout.pictures)
+    check(layout, layout.pictures)
     return layout
 
 
@@ -136,14 +146,25 @@ def _by_folders_despite(tree: "_Tree", fault: "_UnusableTable") -> Layout:
     """Tables of captions or boxes lie beside class folders too; only without such folders is their fault to be told."""
     try:
         layout = _by_folders(tree)
-        check_classes(layout.classes, layout.pictures)
+        check(layout, layout.pictures)
     except ArchiveRefused:
         raise ArchiveRefused(f"The archive's table cannot be used: {fault}.", code="no-usable-layout") from None
     return layout
 
 
-def check_classes(classes: Sequence[str], pictures: Sequence[Picture]) -> None:
-    """Whether these can be trained on. Asked again when unreadable pictures have been left out."""
+def check(layout: Layout, pictures: Sequence[Picture]) -> None:
+    """Whether these pictures can be trained on. Asked again when unreadable ones have been left out."""
+    if not layout.tasks:
+        _check_classes(layout.classes, pictures)
+    for place, task in enumerate(layout.tasks):
+        labelled = [replace(p, class_name=p.class_names[place]) for p in pictures if p.class_names[place]]
+        try:
+            _check_classes(task.classes, labelled)
+        except ArchiveRefused as refusal:
+            raise ArchiveRefused(f"Of the task {shown(task.name)}: {refusal.detail}", code=refusal.code) from None
+
+
+def _check_classes(classes: Sequence[str], pictures: Sequence[Picture]) -> None:
     _check_names(classes)
     if len(classes) < MIN_CLASSES:
         found = f"only one, {shown(classes[0])}" if classes else "none"
@@ -298,10 +319,13 @@ class _UnusableTable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A row of a table: its text as it stands there, None for a column that is not there or a value that is empty."""
+    """A row of a table: its text as it stands there, None for a column that is not there or a value that is empty.
+
+    labels: by task; the only one's name is "".
+    """
 
     path: str | None
-    label: str | None
+    labels: Mapping[str, str | None]
     split: str | None
     has_split_column: bool
 
@@ -309,8 +333,8 @@ class _Row:
 def _by_tables(tree: _Tree) -> Layout | None:
     """The layout by the tables at the top or in split folders; None without any. Raises _UnusableTable."""
     splits_by_folder = {"": None, **{f"{name}/": _split_of(name) for name in tree.top_folders if _split_of(name)}}
-    labelling = _Labelling(tree)
     used = set()
+    found: list[tuple[_Row, str, Split | None]] = []
     for folder, split in sorted(splits_by_folder.items()):
         above = tree.root + folder
         here = {
@@ -319,16 +343,34 @@ def _by_tables(tree: _Tree) -> Layout | None:
         table = next((here[name] for name in TABLE_NAMES if name in here), None)
         if table is not None:
             used.add(table)
-            for row in _rows(table, tree.tables[table]):
-                labelling.add(row, above=above, folder_split=split)
-    return labelling.layout(tables=used) if used else None
+            found += [(row, above, split) for row in _rows(table, tree.tables[table])]
+    if not used:
+        return None
+    labelling = _Labelling(tree, _task_names([row for row, _, _ in found]))
+    for row, above, split in found:
+        labelling.add(row, above=above, folder_split=split)
+    return labelling.layout(tables=used)
+
+
+def _task_names(rows: Sequence[_Row]) -> list[str]:
+    """In the order in which they are first named. Raises _UnusableTable."""
+    names = list(dict.fromkeys(name for row in rows for name in row.labels))
+    if "" in names and len(names) > 1:
+        raise _UnusableTable("it gives one label to some pictures, and labels of several tasks to others")
+    if len(names) > MAX_TASKS:
+        raise _UnusableTable(f"it names {len(names)} tasks, and {MAX_TASKS} are the most")
+    for name in names:
+        if not name.isprintable() or len(name) > MAX_CLASS_NAME_CHARACTERS:
+            raise _UnusableTable("a task's name is too long or has control characters")
+    return names
 
 
 class _Labelling:
-    """Collects what tables say about the files that are there."""
+    """Collects what tables say about the files that are there. tasks: their names; of one alone it does not matter."""
 
-    def __init__(self, tree: _Tree) -> None:
+    def __init__(self, tree: _Tree, tasks: Sequence[str]) -> None:
         self._tree = tree
+        self._tasks = tasks
         self._files = {file.path: file for file in tree.files}
         self._pictures: dict[str, Picture] = {}
         self._rejected: dict[str, Rejected] = {}
@@ -340,7 +382,7 @@ class _Labelling:
         if path in self._rejected:
             return
         try:
-            picture = Picture(path, self._class_name(row), self._split(row, path, folder_split))
+            picture = self._picture(row, path, folder_split)
             self._check(picture)
         except _UnusableRow as reason:
             self._rejected[path] = Rejected(path, str(reason))
@@ -358,15 +400,28 @@ class _Labelling:
             for file in self._tree.files
             if file.path not in known
         ]
-        classes = sorted({picture.class_name for picture in pictures})
-        return Layout(classes, pictures, [*self._rejected.values(), *unnamed])
+        rejected = [*self._rejected.values(), *unnamed]
+        if len(self._tasks) < 2:
+            return Layout(sorted({picture.class_name for picture in pictures}), pictures, rejected)
+        tasks = [
+            Task(name, sorted({picture.class_names[place] for picture in pictures} - {""}))
+            for place, name in enumerate(self._tasks)
+        ]
+        return Layout(tasks[0].classes, pictures, rejected, tasks)
 
-    def _class_name(self, row: _Row) -> str:
-        if row.label is None:
+    def _picture(self, row: _Row, path: str, folder_split: Split | None) -> Picture:
+        names = tuple(self._class_name(row.labels.get(task)) for task in self._tasks)
+        if not any(names):
             raise _UnusableRow("the table gives it no label")
-        if not row.label.isprintable():
+        return Picture(path, names[0], self._split(row, path, folder_split), names if len(names) > 1 else ())
+
+    @staticmethod
+    def _class_name(label: str | None) -> str:
+        if label is None:
+            return ""
+        if not label.isprintable():
             raise _UnusableRow("its label has control characters")
-        return unicodedata.normalize("NFC", row.label)
+        return unicodedata.normalize("NFC", label)
 
     def _split(self, row: _Row, path: str, folder_split: Split | None) -> Split | None:
         if not row.has_split_column:
@@ -413,14 +468,15 @@ def _csv_rows(table: str, text: str) -> Iterator[_Row]:
     try:
         header = [name.strip().casefold() for name in next(rows, [])]
         path_at = next((header.index(name) for name in ("filename", "file_name") if name in header), None)
-        if path_at is None or "label" not in header:
+        label_at = _label_columns(header)
+        if path_at is None or not label_at:
             raise _UnusableTable(f'{shown(table)} does not begin with a line that names "filename" and "label"')
-        label_at = header.index("label")
         split_at = header.index("split") if "split" in header else None
         for cells in rows:
             cell = dict(enumerate(value.strip() or None for value in cells))
             split = cell.get(split_at) if split_at is not None else None
-            yield _Row(cell.get(path_at), cell.get(label_at), split, split_at is not None)
+            labels = {task: cell.get(place) for task, place in label_at.items()}
+            yield _Row(cell.get(path_at), labels, split, split_at is not None)
     except csv.Error as error:
         raise _UnusableTable(f"line {rows.line_num} of {shown(table)} is no CSV") from error
 
@@ -436,7 +492,19 @@ def _jsonl_rows(table: str, text: str) -> Iterator[_Row]:
         if not isinstance(row, dict) or "label" not in row or not {"file_name", "filename"} & row.keys():
             raise _UnusableTable(f'line {number} of {shown(table)} has no "file_name" and "label"')
         path = _text(row.get("file_name", row.get("filename")))
-        yield _Row(path, _text(row["label"]), _text(row.get("split")), "split" in row)
+        labels = row["label"] if isinstance(row["label"], dict) else {"": row["label"]}
+        named = {name.strip().casefold(): _text(label) for name, label in labels.items()}
+        yield _Row(path, named, _text(row.get("split")), "split" in row)
+
+
+def _label_columns(header: Sequence[str]) -> dict[str, int]:
+    """Places of the columns `label` (task "") and `label:<task>`; of equal names the first."""
+    found: dict[str, int] = {}
+    for place, name in enumerate(header):
+        start, colon, task = (part.strip() for part in name.partition(":"))
+        if start == "label" and bool(colon) == bool(task):
+            found.setdefault(task, place)
+    return found
 
 
 def _text(value: object) -> str | None:

@@ -22,47 +22,74 @@ UNLABELLED = -1  # the label of an image of a data set without classes
 
 
 @dataclass(frozen=True, slots=True)
+class Task:
+    """One of several things that are told of each image, such as its colour. classes: a class's place is its label."""
+
+    name: str
+    classes: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image."""
 
     image_id: str  # "img_…": depends on the path alone, so a second ingest of the same archive gives the same
     path: str  # within the archive
-    label: int  # index into the manifest's classes, or UNLABELLED
+    label: int  # index into the manifest's classes, or UNLABELLED; of several tasks, the first one's
     split: Split
     digest: str  # SHA-256 of the encoded picture, hexadecimal
     width: int  # of the packed pixels
     height: int
+    labels: Sequence[int] = ()  # one for each of the manifest's tasks, each an index into its classes, or UNLABELLED
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All images of a data set, in the order of the packed pixels."""
+    """All images of a data set, in the order of the packed pixels.
+
+    tasks: all of them where there are several, the first with `classes`; else empty, `classes` being the only one's.
+    """
 
     classes: Sequence[str]
     records: Sequence[Record]
+    tasks: Sequence[Task] = ()
 
     @property
     def labels(self) -> NDArray[np.int64]:
+        """(N,): of the only task, or of the first one."""
         return np.array([record.label for record in self.records], dtype=np.int64)
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """What is learnt: (N,) labels, or (N, T) of several tasks."""
+        return np.array([record.labels for record in self.records], dtype=np.int64) if self.tasks else self.labels
+
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        """How many classes each task has."""
+        return tuple(len(task.classes) for task in self.tasks) or (len(self.classes),)
 
     def indices(self, split: Split, *, exclude: AbstractSet[str] = frozenset()) -> NDArray[np.int64]:
         """Which images belong to a split, ascending. exclude: paths of images that are passed over."""
         found = (i for i, record in enumerate(self.records) if record.split == split and record.path not in exclude)
         return np.fromiter(found, dtype=np.int64)
 
-    def counts(self, split: Split, *, exclude: AbstractSet[str] = frozenset()) -> NDArray[np.int64]:
-        """Images of a split per class: (len(classes),)."""
-        kept = self.indices(split, exclude=exclude)
-        if not self.classes:
-            return np.zeros(0, dtype=np.int64)
-        return np.bincount(self.labels[kept], minlength=len(self.classes)).astype(np.int64)
+    def counts(self, split: Split, *, exclude: AbstractSet[str] = frozenset(), task: int = 0) -> NDArray[np.int64]:
+        """Images of a split per class of a task: (classes,)."""
+        targets = self.targets[self.indices(split, exclude=exclude)]
+        labels = targets if targets.ndim == 1 else targets[:, task]
+        counts = np.bincount(labels[labels != UNLABELLED], minlength=self.class_counts[task])
+        return counts[: self.class_counts[task]].astype(np.int64)
 
     def write(self, path: Path) -> None:
         with path.open("w", encoding="utf-8") as file:
             head = {"format_version": FORMAT_VERSION, "classes": list(self.classes), "images": len(self.records)}
+            if self.tasks:
+                head["tasks"] = [{"name": task.name, "classes": list(task.classes)} for task in self.tasks]
             file.write(json.dumps(head, ensure_ascii=False) + "\n")
             for record in self.records:
-                file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+                members = {name: value for name, value in asdict(record).items() if name != "labels" or value}
+                file.write(json.dumps(members, ensure_ascii=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -74,4 +101,4 @@ class Manifest:
             records = [Record(**json.loads(line)) for line in file]
         if len(records) != head["images"]:
             raise ValueError(f"manifest with {len(records)} of {head['images']} images")
-        return cls(head["classes"], records)
+        return cls(head["classes"], records, [Task(**task) for task in head.get("tasks", [])])

@@ -20,6 +20,7 @@ class IngestReport:
     splits: dict[str, int]  # {"train", "val", "test"}
     classes: list[dict[str, Any]]  # {"name", "train", "val", "test"}, in the order of labels
     rejected: list[dict[str, str]]  # {"path", "reason"}, the first MAX_LISTED_REJECTED
+    tasks: list[dict[str, Any]] = field(default_factory=list)  # {"name", "classes"}, where there are several
     warnings: list[dict[str, Any]] = field(default_factory=list)  # {"code", "detail", "paths"}, each code once
     error: GraftError | None = None
     # Not for callers: the group of near copies of each image, in the manifest's order; None without a manifest.

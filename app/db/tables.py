@@ -101,6 +101,7 @@ class DatasetRow(Base):
     num_rejected: Mapped[int] = mapped_column(default=0)
     splits: Mapped[dict[str, Any]]  # {"train": n, "val": n, "test": n}
     classes: Mapped[list[Any]] = mapped_column(default=list)  # [{"name", "train", "val", "test"}], by name
+    tasks: Mapped[list[Any]] = mapped_column(default=list, server_default="[]")  # [{"name", "classes"}] if several
     rejected: Mapped[list[Any]] = mapped_column(default=list)  # [{"path", "reason"}]
     warnings: Mapped[list[Any]] = mapped_column(default=list)  # [{"code", "detail", "paths"}]
     error: Mapped[dict[str, Any] | None]
@@ -219,6 +220,7 @@ class ModelRow(Base):
     method: Mapped[str]
     backbone: Mapped[dict[str, Any]]
     classes: Mapped[list[Any]]
+    tasks: Mapped[list[Any]] = mapped_column(default=list, server_default="[]")  # [{"name", "classes"}] if several
     metrics: Mapped[dict[str, Any]]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str]  # of weights.safetensors

@@ -6,7 +6,7 @@ no files.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -68,15 +68,39 @@ class ClassFacts:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What resolving needs to know of a ready data set: images per class and split, or those without a class."""
+    """What resolving needs to know of a ready data set: images per class and split.
+
+    classes: of several tasks, the first one's; none for a data set without labels. further: those of the other tasks.
+    unlabelled, val_unlabelled: images that have no class of the first task.
+    """
 
     classes: tuple[ClassFacts, ...]
     unlabelled: int = 0
+    val_unlabelled: int = 0
+    further: tuple[tuple[ClassFacts, ...], ...] = ()
 
     @classmethod
-    def from_counts(cls, classes: Sequence[Mapping[str, Any]]) -> Self:
-        """classes: rows with name, train and val, as a data set's `classes` has them."""
-        return cls(tuple(ClassFacts(row["name"], row["train"], row["val"]) for row in classes))
+    def from_counts(
+        cls,
+        classes: Sequence[Mapping[str, Any]],
+        *,
+        tasks: Sequence[Mapping[str, Any]] = (),
+        splits: Mapping[str, int] | None = None,
+    ) -> Self:
+        """classes: rows with name, train and val, as a data set's `classes` has them. tasks, splits: as it has them,
+        where images may be without a class."""
+
+        def facts(rows: Sequence[Mapping[str, Any]]) -> tuple[ClassFacts, ...]:
+            return tuple(ClassFacts(row["name"], row["train"], row["val"]) for row in rows)
+
+        found = cls(facts(classes), further=tuple(facts(task["classes"]) for task in tasks[1:]))
+        if splits is None:
+            return found
+        return replace(found, unlabelled=splits["train"] - found.train, val_unlabelled=splits["val"] - found.val)
+
+    @property
+    def has_labels(self) -> bool:
+        return bool(self.classes)
 
     @property
     def train(self) -> int:
@@ -84,7 +108,7 @@ class DatasetFacts:
 
     @property
     def val(self) -> int:
-        return sum(c.val for c in self.classes)
+        return self.val_unlabelled + sum(c.val for c in self.classes)
 
     def imbalance(self, split: Literal["train", "val"]) -> float:
         """Largest class over smallest, among classes that have images in this split; 1 for a balanced or empty one."""
@@ -212,7 +236,7 @@ def resolve(
     Raises InvalidRequest, InvalidHyperparameter or WeightsUnavailable, naming the field.
     """
     reasons: list[str] = []
-    if dataset.unlabelled and request.method == "auto":
+    if not dataset.has_labels and request.method == "auto":
         request = request.model_copy(update={"method": "self_supervised"})
         reasons.append("method self_supervised: the data set has no labels.")
     _check_dataset(dataset, request.method)
@@ -304,14 +328,20 @@ def _resolved(
 def _check_dataset(dataset: DatasetFacts, method: str) -> None:
     if method == "self_supervised":
         return
-    if dataset.unlabelled:
+    if not dataset.has_labels:
         raise InvalidRequest(
             f'The data set has no labels, and {method} learns from them. Train a backbone on it ("method": '
             '"self_supervised"), and then a classifier on a labelled data set that starts from it.',
             errors=[FieldError("#/method", "needs a data set with labels")],
         )
+    if method == "few_shot" and dataset.further:
+        raise InvalidRequest(
+            "few_shot learns one thing of each picture, and the data set has several label columns. Use "
+            '"method": "feature_extraction", which learns all of them in seconds.',
+            errors=[FieldError("#/method", "learns one task only")],
+        )
     trainable = sum(c.train > 0 for c in dataset.classes)
-    if trainable < 2 or dataset.val == 0:
+    if trainable < 2 or sum(c.val for c in dataset.classes) == 0:
         lack = "validation images" if trainable >= 2 else "training images in at least two classes"
         raise InvalidRequest(
             f"The data set has no {lack}. Upload it with train and val folders that hold pictures of each class, or "
@@ -525,9 +555,10 @@ def _epochs_for_steps(defaults: ModernDefaults, train_images: int, batch_size: i
 
 
 def _flip_keeps_class(dataset: DatasetFacts, reasons: list[str]) -> bool:
-    names = [c.name.lower() for c in dataset.classes]
+    tasks = [[c.name.lower() for c in classes] for classes in (dataset.classes, *dataset.further)]
+    names = [name for names in tasks for name in names]
     sided = [n for n in names if _SIDED_WORDS & set(n.replace("-", "_").replace(" ", "_").split("_"))]
-    if (names and all(len(name) == 1 for name in names)) or sided:
+    if any(of_task and all(len(name) == 1 for name in of_task) for of_task in tasks) or sided:
         reasons.append("no horizontal flips: the class names are single characters or name a side.")
         return False
     return True

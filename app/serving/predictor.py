@@ -10,10 +10,12 @@ forward passes (one, because a device does one thing at a time).
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from app.errors import FieldError, ImageRefused, Overloaded
 from app.vision import artifact, images
 from app.vision.artifact import Artifact
 from app.vision.images import ImageLimits
+from app.vision.outputs import Output, probabilities
 from app.vision.preprocessing import eval_pixels, normalise
 
 # Pictures in one forward pass. More gain nothing on a CPU, and on a GPU only memory is left to lose.
@@ -30,10 +33,22 @@ FORWARD_BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Scores:
-    """One picture's class probabilities. values: float per class, in the model's order; they sum to 1."""
+    """One picture's class probabilities. values: float per class, in the model's order; they sum to 1.
+
+    tasks: scores by task where the model tells several things, the first one's (which are these) included.
+    """
 
     classes: Sequence[str]
     values: Sequence[float]
+    tasks: Mapping[str, "Scores"] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, row: Sequence[float], outputs: Sequence[Output]) -> Self:
+        """row: probabilities of all outputs, one after the other."""
+        values = iter(row)
+        found = [cls(output.classes, list(islice(values, len(output.classes)))) for output in outputs]
+        tasks = {output.name: scores for output, scores in zip(outputs, found, strict=True)}
+        return replace(found[0], tasks=tasks) if len(found) > 1 else found[0]
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The min(k, classes) most probable classes, best first; equals in the model's order."""
@@ -47,8 +62,7 @@ class LoadedModel:
     def __init__(self, loaded: Artifact, device: torch.device) -> None:
         self._classifier = loaded.classifier.to(device).eval()
         self._device = device
-        self._temperature = loaded.temperature
-        self.classes: Sequence[str] = loaded.classes
+        self.outputs = loaded.outputs
         self.preprocessing = loaded.preprocessing
         self.size_bytes = sum(tensor.nbytes for tensor in self._classifier.state_dict().values())
         # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
@@ -56,7 +70,7 @@ class LoadedModel:
         self.probabilities(torch.zeros(1, 3, side, side, dtype=torch.uint8))
 
     def probabilities(self, pixels: Tensor) -> Tensor:
-        """pixels: uint8 (N, 3, S, S) as eval_pixels makes them. Returns float32 (N, C) on the CPU.
+        """pixels: uint8 (N, 3, S, S) as eval_pixels makes them. Returns float32 (N, C) on the CPU, of all outputs.
 
         Raises Overloaded if the device has no memory left even for one picture.
         """
@@ -79,7 +93,7 @@ class LoadedModel:
     def _forward(self, pixels: Tensor) -> Tensor:
         with torch.inference_mode():
             batch = normalise(pixels.to(self._device), self.preprocessing, torch.float32)
-            return self._classifier.probabilities(batch, self._temperature).float().cpu()
+            return probabilities(self._classifier(batch), self.outputs).cpu()
 
 
 class Predictor:
@@ -240,5 +254,5 @@ class Predictor:
         for start in range(0, len(pixels), FORWARD_BATCH_SIZE):
             batch = torch.stack(list(pixels[start : start + FORWARD_BATCH_SIZE]))
             rows = await loop.run_in_executor(self._forwarder, model.probabilities, batch)
-            scores += [Scores(model.classes, row) for row in rows.tolist()]
+            scores += [Scores.of(row, model.outputs) for row in rows.tolist()]
         return scores

@@ -8,7 +8,8 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from app.errors import InvalidRequest, JobFailed, ModelUnavailable
 from app.vision.backbones import BACKBONES
 from app.vision.classifier import Classifier
+from app.vision.outputs import Output
 from app.vision.preprocessing import Preprocessing
 
 FORMAT_VERSION = 1
@@ -57,8 +59,14 @@ class Artifact:
     classes: list[str]  # in the order of the head's outputs; none for a backbone alone
     preprocessing: Preprocessing
     temperature: float = 1.0  # that logits are divided by before softmax
+    tasks: Sequence[Output] = ()  # all of several; the first one's classes and temperature are those above
     support: Support | None = None  # written by `save`; read by `load_support`, since prediction does not need it
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> Sequence[Output]:
+        """What the head's outputs mean, all of them."""
+        return self.tasks or [Output("", self.classes, self.temperature)]
 
 
 class Saved(NamedTuple):
@@ -79,6 +87,14 @@ class _SupportRecord(_WeightsRecord):
     images: list[tuple[str, str] | None]
 
 
+class _TaskRecord(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    classes: list[str]
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class _ModelFile(BaseModel):
     """model.json. Later versions may add members; what changes their meaning raises format_version."""
 
@@ -91,6 +107,7 @@ class _ModelFile(BaseModel):
     classes: list[str]  # none for a backbone alone
     preprocessing: dict[str, Any]
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    tasks: list[_TaskRecord] = []
     metadata: dict[str, Any]
     weights: _WeightsRecord
     support: _SupportRecord | None = None
@@ -102,9 +119,11 @@ def save(folder: Path, artifact: Artifact) -> Saved:
     Raises JobFailed (code "diverged") if a weight or the temperature is not finite.
     """
     classifier = artifact.classifier
-    assert classifier.class_count == len(artifact.classes), "one class name per output of the head"
+    named = sum(len(output.classes) for output in artifact.outputs)
+    assert classifier.class_count == named, "one class name per output of the head"
     tensors = {name: _as_saved(tensor) for name, tensor in classifier.state_dict().items()}
-    if not all(map(_is_finite, tensors.values())) or not (0 < artifact.temperature < math.inf):
+    temperatures = [output.temperature for output in artifact.outputs]
+    if not all(map(_is_finite, tensors.values())) or not all(0 < t < math.inf for t in temperatures):
         raise JobFailed(
             "Training diverged: weights are no longer finite numbers. Choose a smaller learning rate.", code="diverged"
         )
@@ -120,6 +139,7 @@ def save(folder: Path, artifact: Artifact) -> Saved:
         classes=artifact.classes,
         preprocessing=artifact.preprocessing.to_dict(),
         temperature=artifact.temperature,
+        tasks=[_TaskRecord(**asdict(output)) for output in artifact.tasks],
         metadata=artifact.metadata,
         weights=_WeightsRecord(sha256=saved.sha256, size_bytes=saved.size_bytes),
         support=None if artifact.support is None else _save_support(folder / SUPPORT_FILE, artifact.support),
@@ -143,7 +163,8 @@ def load(folder: Path) -> Artifact:
     try:
         tensors = safetensors.torch.load(encoded)
         preprocessing = Preprocessing.from_dict(record.preprocessing)
-        classifier = Classifier.hollow(record.backbone, len(record.classes), feature_layer=record.feature_layer)
+        class_count = sum(len(task.classes) for task in record.tasks) or len(record.classes)
+        classifier = Classifier.hollow(record.backbone, class_count, feature_layer=record.feature_layer)
         _check_types(classifier, tensors)
         classifier.load_state_dict(tensors, strict=True, assign=True)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, InvalidRequest) as error:
@@ -155,6 +176,7 @@ def load(folder: Path) -> Artifact:
         classes=record.classes,
         preprocessing=preprocessing,
         temperature=record.temperature,
+        tasks=[Output(task.name, task.classes, task.temperature) for task in record.tasks],
         metadata=record.metadata,
     )
 

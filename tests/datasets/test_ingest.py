@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import class_folders, encoded, jpeg, picture, tar_of, written, zip_of
+from builders import class_folders, encoded, jpeg, picture, tar_of, two_tasks, written, zip_of
 from PIL import Image
 
 from app.datasets.ingest import (
@@ -256,6 +256,54 @@ def test_small_and_unequal_sets_are_warned_of(ingested: Ingested) -> None:
 
 
 # Runs that do not go through
+
+
+def test_several_tasks_are_counted_split_and_kept(ingested: Ingested, storage: LocalStorage) -> None:
+    files = two_tasks(20, without={3: "colour", 8: "light"})
+    report = ingested(files, val_fraction=0.25)
+
+    assert report.splits == {"train": 15, "val": 5, "test": 0}
+    found = manifest(storage)
+    assert [(task.name, task.classes) for task in found.tasks] == [
+        ("colour", ["blue", "red"]),
+        ("light", ["bright", "dark"]),
+    ]
+    lacking = {record.path: list(record.labels) for record in found.records if -1 in record.labels}
+    assert lacking == {"3.jpg": [-1, 1], "8.jpg": [1, -1]}
+    assert [record.label for record in found.records] == [record.labels[0] for record in found.records]
+    assert found.targets.shape == (20, 2)
+    # Each class of each task lies on both sides, and the counts are those of the manifest.
+    for place, task in enumerate(report.tasks):
+        for label, row in enumerate(task["classes"]):
+            counts = {split: int(found.counts(split, task=place)[label]) for split in ("train", "val", "test")}
+            assert row == {"name": found.tasks[place].classes[label], **counts}
+            assert row["train"] > 0 and row["val"] > 0
+    assert report.classes == report.tasks[0]["classes"]
+    assert sum(row["train"] + row["val"] for row in report.classes) == 19
+
+
+def test_small_class_of_any_task_is_on_both_sides(ingested: Ingested) -> None:
+    files = two_tasks(40)
+    lines = files["labels.csv"].decode().splitlines()
+    rare = {2, 7}
+    lines[1:] = [f"{line},{'rare' if i in rare else 'usual'}" for i, line in enumerate(lines[1:])]
+    files["labels.csv"] = "\n".join([f"{lines[0]},label:kind", *lines[1:]]).encode()
+
+    report = ingested(files)
+
+    assert report.tasks[2]["classes"][0] == {"name": "rare", "train": 1, "val": 1, "test": 0}
+
+
+def test_copies_contradict_each_other_in_any_task_and_a_lacking_label_contradicts_nothing(ingested: Ingested) -> None:
+    files = two_tasks(20, without={0: "light", 1: "colour"})
+    files["4.jpg"] = files["6.jpg"] = files["0.jpg"]  # red and bright twice, and once red and dark
+    report = ingested(files)
+    (conflict,) = [each for each in report.warnings if each["code"] == "conflicting_labels"]
+    assert conflict["paths"] == ["0.jpg", "4.jpg", "6.jpg"]
+
+    files = two_tasks(20, without={0: "light"})
+    files["4.jpg"] = files["0.jpg"]
+    assert "conflicting_labels" not in codes(ingested(files))
 
 
 def test_running_again_gives_the_same_and_leaves_no_strays(ingested: Ingested, storage: LocalStorage) -> None:

@@ -234,6 +234,63 @@ def test_rows_and_pictures_that_do_not_meet_are_listed() -> None:
     }
 
 
+TWO_TASKS = [
+    {"labels__csv": "filename,label:colour,label:shape\n1.jpg,red,\n2.jpg,red,round\n3.jpg,blue,flat\n"
+     "4.jpg,blue,round\n5.jpg,,flat\n6.jpg,,\n"},
+    {"metadata__jsonl": "\n".join(
+        json.dumps({"file_name": f"{i}.jpg", "label": label})
+        for i, label in enumerate(
+            [{"colour": "red"}, {"shape": "round", "colour": "red"}, {"colour": "blue", "shape": "flat"},
+             {"colour": "blue", "shape": "round"}, {"shape": "flat", "colour": None}, {}], start=1)
+    )},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("table", TWO_TASKS, ids=["csv", "jsonl"])
+def test_table_with_several_label_columns_names_several_tasks_and_labels_may_lack(table: dict[str, str]) -> None:
+    layout = found(*(f"{i}.jpg" for i in range(1, 7)), **table)
+
+    assert [(task.name, task.classes) for task in layout.tasks] == [
+        ("colour", ["blue", "red"]),
+        ("shape", ["flat", "round"]),
+    ]
+    assert layout.classes == ["blue", "red"]
+    assert {p.path: (p.class_name, p.class_names) for p in layout.pictures} == {
+        "1.jpg": ("red", ("red", "")),
+        "2.jpg": ("red", ("red", "round")),
+        "3.jpg": ("blue", ("blue", "flat")),
+        "4.jpg": ("blue", ("blue", "round")),
+        "5.jpg": ("", ("", "flat")),
+    }
+    assert left_out(layout) == {"6.jpg": "the table gives it no label"}
+
+
+def test_one_named_task_alone_is_a_plain_label() -> None:
+    table = "filename,label:kind,label_id\n1.jpg,a,0\n2.jpg,a,0\n3.jpg,b,1\n4.jpg,b,1\n"
+    layout = found("1.jpg", "2.jpg", "3.jpg", "4.jpg", labels__csv=table)
+    assert (layout.tasks, layout.classes) == ((), ["a", "b"])
+    assert {p.class_names for p in layout.pictures} == {()}
+
+
+def test_class_with_too_few_pictures_is_named_with_its_task() -> None:
+    table = "filename,label:colour,label:shape\n1.jpg,red,round\n2.jpg,red,flat\n3.jpg,blue,flat\n4.jpg,blue,flat\n"
+    error = refusal("1.jpg", "2.jpg", "3.jpg", "4.jpg", labels__csv=table)
+    assert error.code == "too-few-images"
+    assert error.detail.startswith('Of the task "shape": The class "round" has too few')
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("filename,label,label:shape\n1.jpg,a,b\n", "labels of several tasks to others"),
+        ("filename," + ",".join(f"label:{i}" for i in range(33)) + "\n1.jpg" + ",a" * 33, "32 are the most"),
+        (f"filename,label:{'x' * 256},label:b\n1.jpg,a,b\n", "too long"),
+    ],
+)
+def test_tasks_that_cannot_be_used_are_told(table: str, says: str) -> None:
+    assert says in refusal("1.jpg", labels__csv=table).detail
+
+
 def test_unknown_split_in_a_table_is_listed() -> None:
     table = (
         "filename,label,split\n1.jpg,cat,train\n2.jpg,cat,train\n3.jpg,dog,train\n4.jpg,dog,train\n5.jpg,dog,fold 3\n"

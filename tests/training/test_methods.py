@@ -185,7 +185,7 @@ def test_test_pictures_are_looked_at_once_in_the_end_and_choose_nothing() -> Non
     (as_it_is, weights), (mislabelled, other_weights) = (train(test_labels_shift=n) for n in (0, 1))
     assert as_it_is.metrics["test_loss"] != mislabelled.metrics["test_loss"]
     assert builders.same(weights, other_weights)
-    assert as_it_is.temperature == mislabelled.temperature
+    assert as_it_is.metrics["temperature"] == mislabelled.metrics["temperature"]
     of_validation = {name: value for name, value in as_it_is.metrics.items() if not name.startswith("test_")}
     assert of_validation == {k: v for k, v in mislabelled.metrics.items() if not k.startswith("test_")}
     assert as_it_is.evaluation["predictions"] == mislabelled.evaluation["predictions"]

@@ -14,6 +14,7 @@ from worker.training.augment import training_transform
 from worker.training.loop import LoopState, Plan
 from worker.training.optim import Schedule, build_optimizer
 from worker.training.pixels import PixelSource, Split, steps_per_epoch
+from worker.training.tasks import Tasks
 
 SMALL = Preprocessing(resize=20, crop=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), interpolation="bilinear")
 
@@ -70,7 +71,7 @@ def plan(**changes: Any) -> Plan:
     defaults = Plan(
         train=PixelSource(train, augment, prepare),
         val=PixelSource(split(12, seed=1), augment, prepare),
-        class_count=3,
+        tasks=Tasks((3,)),
         epochs=epochs,
         batch_size=batch_size,
         seed=0,

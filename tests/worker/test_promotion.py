@@ -127,7 +127,7 @@ def predictions(images: Sequence[str], *, wrong: Sequence[int] = ()) -> Predicti
 
 
 def candidate(of: Predictions, *, dataset_id: str = "ds_1", start: str | None = None) -> Candidate:
-    return Candidate(dataset_id=dataset_id, start=start, classes=CLASSES, predictions=of)
+    return Candidate(dataset_id=dataset_id, start=start, knows={"": frozenset(CLASSES)}, predictions=of)
 
 
 def test_better_beyond_chance_on_the_same_pictures_is_promoted(gate: Gate) -> None:

@@ -17,7 +17,10 @@ Ties = Literal["incumbent", "candidate"]
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of images whose class is known: three sequences in parallel, classes by name."""
+    """What a model says of images whose class is known: three sequences in parallel, classes by name.
+
+    digests: of several tasks an image's is followed by a blank and the task's name, and it is there for each.
+    """
 
     digests: Sequence[str]
     true: Sequence[str]
@@ -31,6 +34,19 @@ class Predictions:
             raise ValueError("predictions of different lengths")
         return cls(digests, true, predicted)
 
+    @classmethod
+    def of_evaluation(cls, evaluation: Mapping[str, Any]) -> Self:
+        """Those kept with a model; of several tasks, all of them. Raises as `from_record` does."""
+        if "tasks" not in evaluation:
+            return cls.from_record(evaluation["predictions"])
+        found = cls([], [], [])
+        for task, record in evaluation["tasks"].items():
+            if "predictions" in record:
+                one = cls.from_record(record["predictions"])
+                digests = [of_task(digest, task) for digest in one.digests]
+                found = cls([*found.digests, *digests], [*found.true, *one.true], [*found.predicted, *one.predicted])
+        return found
+
     def true_classes(self) -> dict[str, str]:
         """Class by digest. A picture that is there twice counts once; one under two classes not at all."""
         found: dict[str, str] = {}
@@ -42,6 +58,14 @@ class Predictions:
 
     def predicted_classes(self) -> dict[str, str]:
         return dict(zip(self.digests, self.predicted, strict=True))
+
+
+def of_task(digest: str, task: str) -> str:
+    return f"{digest} {task}" if task else digest
+
+
+def without_task(digest: str) -> str:
+    return digest.partition(" ")[0]
 
 
 @dataclass(frozen=True)

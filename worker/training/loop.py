@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import Optimizer
 
 from app.errors import JobFailed
@@ -36,6 +35,7 @@ from worker.training.pixels import (
     torch_seed,
     training_batches,
 )
+from worker.training.tasks import Tasks
 
 Precision = Literal["fp32", "bf16"]
 
@@ -63,14 +63,14 @@ class Plan:
     """What stays the same over the whole run.
 
     normalise: a batch's inputs on the device -> what the network takes: for pixels float32, as serving does it.
-    class_weights: one per class, or None. start_counts: the weights at the start are a candidate too, as epoch 0.
+    class_weights: one per output, or None. start_counts: the weights at the start are a candidate too, as epoch 0.
     measure: validation, where it is not cross-entropy and accuracy on `val`; then the network gives each image's loss
     and no logits, labels are not looked at, and the last epoch counts as the best: no figure would say which is.
     """
 
     train: Source
     val: Source
-    class_count: int
+    tasks: Tasks
     epochs: int
     batch_size: int
     seed: int
@@ -380,7 +380,7 @@ def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
     images, targets = _mixed(state, plan, images, labels)
     gives_losses = plan.measure is not None
     weights = None if plan.class_weights is None else _on_device(plan.class_weights, state.device)
-    scale = _loss_scale(targets, weights)
+    scale = plan.tasks.scale(targets, weights)
     state.optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros_like(state.sums)
     for part in _parts(len(labels), state.micro_batches):
@@ -389,16 +389,14 @@ def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
         losses = (
             output.float()
             if gives_losses
-            else functional.cross_entropy(
-                output.float(), targets[part], weights, reduction="none", label_smoothing=plan.label_smoothing
-            )
+            else plan.tasks.losses(output.float(), targets[part], weights=weights, label_smoothing=plan.label_smoothing)
         )
         # Each part's share of the whole batch's mean: summed over parts, the gradient is the whole batch's.
         loss = losses.sum() / scale
         loss.backward()
         sums[0] += loss.detach() * len(labels)
         if not gives_losses:
-            sums[1] += (output.detach().argmax(1) == labels[part]).sum()
+            sums[1] += plan.tasks.right(output.detach(), labels[part]).sum()
         sums[2] += len(output)
     state.optimizer.step()
     _update_ema(state)
@@ -418,7 +416,7 @@ def _mixed(state: LoopState, plan: Plan, images: Tensor, labels: Tensor) -> tupl
     """Where both mixtures are on, each batch takes one of the two at random."""
     if plan.mixup == 0 and plan.cutmix == 0:
         return images, labels
-    one_hot = functional.one_hot(labels, plan.class_count).to(images.dtype)
+    one_hot = plan.tasks.one_hot(labels).to(images.dtype)
     random = random_stream(plan.seed, MIX, state.epoch, state.step)
     if plan.mixup == 0 or (plan.cutmix > 0 and random.random() < 0.5):
         return cutmix(images, one_hot, alpha=plan.cutmix, random=random)
@@ -428,13 +426,6 @@ def _mixed(state: LoopState, plan: Plan, images: Tensor, labels: Tensor) -> tupl
 @lru_cache(maxsize=8)  # else each step would wait for a copy to the device
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
-
-
-def _loss_scale(targets: Tensor, weights: Tensor | None) -> Tensor | int:
-    """What the sum of losses is divided by: the number of images, or their weight as CrossEntropyLoss counts it."""
-    if weights is None:
-        return len(targets)
-    return weights[targets].sum() if targets.ndim == 1 else (targets @ weights).sum()
 
 
 def _parts(count: int, parts: int) -> list[slice]:
@@ -485,11 +476,12 @@ def _validate(state: LoopState, plan: Plan, pace: "_Pace") -> Measured:
         on_batch=pace.during_validation,
     )
     labels = torch.from_numpy(plan.val.labels)
-    loss = functional.cross_entropy(logits, labels).item()
-    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    loss = plan.tasks.mean_loss(logits, labels).item()
+    accuracy = plan.tasks.right(logits, labels).double().mean().item()
     if not math.isfinite(loss):
         raise _diverged()
-    return Measured(loss, accuracy)
+    figures = {f"val_accuracy:{name}": value for name, value in plan.tasks.accuracies(logits, labels).items()}
+    return Measured(loss, accuracy, figures)
 
 
 def predict_logits(

@@ -11,23 +11,23 @@ frozen runs once, in `prepare`; a head that is solved for is done by then too, a
 """
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
-from app.datasets.manifest import Manifest
+from app.datasets.manifest import UNLABELLED, Manifest
 from app.errors import StorageFull
 from app.jobs.request import FROZEN_METHODS, HeadStart
 from app.jobs.spec import ResolvedHyperparameters, TrainingSpec
 from app.vision import evaluate
 from app.vision.artifact import Support
 from app.vision.classifier import Classifier
+from app.vision.outputs import Output
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 from app.vision.prototypes import Prototypes
 from worker.training.augment import training_transform
@@ -44,8 +44,9 @@ from worker.training.loop import (
 )
 from worker.training.optim import Schedule, build_optimizer
 from worker.training.pixels import Images, PixelSource, Source, Split, class_counts, steps_per_epoch
-from worker.training.probe import DEFAULT_STRENGTH, fit_probe, learning_curve
+from worker.training.probe import DEFAULT_STRENGTH, Probe, fit_probe, learning_curve
 from worker.training.prototypes import fit_prototypes
+from worker.training.tasks import Tasks, of_task
 
 # torch's own default, which most of torchvision's networks were trained with.
 MIN_BATCH_NORM_MOMENTUM = 0.1
@@ -67,7 +68,6 @@ class Training:
     state: LoopState
     val: PixelSource
     test: PixelSource | None
-    class_names: list[str]
     preprocessing: Preprocessing
     solved: EpochResult | None = None
     support: Support | None = None
@@ -87,13 +87,29 @@ class Surroundings:
 
 
 @dataclass(frozen=True)
-class Conclusion:
-    """What a training came to. evaluation: the record that is published with the model, as JSON."""
+class TaskConclusion:
+    """What a training came to in one task: what it predicts, and how well. evaluation: a record, as JSON.
 
-    temperature: float
+    val: None where no validation image has a label of the task; then there are no figures.
+    """
+
+    output: Output
     metrics: dict[str, Any]
     evaluation: dict[str, Any]
-    val: evaluate.Evaluation | None  # None for a backbone, which predicts nothing
+    val: evaluate.Evaluation | None
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a training came to. evaluation: the record that is published with the model, as JSON.
+
+    tasks: one for each; none for a backbone, which predicts nothing. metrics and evaluation are the first one's, with
+    those of all of several as `tasks`.
+    """
+
+    metrics: dict[str, Any]
+    evaluation: dict[str, Any]
+    tasks: Sequence[TaskConclusion] = ()
 
 
 def build_classifier(
@@ -159,7 +175,7 @@ def prepare(
     plan = Plan(
         train=sources[0] if sources else train,
         val=sources[1] if sources else val,
-        class_count=len(manifest.classes),
+        tasks=Tasks.of(manifest),
         epochs=values.epochs,
         batch_size=values.batch_size,
         seed=spec.seed,
@@ -191,7 +207,6 @@ def prepare(
         state,
         val,
         test if len(test) else None,
-        list(manifest.classes),
         spec.preprocessing,
         support=frozen.support(),
         forecast=frozen.forecast if starts_as_probe else None,
@@ -238,7 +253,7 @@ class SplitPixels:
             interpolation=self.spec.preprocessing.interpolation,
             eval_transform=prepare_eval,
         )
-        return PixelSource(Split(self.images, indices, self.manifest.labels[indices]), augment, prepare_eval)
+        return PixelSource(Split(self.images, indices, self.manifest.targets[indices]), augment, prepare_eval)
 
     def described(self) -> dict[str, Any]:
         """What augmented pixels depend on."""
@@ -287,15 +302,28 @@ class _Frozen:
             prototypes = fit_prototypes(features, train.labels, self._class_count, seed=self.spec.seed)
             self._seen.append(_Seen(found, None, prototypes))
             return prototypes.rows()
-        probe = fit_probe(
-            features,
-            train.labels,
-            self._class_count,
-            class_weights=_class_weights(self.spec, train, self.pixels.manifest),
+        probes = [
+            self._probe(features, of_task(train.labels, task), class_count)
+            for task, class_count in enumerate(self.pixels.manifest.class_counts)
+        ]
+        self._seen.append(_Seen(found, probes[0].strength))
+        return torch.cat([probe.weight for probe in probes]), torch.cat([probe.bias for probe in probes])
+
+    def _probe(self, features: Tensor, labels: NDArray[np.int64], class_count: int) -> Probe:
+        """Of one task, on the images that have a label of it."""
+        given = labels != UNLABELLED
+        known = labels[given]
+        return fit_probe(
+            features if given.all() else features[torch.from_numpy(given)],
+            known,
+            class_count,
+            class_weights=_balanced(known, class_count) if self._is_balanced else None,
             seed=self.spec.seed,
         )
-        self._seen.append(_Seen(found, probe.strength))
-        return probe.weight, probe.bias
+
+    @property
+    def _is_balanced(self) -> bool:
+        return self.spec.hyperparameters.class_weights == "balanced"
 
     def support(self) -> Support | None:
         """Where the head began as prototypes: their metric, and validation images to measure a longer one with."""
@@ -314,19 +342,28 @@ class _Frozen:
         )
 
     def forecast(self) -> Forecast | None:
-        """By probes on part of the training images; None where there are too few. The head began as a probe."""
+        """By probes on part of the training images; None where there are too few. The head began as a probe.
+
+        Of several tasks, for the first one.
+        """
         (probed,) = self._seen
-        train, val = self.pixels.source("train").split, self.pixels.source("val").split
+        train, val = (self._labelled(split) for split in ("train", "val"))
+        labels = self.pixels.manifest.labels
         curve = learning_curve(
-            probed.features.rows(0, train.indices),
-            train.labels,
-            probed.features.rows(0, val.indices),
-            val.labels,
+            probed.features.rows(0, train),
+            labels[train],
+            probed.features.rows(0, val),
+            labels[val],
             self._class_count,
             seed=self.spec.seed,
             strength=probed.strength or DEFAULT_STRENGTH,
         )
         return forecast([Point(images, accuracy, len(val)) for images, accuracy in curve], seed=self.spec.seed)
+
+    def _labelled(self, split: Literal["train", "val"]) -> NDArray[np.int64]:
+        """Which images of a split have a label of the first task."""
+        indices, labels = self.pixels.indices(split), self.pixels.manifest.labels
+        return np.array([i for i in indices.tolist() if labels[i] != UNLABELLED], dtype=np.int64)
 
     @property
     def _class_count(self) -> int:
@@ -348,7 +385,7 @@ class _Frozen:
             self.surroundings.log("There is no room to store features: the frozen stages run in each epoch instead.")
             return None
         train, val = self.pixels.indices("train"), self.pixels.indices("val")
-        labels, trained_on = self.pixels.manifest.labels, self._trained_on()
+        labels, trained_on = self.pixels.manifest.targets, self._trained_on()
         return (
             ActivationSource(labels[train], plain, train, augmented, np.searchsorted(trained_on, train)),
             ActivationSource(labels[val], plain, val, None, val),
@@ -422,8 +459,8 @@ def _solved(training: Training, *, seconds: float) -> EpochResult:
     def measured(source: Source) -> tuple[float, float]:
         logits = predict_logits(state.network, source, normalise=plan.normalise, device=state.device)
         labels = torch.from_numpy(source.labels)
-        accuracy = (logits.argmax(1) == labels).double().mean().item()
-        return functional.cross_entropy(logits, labels).item(), accuracy
+        accuracy = plan.tasks.right(logits, labels).double().mean().item()
+        return plan.tasks.mean_loss(logits, labels).item(), accuracy
 
     train_loss, train_accuracy = measured(plan.train)
     val_loss, val_accuracy = measured(plan.val)
@@ -447,7 +484,6 @@ def conclude(
     """
     training.state.load_best()
     assert training.state.best is not None
-    names = training.class_names
 
     def logits_of(source: PixelSource) -> Tensor:
         return predict_logits(
@@ -458,20 +494,67 @@ def conclude(
             on_batch=on_batch,
         )
 
-    val_logits = logits_of(training.val)
-    temperature = evaluate.fit_temperature(val_logits, training.val.labels)
-    val = evaluate.evaluate(val_logits, training.val.labels, names, temperature=temperature)
-    metrics = val.metrics("val") | {"best_epoch": training.state.best.epoch, "temperature": temperature}
-    predictions = _predictions(val, training.val.split, manifest)
-    record = _evaluation_record(val, training.val.split, manifest) | {"predictions": predictions}
+    answered = [_Answered(training.val.split, logits_of(training.val), "val")]
+    if is_final and training.test is not None:
+        answered.append(_Answered(training.test.split, logits_of(training.test), "test"))
+    names = [task.name for task in manifest.tasks] or [""]
+    tasks = [
+        _conclude_task(Output(name, classes, 1.0), [each.of(place, span) for each in answered], manifest)
+        for place, (name, classes, span) in enumerate(
+            zip(names, _classes(manifest), training.plan.tasks.spans, strict=True)
+        )
+    ]
+    metrics = tasks[0].metrics | {"best_epoch": training.state.best.epoch}
+    record = dict(tasks[0].evaluation)
     if is_final and training.forecast is not None and (found := training.forecast()) is not None:
         record["forecast"] = metrics["forecast"] = asdict(found)
-    if is_final and training.test is not None:
-        test_logits = logits_of(training.test)
-        test = evaluate.evaluate(test_logits, training.test.labels, names, temperature=temperature)
-        metrics |= test.metrics("test")
-        record["test"] = _evaluation_record(test, training.test.split, manifest)
-    return Conclusion(temperature, metrics, record, val)
+    if len(tasks) > 1:
+        metrics["tasks"] = {task.output.name: task.metrics for task in tasks}
+        record["tasks"] = {task.output.name: task.evaluation for task in tasks}
+    return Conclusion(metrics, record, tasks)
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """What the network says of a split: logits, float32 (N, C)."""
+
+    split: Split
+    logits: Tensor
+    name: Literal["val", "test"]
+
+    def of(self, task: int, span: slice) -> "_Answered":
+        """For one task: of the images that have a label of it."""
+        labels = of_task(self.split.labels, task)
+        given = labels != UNLABELLED
+        split = Split(self.split.images, self.split.indices[given], labels[given])
+        return _Answered(split, self.logits[torch.from_numpy(given), span], self.name)
+
+
+def _conclude_task(output: Output, answered: Sequence[_Answered], manifest: Manifest) -> TaskConclusion:
+    """answered: for validation, and for test where that is looked at, each of what has a label of the task."""
+    metrics: dict[str, Any] = {}
+    record: dict[str, Any] = {}
+    val: evaluate.Evaluation | None = None
+    for each in answered:
+        if len(each.split) == 0:
+            continue
+        if each.name == "val":
+            output = replace(output, temperature=evaluate.fit_temperature(each.logits, each.split.labels))
+        found = evaluate.evaluate(each.logits, each.split.labels, list(output.classes), temperature=output.temperature)
+        metrics |= found.metrics(each.name)
+        if each.name == "val":
+            val = found
+            metrics["temperature"] = output.temperature
+            predictions = _predictions(val, each.split, output.classes, manifest)
+            record |= _evaluation_record(val, each.split, manifest) | {"predictions": predictions}
+        else:
+            record["test"] = _evaluation_record(found, each.split, manifest)
+    return TaskConclusion(output, metrics, record, val)
+
+
+def _classes(manifest: Manifest) -> list[Sequence[str]]:
+    """Of each task."""
+    return [task.classes for task in manifest.tasks] or [manifest.classes]
 
 
 def _trainable_stages(spec: TrainingSpec, classifier: Classifier) -> int:
@@ -520,8 +603,15 @@ def _eval_transform(preprocessing: Preprocessing) -> Callable[[Tensor], Tensor]:
     return lambda pixels: eval_pixels(pixels, preprocessing)
 
 
-def _class_weights(spec: TrainingSpec, train: Split | PixelSource, manifest: Manifest) -> tuple[float, ...] | None:
-    return _balanced(train.labels, len(manifest.classes)) if spec.hyperparameters.class_weights == "balanced" else None
+def _class_weights(spec: TrainingSpec, train: PixelSource, manifest: Manifest) -> tuple[float, ...] | None:
+    """One for each output; each task's are balanced by themselves."""
+    if spec.hyperparameters.class_weights != "balanced":
+        return None
+    weights: tuple[float, ...] = ()
+    for task, class_count in enumerate(manifest.class_counts):
+        labels = of_task(train.labels, task)
+        weights += _balanced(labels[labels != UNLABELLED], class_count)
+    return weights
 
 
 def _balanced(labels: NDArray[np.int64], class_count: int) -> tuple[float, ...]:
@@ -536,11 +626,13 @@ def _evaluation_record(found: evaluate.Evaluation, split: Split, manifest: Manif
     return evaluate.as_record(found, [(record.image_id, record.path) for record in records])
 
 
-def _predictions(found: evaluate.Evaluation, split: Split, manifest: Manifest) -> dict[str, list[Any]]:
+def _predictions(
+    found: evaluate.Evaluation, split: Split, classes: Sequence[str], manifest: Manifest
+) -> dict[str, list[Any]]:
     """What was said of each image, in the manifest's order: what a later model is compared by, image for image."""
     return {
         "digests": [manifest.records[i].digest for i in split.indices.tolist()],
-        "true": [manifest.classes[label] for label in split.labels.tolist()],
-        "predicted": [manifest.classes[label] for label in found.predicted.tolist()],
+        "true": [classes[label] for label in split.labels.tolist()],
+        "predicted": [classes[label] for label in found.predicted.tolist()],
         "probability_of_true": [round(p, 6) for p in found.probability_of_true.tolist()],
     }

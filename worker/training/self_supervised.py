@@ -42,6 +42,7 @@ from worker.training.pixels import (
     ordered_batches,
     random_stream,
 )
+from worker.training.tasks import Tasks, of_task
 
 EXPANDED_WIDTH = 512
 # The paper's 25, 25 and 1, over 25.
@@ -171,7 +172,7 @@ def prepare(
     plan = Plan(
         train=TwoViews(train),
         val=val,
-        class_count=len(manifest.classes),
+        tasks=Tasks.of(manifest),
         epochs=values.epochs,
         batch_size=values.batch_size,
         seed=spec.seed,
@@ -181,7 +182,7 @@ def prepare(
         merge_single=True,
         measure=checks.measure,
     )
-    return Training(classifier, plan, state, val, None, [], spec.preprocessing)
+    return Training(classifier, plan, state, val, None, spec.preprocessing)
 
 
 def conclude(training: Training, *, on_batch: Callable[[], None] = lambda: None) -> Conclusion:
@@ -195,7 +196,7 @@ def conclude(training: Training, *, on_batch: Callable[[], None] = lambda: None)
         **found.figures,
         "warning": _COLLAPSE if found.figures["feature_std"] < COLLAPSED_STD else None,
     }
-    return Conclusion(temperature=1.0, metrics=metrics, evaluation={}, val=None)
+    return Conclusion(metrics=metrics, evaluation={})
 
 
 _COLLAPSE = (
@@ -222,10 +223,10 @@ class _Checks:
         held_out = _part(self.val) if len(self.val) else None
         val = self._features(held_out, on_batch) if held_out else train
         figures = {"feature_std": feature_std(val)}
-        if held_out and (self.train.labels >= 0).all():
-            figures["knn_accuracy"] = knn_accuracy(
-                train, _part(self.train).labels, val, held_out.labels, int(self.train.labels.max()) + 1
-            )
+        # By the first of several tasks, where all are labelled.
+        known, truth = of_task(_part(self.train).labels, 0), of_task(held_out.labels, 0) if held_out else None
+        if truth is not None and (known >= 0).all() and (truth >= 0).all():
+            figures["knn_accuracy"] = knn_accuracy(train, known, val, truth, int(known.max()) + 1)
         return Measured(self._loss(held_out or _part(self.train), on_batch), None, figures)
 
     def _features(self, source: PixelSource, on_batch: Callable[[], None]) -> Tensor:
