@@ -34,7 +34,7 @@ def client(server: RunningServer) -> Iterator[httpx.Client]:
         {"method": "feature_extraction"},
         {"method": "full_fine_tuning", "hyperparameters": {"epochs": 2, "batch_size": 8, "mixup": 0.2, **SMALL}},
         {"method": "fine_tuning", "recipe": "classic", "hyperparameters": {"epochs": 2, "batch_size": 8, **SMALL}},
-        {"method": "auto", "hyperparameters": SMALL},
+        {"method": "auto", "budget_seconds": 4, "hyperparameters": SMALL},
     ],
     ids=lambda request: request["method"],
 )
