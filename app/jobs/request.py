@@ -75,7 +75,9 @@ class Hyperparameters(BaseModel):
         None, description="Trailing stages of the backbone that are trained; for fine_tuning only."
     )
     feature_layer: Annotated[str, Field(min_length=1, max_length=100)] | SkipJsonSchema[None] = Field(
-        None, description="Layer whose features the head sees; for feature_extraction only."
+        None,
+        description="Layer whose features the head sees, or `all` of them; for feature_extraction only (a single "
+        "layer for few_shot too).",
     )
     image_size: Annotated[int, Field(ge=32, le=640)] | SkipJsonSchema[None] = Field(
         None, description="Side of the square that the network sees, in pixels."

@@ -55,7 +55,7 @@ from app.jobs.request import (
     Scheduler,
 )
 from app.vision import backbones
-from app.vision.backbones import BackboneSpec
+from app.vision.backbones import ALL_LAYERS, BackboneSpec
 from app.vision.preprocessing import Preprocessing
 
 
@@ -446,8 +446,9 @@ def _check_combinations(request: JobRequest, method: Method, backbone: BackboneS
         raise _bad_hyperparameter(
             "feature_layer", f"is for methods that freeze the whole backbone, and this is {method}"
         )
-    if asked.feature_layer is not None and asked.feature_layer not in stages:
-        raise _bad_hyperparameter("feature_layer", f"must be one of {backbone.name}'s layers: {', '.join(stages)}")
+    layers = (*stages, ALL_LAYERS) if method == "feature_extraction" else stages
+    if asked.feature_layer is not None and asked.feature_layer not in layers:
+        raise _bad_hyperparameter("feature_layer", f"must be one of {backbone.name}'s layers: {', '.join(layers)}")
     if "augmented_views" in given and method not in ("feature_extraction", "fine_tuning"):
         raise _bad_hyperparameter("augmented_views", f"is for methods that freeze stages, and this is {method}")
     if method == "self_supervised" and (useless := sorted(OF_LABELS & given)):
@@ -524,6 +525,9 @@ def _modern(
         "early_stopping_patience": max(5, math.ceil(epochs / 3)),
     } | given
     values |= _per_method(asked, method, backbone_rate=values["learning_rate"] * ratio)
+    if method == "feature_extraction" and asked.feature_layer is None and start.is_from_formulas:
+        values["feature_layer"] = ALL_LAYERS
+        reasons.append("the head reads all layers: a backbone that has seen formulas has its best ones early.")
     if method in ("feature_extraction", "fine_tuning") and values["augmentation"] != "none":
         values["augmented_views"] = min(given.get("augmented_views", MODERN_AUGMENTED_VIEWS), values["epochs"])
     if method == "feature_extraction" and is_solved:

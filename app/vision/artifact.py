@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from app.errors import InvalidRequest, JobFailed, ModelUnavailable
-from app.vision.backbones import BACKBONES
+from app.vision.backbones import ALL_LAYERS, BACKBONES
 from app.vision.classifier import Classifier
 from app.vision.outputs import Output
 from app.vision.preprocessing import Preprocessing
@@ -213,7 +213,8 @@ def _read_model_file(path: Path) -> _ModelFile:
         record = _ModelFile.model_validate(content)
     except (OSError, ValueError, ValidationError) as error:
         raise _damaged("its description is missing or not readable") from error
-    if record.backbone not in BACKBONES or record.feature_layer not in BACKBONES[record.backbone].stages:
+    layers = (*BACKBONES[record.backbone].stages, ALL_LAYERS) if record.backbone in BACKBONES else ()
+    if record.feature_layer not in layers:
         raise _damaged("its backbone is not one that this version of Graft has")
     return record
 

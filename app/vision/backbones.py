@@ -73,8 +73,15 @@ class BackboneSpec:
         return self.weights[0].license
 
 
+# What a head reads that reads every stage.
+ALL_LAYERS = "all"
+
+
 class Backbone(nn.Module):
-    """A network without its head: named stages in order. `forward` gives the pooled features of the last stage."""
+    """A network without its head: named stages in order.
+
+    `forward` gives the pooled features of the last stage, or with `reads_all` a summary of every stage's output.
+    """
 
     def __init__(self, name: str, stages: "OrderedDict[str, nn.Module]", *, feature_width: int, layout: Layout) -> None:
         super().__init__()
@@ -82,6 +89,7 @@ class Backbone(nn.Module):
         self.stages = nn.Sequential(stages)
         self.feature_width = feature_width
         self.layout = layout
+        self.reads_all = False
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -89,8 +97,14 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: float32 (N, 3, S, S), normalised. Returns (N, feature_width)."""
-        features: Tensor = self.stages(images)
-        return self.pool(features)
+        if not self.reads_all:
+            features: Tensor = self.stages(images)
+            return self.pool(features)
+        summaries, activations = [], images
+        for stage in self.stages:
+            activations = stage(activations)
+            summaries.append(self.summary(activations))
+        return torch.cat(summaries, dim=1)
 
     def pool(self, activations: Tensor) -> Tensor:
         """The output of any stage averaged over space: (N, D). The last stage's is pooled already."""
@@ -100,12 +114,28 @@ class Backbone(nn.Module):
             return activations[:, 1:].mean(1)  # without the class token, which only the last stage speaks through
         return activations.mean((2, 3) if self.layout == "NCHW" else (1, 2))
 
-    def cut_after(self, stage: str) -> None:
-        """Drops the stages behind `stage`, so that its pooled output is what `forward` gives."""
-        kept = self.stage_names.index(stage) + 1
-        if kept == len(self.stages):
+    def summary(self, activations: Tensor) -> Tensor:
+        """Means and standard deviations over space: (N, 2 D), or (N, D) where the stage has pooled already."""
+        if activations.ndim == 2:
+            return activations
+        if self.layout == "tokens":
+            activations = activations[:, 1:]
+        over = {"tokens": (1,), "NCHW": (2, 3), "NHWC": (1, 2)}[self.layout]
+        # The root has no gradient at 0, which is where a map is flat.
+        deviations = activations.var(over, correction=0).add(1e-8).sqrt()
+        return torch.cat([activations.mean(over), deviations], dim=1)
+
+    def read(self, layer: str) -> None:
+        """Lets `forward` give the pooled output of this stage, and drops those behind it; or with ALL_LAYERS, of all.
+
+        Early stages know textures and edges that a network trained for another purpose has lost at its end; a linear
+        head on all of them chooses (Evci et al. 2022).
+        """
+        reads_all = layer == ALL_LAYERS
+        kept = len(self.stages) if reads_all else self.stage_names.index(layer) + 1
+        if (kept, reads_all) == (len(self.stages), self.reads_all):
             return
-        self.stages = self.stages[:kept]
+        self.stages, self.reads_all = self.stages[:kept], reads_all
         parameter = next(self.parameters())
         side = BACKBONES[self.name].fixed_image_size or BACKBONES[self.name].min_image_size
         was_training = self.training

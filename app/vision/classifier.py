@@ -23,7 +23,10 @@ class ParameterGroups(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A backbone, possibly cut behind its `feature_layer`, and a linear head on its pooled features."""
+    """A backbone, possibly cut behind its `feature_layer`, and a linear head on its pooled features.
+
+    feature_layer: a stage, or ALL_LAYERS for a head that reads every stage; then the whole backbone is to be frozen.
+    """
 
     def __init__(self, backbone: Backbone, head: nn.Linear, *, feature_layer: str) -> None:
         super().__init__()
@@ -68,19 +71,19 @@ class Classifier(nn.Module):
     def hollow(cls, backbone_name: str, class_count: int, *, feature_layer: str) -> Self:
         """The shape of a classifier, to be filled by `load_state_dict(..., assign=True)`."""
         backbone = backbones.rewrap(backbone_name, backbones.hollow(backbone_name))
-        backbone.cut_after(feature_layer)
+        backbone.read(feature_layer)
         return cls(backbone, _hollow_head(backbone.feature_width, class_count), feature_layer=feature_layer)
 
     @classmethod
     def _with_new_head(cls, backbone: Backbone, class_count: int, feature_layer: str | None, seed: int) -> Self:
         stages = backbone.stage_names
         layer = feature_layer or stages[-1]
-        if layer not in stages:
-            detail = f"must be one of {backbone.name}'s layers: {', '.join(stages)}"
+        if layer not in (*stages, backbones.ALL_LAYERS):
+            detail = f"must be one of {backbone.name}'s layers: {', '.join(stages)}, or {backbones.ALL_LAYERS}"
             raise InvalidHyperparameter(
                 f"feature_layer {detail}.", errors=[FieldError("#/hyperparameters/feature_layer", detail)]
             )
-        backbone.cut_after(layer)
+        backbone.read(layer)
         return cls(backbone, _new_head(backbone.feature_width, class_count, seed), feature_layer=layer)
 
     @property
@@ -136,11 +139,13 @@ class Classifier(nn.Module):
 
         Returns the images themselves if nothing is frozen, and features (N, D) if all of the backbone is.
         """
-        activations = images
         with torch.no_grad():
+            if self._frozen_stages == len(self.backbone.stages):
+                return self.features(images)
+            activations = images
             for stage in list(self.backbone.stages)[: self._frozen_stages]:
                 activations = stage(activations)
-        return self.backbone.pool(activations) if self._frozen_stages == len(self.backbone.stages) else activations
+            return activations
 
     def trainable_suffix(self, activations: Tensor) -> Tensor:
         """Logits (N, C) from the output of `frozen_prefix`: together they are `forward`."""
@@ -156,9 +161,11 @@ class Classifier(nn.Module):
 
         Raises ValueError for a layer that is not in `stage_names`.
         """
-        last = self.stage_names.index(layer) if layer else len(self.backbone.stages) - 1
+        if layer is None:
+            features: Tensor = self.backbone(images)
+            return features
         activations = images
-        for stage in list(self.backbone.stages)[: last + 1]:
+        for stage in list(self.backbone.stages)[: self.stage_names.index(layer) + 1]:
             activations = stage(activations)
         return self.backbone.pool(activations)
 

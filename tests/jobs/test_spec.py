@@ -78,6 +78,21 @@ def test_classic_is_the_textbook() -> None:
     assert spec.preprocessing == Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
 
 
+def test_head_on_the_bundled_backbone_reads_all_layers_and_says_so_but_not_under_classic() -> None:
+    bundled = {"graft_small": "FORMULA_V1"}
+    spec = resolved(method="feature_extraction", weights=bundled)
+    assert (spec.backbone.name, spec.hyperparameters.feature_layer) == ("graft_small", "all")
+    assert any("reads all layers" in reason for reason in spec.reasons)
+    asked = resolved(method="feature_extraction", weights=bundled, hyperparameters={"feature_layer": "stage3"})
+    assert asked.hyperparameters.feature_layer == "stage3"
+    assert (
+        resolved(method="feature_extraction", weights=bundled, recipe="classic").hyperparameters.feature_layer is None
+    )
+    assert resolved(method="full_fine_tuning", weights=bundled).hyperparameters.feature_layer is None
+    refused = refusal(method="few_shot", weights=bundled, hyperparameters={"feature_layer": "all"})
+    assert refused.errors[0].pointer == "#/hyperparameters/feature_layer"
+
+
 @pytest.mark.parametrize("method", ["feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch", "auto"])
 @pytest.mark.parametrize("recipe", ["classic", "modern"])
 def test_a_spec_survives_the_database(method: str, recipe: str) -> None:
@@ -189,7 +204,7 @@ def test_a_bad_request_names_the_field(body: object, pointer: str) -> None:
         (
             {"method": "feature_extraction", "hyperparameters": {"feature_layer": "layer9"}},
             "feature_layer",
-            "must be one of mobilenet_v3_small's layers: stem, stage1, stage2, stage3, stage4",
+            "must be one of mobilenet_v3_small's layers: stem, stage1, stage2, stage3, stage4, all",
         ),
         (
             {"method": "feature_extraction", "hyperparameters": {"backbone_learning_rate": 0.1}},

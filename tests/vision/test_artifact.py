@@ -36,7 +36,7 @@ def images() -> torch.Tensor:
     return torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("feature_layer", [None, "stage2"])
+@pytest.mark.parametrize("feature_layer", [None, "stage2", "all"])
 def test_a_saved_model_comes_back_with_the_same_answers(tmp_path: Path, feature_layer: str | None) -> None:
     saved = trained(feature_layer=feature_layer)
 

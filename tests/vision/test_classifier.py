@@ -89,6 +89,33 @@ def test_a_feature_layer_drops_the_stages_behind_it() -> None:
     assert torch.equal(whole.features(images()), whole.features(images(), "stage4"))
 
 
+@pytest.mark.parametrize("name", [NAME, "vit_b_16", "swin_t"])
+def test_a_head_that_reads_all_layers_sees_each_ones_mean_and_deviation(name: str) -> None:
+    side = 224 if name == "vit_b_16" else 64
+    pictures = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    whole = Classifier.new(name, 2, seed=0).eval()
+    with torch.inference_mode():
+        every = Classifier.new(name, 2, seed=0, feature_layer="all").eval().features(pictures)
+        last = every.shape[1] - whole.head.in_features
+        assert torch.equal(every[:, last:], whole.features(pictures))
+        at = 0
+        for layer in whole.stage_names[:-1]:
+            means = whole.features(pictures, layer)
+            width = means.shape[1]
+            torch.testing.assert_close(every[:, at : at + width], means)
+            assert (every[:, at + width : at + 2 * width] > 0).all()
+            at += 2 * width
+    assert at == last
+
+
+def test_a_start_that_reads_all_layers_reads_the_last_one_again_where_all_is_trained() -> None:
+    earlier = Classifier.new(NAME, 2, seed=0, feature_layer="all").eval()
+    later = Classifier.from_earlier(earlier, 7, seed=1)
+    assert (later.feature_layer, later.backbone.reads_all) == ("stage4", False)
+    assert later.head.in_features == Classifier.new(NAME, 2, seed=0).head.in_features
+    assert later(images()).shape == (4, 7)
+
+
 def test_an_unknown_feature_layer_is_refused_by_field() -> None:
     with pytest.raises(InvalidHyperparameter, match="stem, stage1") as refusal:
         Classifier.new(NAME, 2, seed=0, feature_layer="layer4")
