@@ -50,7 +50,17 @@ class Settings(BaseSettings):
         256, description="Pictures that may wait for prediction before new requests get 503."
     )
     max_loaded_model_bytes: Annotated[int, Field(ge=0)] = Field(
-        2 * GIBIBYTE, description="Weights kept loaded for prediction, in bytes; the default model always stays."
+        2 * GIBIBYTE,
+        description="Weights kept loaded for prediction, in bytes; the default model always stays, and models with an "
+        "alias go last.",
+    )
+    predict_timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="Longest that a picture waits for its turn on the device before 503, in seconds."
+    )
+    serving_engine: Literal["auto", "torch"] = Field(
+        "auto",
+        description="What runs networks for prediction on a CPU: auto builds one in ONNX Runtime for a network that is "
+        "used much, and takes it where it is faster and gives the same answers; torch never does.",
     )
     header_timeout_seconds: Annotated[float, Field(gt=0)] = Field(
         15.0, description="Time a client has to send its request headers, in seconds."

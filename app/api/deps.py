@@ -8,7 +8,7 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Query, Request
@@ -16,6 +16,7 @@ from fastapi.dependencies.utils import get_flat_params
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 from app.access import Caller
 from app.api import idempotency
@@ -88,6 +89,29 @@ async def refuse_unknown_query(request: Request) -> None:
 
 def _query_name(parameter: Any) -> str | None:
     return parameter.alias if parameter.field_info.in_.value == "query" else None
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; its cancellation as soon as the client has left, so that nobody's picture is computed.
+
+    The request's body has been read. Raises ClientDisconnect, and whatever the work raises.
+    """
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_has_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            working.cancel()
+            await asyncio.wait({working})
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
+async def _has_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:

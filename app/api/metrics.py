@@ -33,6 +33,12 @@ class Metrics:
         self._predictions = Counter(
             "graft_predictions", "Pictures sent for prediction.", ["outcome"], registry=self.registry
         )
+        self._batch_size = Histogram(
+            "graft_prediction_batch_size",
+            "Pictures in one forward pass.",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=self.registry,
+        )
         self._model_loads = Counter(
             "graft_model_loads", "Models loaded for prediction.", ["outcome"], registry=self.registry
         )
@@ -47,6 +53,9 @@ class Metrics:
     def count_predictions(self, *, answered: int, refused: int) -> None:
         self._predictions.labels("answered").inc(answered)
         self._predictions.labels("refused").inc(refused)
+
+    def observe_batch(self, size: int) -> None:
+        self._batch_size.observe(size)
 
     def count_model_load(self, *, is_loaded: bool) -> None:
         self._model_loads.labels("loaded" if is_loaded else "failed").inc()

@@ -3,16 +3,13 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from starlette.concurrency import run_in_threadpool
 
 from app import registry
-from app.api.deps import ServicesDep
-from app.api.evaluation import check_predicts
+from app.api.deps import ServicesDep, unless_disconnected
 from app.api.openapi import problems
 from app.api.picture_bodies import Picture, form_content, read_pictures
 from app.api.problems import Problem, pointer_to
 from app.api.schemas import ClassScore, FailedPrediction, Prediction, Predictions, PredictRequest, TaskPrediction
-from app.db.engine import Database
 from app.errors import FieldError, ImageRefused, InvalidRequest, TooLarge
 from app.serving.predictor import Scores
 
@@ -66,9 +63,9 @@ async def predict(
         )
     _refuse_large_single(asked.pictures, services.settings.max_image_bytes)
     name = model or asked.fields.get("model") or registry.DEFAULT_ALIAS
-    model_id = await run_in_threadpool(_model_id, services.database, name)
+    model_id = await services.model_names.resolve(name)
     encoded = [picture.encoded for picture in asked.pictures if isinstance(picture.encoded, bytes)]
-    outcomes = iter(await services.predictor.predict(model_id, encoded))
+    outcomes = iter(await unless_disconnected(request, services.predictor.predict(model_id, encoded)))
     results = [
         (picture, next(outcomes) if isinstance(picture.encoded, bytes) else picture.encoded)
         for picture in asked.pictures
@@ -91,13 +88,6 @@ async def predict(
             for picture, outcome in results
         ],
     )
-
-
-def _model_id(database: Database, name: str) -> str:
-    with database.read() as session:
-        row = registry.find(session, name)
-    check_predicts(row)
-    return row.id
 
 
 def _prediction(picture: Picture, scores: Scores, *, top_k: int) -> Prediction:

@@ -1,23 +1,33 @@
 """What the routes work with: opened when the app starts, closed when it ends; and what goes on beside the requests."""
 
 import asyncio
+import json
 import threading
 from dataclasses import dataclass, field
 
 import anyio
+import numpy as np
 import structlog
+import torch
 from sqlalchemy.exc import SQLAlchemyError
+from torch import Tensor
 
 from app import registry
 from app.api.metrics import Metrics
+from app.api.model_names import ModelNames
 from app.api.pictures import Pictures
+from app.datasets.ingest import PACKED_SIDE, manifest_key, packed_key
+from app.datasets.manifest import Manifest
+from app.datasets.packed import PackedPixels
 from app.db.engine import Database
 from app.errors import GraftError
 from app.serving.predictor import Predictor
 from app.settings import Settings
 from app.storage import LocalStorage
+from app.vision.artifact import MODEL_FILE
 from app.vision.device import resolve_device
 from app.vision.images import ImageLimits
+from app.vision.preprocessing import Preprocessing, eval_pixels
 from app.vision.weights import WeightStore
 
 # How soon a moved `default` is loaded without anybody having asked for it.
@@ -25,6 +35,8 @@ FOLLOW_INTERVAL_SECONDS = 0.5
 # Between two tries of a default model that cannot be loaded, or of a database that does not answer.
 RETRY_INTERVAL_SECONDS = 5.0
 SWEEP_INTERVAL_SECONDS = 3600.0
+# Validation pictures that a faster engine is compared with torch on; more take longer and show the same.
+MOST_CHECKED = 128
 # Archives read through at once, at upload; each keeps a core busy.
 PARALLEL_INSPECTIONS = 4
 
@@ -40,6 +52,7 @@ class Services:
     storage: LocalStorage
     weights: WeightStore
     predictor: Predictor
+    model_names: ModelNames
     pictures: Pictures
     metrics: Metrics
     # Keeps threads free for everybody else while large archives are read through.
@@ -50,6 +63,7 @@ class Services:
     def close(self) -> None:
         self.stopping.set()
         self.predictor.close()
+        self.model_names.close()
         self.database.dispose()
 
 
@@ -58,12 +72,16 @@ def open_services(settings: Settings) -> Services:
     storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
     metrics = Metrics(database)
     predictor = Predictor(
-        folder_of=lambda model_id: storage.path(f"models/{model_id}"),
+        storage=storage,
         device=resolve_device(settings.device),
         limits=ImageLimits.from_settings(settings),
         max_loaded_bytes=settings.max_loaded_model_bytes,
         max_pending=settings.max_pending_predictions,
+        timeout_seconds=settings.predict_timeout_seconds,
+        builds_engines=settings.serving_engine == "auto",
+        check_pixels=lambda model_id, preprocessing: _check_pixels(model_id, preprocessing, storage),
         on_load=lambda is_loaded: metrics.count_model_load(is_loaded=is_loaded),
+        on_batch=metrics.observe_batch,
     )
     return Services(
         settings=settings,
@@ -71,23 +89,26 @@ def open_services(settings: Settings) -> Services:
         storage=storage,
         weights=WeightStore.from_settings(settings),
         predictor=predictor,
+        model_names=ModelNames(database),
         pictures=Pictures(storage),
         metrics=metrics,
         inspections=anyio.CapacityLimiter(PARALLEL_INSPECTIONS),
     )
 
 
-async def follow_default_model(services: Services) -> None:
-    """Loads whatever `default` points at, so that no request pays for it, and keeps it loaded. Never returns."""
-    pinned: str | None = None
+async def follow_aliases(services: Services) -> None:
+    """Loads whatever `default` points at, so that no request pays for it, and keeps it loaded; models with other names
+    are the last to make room. Never returns."""
+    followed: dict[str, str] | None = None
     while True:
         pause = FOLLOW_INTERVAL_SECONDS
         try:
-            model_id = await asyncio.to_thread(_default_model_id, services)
-            if model_id != pinned:
-                await services.predictor.pin(model_id)
-                pinned = model_id
-                log.info("default model follows", model_id=model_id)
+            aliases = await asyncio.to_thread(_aliases, services)
+            if aliases != followed:
+                default = aliases.get(registry.DEFAULT_ALIAS)
+                await services.predictor.keep(default, aliased=aliases.values())
+                followed = aliases
+                log.info("aliases followed", default=default, aliased=len(aliases))
         except GraftError as error:
             log.error("default model cannot be loaded", reason=error.detail)
             pause = RETRY_INTERVAL_SECONDS
@@ -109,6 +130,23 @@ async def sweep_storage(services: Services) -> None:
         await asyncio.sleep(SWEEP_INTERVAL_SECONDS)
 
 
-def _default_model_id(services: Services) -> str | None:
+def _aliases(services: Services) -> dict[str, str]:
+    """Model ids by alias."""
     with services.database.read() as session:
-        return registry.default_model_id(session)
+        return {alias.name: alias.model_id for alias in registry.aliases(session)}
+
+
+def _check_pixels(model_id: str, preprocessing: Preprocessing, storage: LocalStorage) -> Tensor | None:
+    """Validation pictures of the model's data set, as it sees them; None where the data set is gone."""
+    try:
+        description = json.loads(storage.path(f"models/{model_id}/{MODEL_FILE}").read_bytes())
+        dataset = description["metadata"]["dataset"]
+        manifest = Manifest.read(storage.path(manifest_key(dataset)))
+        pictures = PackedPixels(storage.path(packed_key(dataset, PACKED_SIDE)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    chosen = manifest.indices("val")
+    if len(chosen) == 0:
+        return None
+    chosen = chosen[np.linspace(0, len(chosen) - 1, min(MOST_CHECKED, len(chosen))).round().astype(np.int64)]
+    return torch.stack([eval_pixels(pictures[i], preprocessing) for i in chosen.tolist()])

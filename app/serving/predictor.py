@@ -1,34 +1,53 @@
-"""Trained models at work: pictures in, scores out. Keeps a bounded set of models loaded, the default one always.
+"""Trained models at work: pictures in, scores out. Keeps a bounded set of models loaded, those with an alias first.
 
 Knows artifacts, pictures and numbers; not HTTP, not the database: callers say which model id they mean, so moving an
 alias swaps models between two requests, and a request under way ends on the model it began with.
 
-Three kinds of thread, so that none waits for another's kind of work: decoding (one per core), loading (one), and
-forward passes (one, because a device does one thing at a time).
+Models whose backbones are the same, weight for weight, share one in memory, and run in one batch: what is their own is
+a head. Kinds of thread, so that none waits for another's kind of work: decoding (one per core), loading (one), forward
+passes (one, because a device does one thing at a time), and building faster engines (one).
 """
 
 import asyncio
-import os
+import contextlib
+import hashlib
+import subprocess
+import time
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Self
 
+import onnxruntime
+import structlog
 import torch
 from torch import Tensor
 
-from app.errors import FieldError, ImageRefused, Overloaded
+from app.errors import FieldError, ImageRefused, InvalidRequest, Overloaded, StorageFull
+from app.serving import engines
+from app.serving.batcher import Batcher
+from app.serving.engines import Engine, TorchEngine
+from app.storage import LocalStorage
 from app.vision import artifact, images
 from app.vision.artifact import Artifact
+from app.vision.classifier import Classifier
+from app.vision.device import usable_cores
 from app.vision.images import ImageLimits
 from app.vision.outputs import Output, probabilities
-from app.vision.preprocessing import eval_pixels, normalise
+from app.vision.preprocessing import Preprocessing, eval_pixels
 
 # Pictures in one forward pass. More gain nothing on a CPU, and on a GPU only memory is left to lose.
 FORWARD_BATCH_SIZE = 32
+# A network that has answered so many pictures will answer more: worth the seconds that another engine takes to build.
+BUILD_AFTER_PICTURES = 100
+# Built engines that are kept on disk for the next start; the oldest goes first.
+KEPT_ENGINES = 32
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,19 +55,21 @@ class Scores:
     """One picture's class probabilities. values: float per class, in the model's order; they sum to 1.
 
     tasks: scores by task where the model tells several things, the first one's (which are these) included.
+    features: float32 (D,), what the head saw.
     """
 
     classes: Sequence[str]
     values: Sequence[float]
     tasks: Mapping[str, "Scores"] = field(default_factory=dict)
+    features: Tensor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, row: Sequence[float], outputs: Sequence[Output]) -> Self:
+    def of(cls, row: Sequence[float], outputs: Sequence[Output], *, features: Tensor) -> Self:
         """row: probabilities of all outputs, one after the other."""
         values = iter(row)
         found = [cls(output.classes, list(islice(values, len(output.classes)))) for output in outputs]
-        tasks = {output.name: scores for output, scores in zip(outputs, found, strict=True)}
-        return replace(found[0], tasks=tasks) if len(found) > 1 else found[0]
+        tasks = {output.name: scores for output, scores in zip(outputs, found, strict=True)} if found[1:] else {}
+        return replace(found[0], tasks=tasks, features=features)
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The min(k, classes) most probable classes, best first; equals in the model's order."""
@@ -56,44 +77,50 @@ class Scores:
         return [(self.classes[i], self.values[i]) for i in order[:k]]
 
 
-class LoadedModel:
-    """An artifact on its device, in eval mode, with one forward pass behind it."""
+class Network:
+    """A backbone on its device, which any number of models may share. key: the same for the same weights."""
 
-    def __init__(self, loaded: Artifact, device: torch.device) -> None:
-        self._classifier = loaded.classifier.to(device).eval()
-        self._device = device
-        self.outputs = loaded.outputs
-        self.preprocessing = loaded.preprocessing
-        self.size_bytes = sum(tensor.nbytes for tensor in self._classifier.state_dict().values())
+    def __init__(self, key: str, classifier: Classifier, preprocessing: Preprocessing, device: torch.device) -> None:
+        self.key = key
+        self.backbone = classifier.backbone
+        self.preprocessing = preprocessing
+        self.size_bytes = sum(tensor.nbytes for tensor in classifier.backbone.state_dict().values())
+        self.torch = TorchEngine(classifier.backbone, preprocessing, device)
+        self.engine: Engine = self.torch
+        self.answered = 0
         # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
-        side = self.preprocessing.crop
-        self.probabilities(torch.zeros(1, 3, side, side, dtype=torch.uint8))
-
-    def probabilities(self, pixels: Tensor) -> Tensor:
-        """pixels: uint8 (N, 3, S, S) as eval_pixels makes them. Returns float32 (N, C) on the CPU, of all outputs.
-
-        Raises Overloaded if the device has no memory left even for one picture.
-        """
-        try:
-            return self._forward(pixels)
-        except torch.OutOfMemoryError:
-            pass  # retried outside of this block, whose traceback would hold the tensors
-        if len(pixels) == 1:
-            raise Overloaded("The device is out of memory; try again soon.", retry_after_seconds=5)
-        half = len(pixels) // 2
-        return torch.cat([self.probabilities(pixels[:half]), self.probabilities(pixels[half:])])
+        self.features(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop, dtype=torch.uint8))
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the head sees of pixels as above: float32 (N, D) on the CPU."""
-        with torch.inference_mode():
-            batch = normalise(pixels.to(self._device), self.preprocessing, torch.float32)
-            found: Tensor = self._classifier.backbone(batch).float().cpu()
-        return found.clone()  # a tensor that may be computed with outside of inference mode
+        """pixels: uint8 (N, 3, S, S), or float32 and normalised already. Returns float32 (N, D) on the CPU."""
+        engine = self.engine if pixels.dtype == torch.uint8 else self.torch
+        return engine.features(pixels)
 
-    def _forward(self, pixels: Tensor) -> Tensor:
-        with torch.inference_mode():
-            batch = normalise(pixels.to(self._device), self.preprocessing, torch.float32)
-            return probabilities(self._classifier(batch), self.outputs).cpu()
+
+class LoadedModel:
+    """A model that is ready: a network, maybe shared, and a head of its own."""
+
+    def __init__(self, model_id: str, loaded: Artifact, network: Network) -> None:
+        self.id = model_id
+        self.network = network
+        self.outputs = loaded.outputs
+        self.classes: Sequence[str] = loaded.classes
+        self.preprocessing = loaded.preprocessing
+        head = loaded.classifier.head
+        self._weight, self._bias = head.weight.detach().T.contiguous(), head.bias.detach()
+        self.size_bytes = self._weight.nbytes + self._bias.nbytes
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """features: float32 (N, D). Returns float32 (N, C), calibrated, of all outputs."""
+        return probabilities(features @ self._weight + self._bias, self.outputs)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A picture on its way through the device. pixels: uint8 (3, S, S), or float32 and normalised already."""
+
+    model: LoadedModel
+    pixels: Tensor
 
 
 class Predictor:
@@ -102,74 +129,86 @@ class Predictor:
     def __init__(
         self,
         *,
-        folder_of: Callable[[str], Path],
+        storage: LocalStorage,
         device: torch.device,
         limits: ImageLimits,
         max_loaded_bytes: int,
         max_pending: int,
+        timeout_seconds: float,
+        builds_engines: bool,
+        check_pixels: Callable[[str, Preprocessing], Tensor | None] = lambda _model_id, _preprocessing: None,
         on_load: Callable[[bool], None] = lambda is_loaded: None,
+        on_batch: Callable[[int], None] = lambda _size: None,
     ) -> None:
-        """folder_of: where a model's artifact lies. max_loaded_bytes: of weights, the pinned model aside.
+        """max_loaded_bytes: of weights, the default model's aside. max_pending: pictures that may wait or be worked on.
 
-        max_pending: pictures that may wait or be worked on. on_load: told of each load whether it succeeded.
+        timeout_seconds: the longest that a picture waits for the device. builds_engines: whether a busy network may be
+        given a faster engine than torch. check_pixels: validation pictures of a model,
+        uint8 (N, 3, S, S), to compare engines on. on_load: told of each load whether it succeeded. on_batch: told of
+        each batch's size.
         """
-        self._folder_of = folder_of
+        self._storage = storage
         self._device = device
         self._limits = limits
         self._max_loaded_bytes = max_loaded_bytes
         self._max_pending = max_pending
+        self._timeout_seconds = timeout_seconds
+        self._builds_engines = builds_engines and device.type == "cpu"
+        self._check_pixels = check_pixels
         self._on_load = on_load
         self._pending = 0
-        self._pinned: str | None = None
+        self._default: str | None = None
+        self._aliased: frozenset[str] = frozenset()
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()  # least recently used first
         self._loading: dict[str, asyncio.Task[LoadedModel]] = {}
-        self._decoders = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1), thread_name_prefix="decode")
+        self._networks: weakref.WeakValueDictionary[str, Network] = weakref.WeakValueDictionary()
+        self._building: dict[str, asyncio.Task[None]] = {}
+        self._decoders = ThreadPoolExecutor(max_workers=max(2, usable_cores()), thread_name_prefix="decode")
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
-        self._forwarder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+        self._builder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="build")
+        self._batcher: Batcher[_Asked, Scores] = Batcher(_run, max_batch=FORWARD_BATCH_SIZE, on_batch=on_batch)
 
     async def predict(self, model_id: str, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
         """Scores for each encoded picture; in the place of one that cannot be read, the reason.
 
         Raises Overloaded when too much is waiting, ModelUnavailable if the model's files cannot be used.
         """
-        if self._pending + len(pictures) > self._max_pending:
-            raise Overloaded("Too many pictures wait for prediction; try again soon.", retry_after_seconds=1)
-        self._pending += len(pictures)
-        try:
+        with self._place_for(len(pictures)):
             model = await self.load(model_id)
-            inputs = await asyncio.gather(*(self._decode(picture, model) for picture in pictures))
-            readable = [pixels for pixels in inputs if isinstance(pixels, Tensor)]
-            scores = iter(await self._run(model, readable))
-            return [next(scores) if isinstance(pixels, Tensor) else pixels for pixels in inputs]
-        finally:
-            self._pending -= len(pictures)
+            return list(await asyncio.gather(*(self._answer(model, picture) for picture in pictures)))
+
+    async def scores(self, model_id: str, batch: Tensor) -> list[Scores]:
+        """Scores for pictures that the caller has preprocessed as the model's `preprocessing` says.
+
+        batch: float32 (N, 3, S, S), normalised.
+        Raises InvalidRequest for another shape, for values that are not finite or that the network makes no numbers
+        of, and what `predict` raises.
+        """
+        with self._place_for(len(batch)):
+            model = await self.load(model_id)
+            side = model.preprocessing.crop
+            if batch.dtype != torch.float32 or batch.shape[1:] != (3, side, side):
+                raise InvalidRequest(f"This model takes FP32 tensors of the shape [n, 3, {side}, {side}].")
+            if not torch.isfinite(batch).all():
+                raise InvalidRequest("The tensor has values that are not finite numbers.")
+            found = await asyncio.gather(*(self._run(model, pixels) for pixels in batch))
+            if any(value != value for scores in found for value in scores.values):
+                raise InvalidRequest("The tensor's values are too large for this model; are they normalised?")
+            return list(found)
 
     async def features(self, model_id: str, pictures: Sequence[bytes]) -> Tensor:
         """What the model's head sees of each picture: float32 (N, D), N > 0.
 
         Raises ImageRefused, which points at each picture that cannot be read, and what `predict` raises.
         """
-        if self._pending + len(pictures) > self._max_pending:
-            raise Overloaded("Too many pictures wait for prediction; try again soon.", retry_after_seconds=1)
-        self._pending += len(pictures)
-        try:
-            model = await self.load(model_id)
-            inputs = await asyncio.gather(*(self._decode(picture, model) for picture in pictures))
-            refused = [(i, pixels) for i, pixels in enumerate(inputs) if isinstance(pixels, ImageRefused)]
-            if refused:
-                raise ImageRefused(
-                    f"{len(refused)} of {len(pictures)} pictures cannot be read; send the others alone.",
-                    errors=[FieldError(f"#/file/{i}", str(refusal.detail)) for i, refusal in refused],
-                )
-            loop = asyncio.get_running_loop()
-            readable = torch.stack([pixels for pixels in inputs if isinstance(pixels, Tensor)])
-            parts = [
-                await loop.run_in_executor(self._forwarder, model.features, part)
-                for part in torch.split(readable, FORWARD_BATCH_SIZE)
-            ]
-            return torch.cat(parts)
-        finally:
-            self._pending -= len(pictures)
+        outcomes = await self.predict(model_id, pictures)
+        refused = [(i, outcome) for i, outcome in enumerate(outcomes) if isinstance(outcome, ImageRefused)]
+        if refused:
+            raise ImageRefused(
+                f"{len(refused)} of {len(pictures)} pictures cannot be read; send the others alone.",
+                errors=[FieldError(f"#/file/{i}", str(refusal.detail)) for i, refusal in refused],
+            )
+        return torch.stack([o.features for o in outcomes if isinstance(o, Scores) and o.features is not None])
 
     async def load(self, model_id: str) -> LoadedModel:
         """The model, ready for use; loaded first if need be, once however many ask. Raises ModelUnavailable."""
@@ -185,15 +224,23 @@ class Predictor:
         # Shielded, since one waiting client that leaves must not take the model from the others.
         return await asyncio.shield(task)
 
-    async def pin(self, model_id: str | None) -> None:
-        """Loads a model and keeps it loaded whatever else is used, instead of the one pinned before."""
-        if model_id is not None:
-            await self.load(model_id)
-        self._pinned = model_id
+    async def keep(self, default: str | None, *, aliased: Collection[str] = ()) -> None:
+        """Loads the default model and keeps it whatever else is used, instead of the one before.
+
+        aliased: other models that have a name; they are the last to make room. Raises ModelUnavailable for the default.
+        """
+        if default is not None:
+            await self.load(default)
+        self._default, self._aliased = default, frozenset(aliased)
         self._evict()
 
     def is_loaded(self, model_id: str) -> bool:
         return model_id in self._loaded
+
+    def engine_of(self, model_id: str) -> str | None:
+        """The name of the engine that runs a loaded model."""
+        model = self._loaded.get(model_id)
+        return None if model is None else model.network.engine.name
 
     def forget(self, model_id: str) -> None:
         """Lets go of a deleted model; requests under way still end on it."""
@@ -204,17 +251,66 @@ class Predictor:
         """Pictures that wait or are worked on."""
         return self._pending
 
+    @property
+    def loaded_bytes(self) -> int:
+        """Of weights in memory; a backbone that several models share counts once."""
+        return _bytes_of(self._loaded.values())
+
     def close(self) -> None:
-        for pool in (self._decoders, self._loader, self._forwarder):
+        for task in self._building.values():
+            task.cancel()
+        for pool in (self._decoders, self._loader, self._builder):
             pool.shutdown(wait=True, cancel_futures=True)
+        self._batcher.close()
+
+    @contextlib.contextmanager
+    def _place_for(self, count: int) -> Iterator[None]:
+        if self._pending + count > self._max_pending:
+            raise Overloaded("Too many pictures wait for prediction; try again soon.", retry_after_seconds=1)
+        self._pending += count
+        try:
+            yield
+        finally:
+            self._pending -= count
+
+    # One picture
+
+    async def _answer(self, model: LoadedModel, picture: bytes) -> Scores | ImageRefused:
+        loop = asyncio.get_running_loop()
+        try:
+            pixels = await loop.run_in_executor(self._decoders, self._pixels, picture, model.preprocessing)
+        except ImageRefused as refusal:
+            return refusal
+        return await self._run(model, pixels)
+
+    def _pixels(self, picture: bytes, preprocessing: Preprocessing) -> Tensor:
+        return eval_pixels(images.decode(picture, side=preprocessing.side, limits=self._limits), preprocessing)
+
+    async def _run(self, model: LoadedModel, pixels: Tensor) -> Scores:
+        network = model.network
+        deadline = time.monotonic() + self._timeout_seconds
+        scores = await self._batcher.submit(network, _Asked(model, pixels), deadline=deadline)
+        network.answered += 1
+        if network.answered == BUILD_AFTER_PICTURES and self._builds_engines:
+            self._build_soon(model)
+        return scores
+
+    # Loading
 
     async def _load(self, model_id: str) -> LoadedModel:
         is_loaded = False
         try:
-            artifact_folder = self._folder_of(model_id)
             loop = asyncio.get_running_loop()
-            loaded = await loop.run_in_executor(self._loader, artifact.load, artifact_folder)
-            model = await loop.run_in_executor(self._forwarder, LoadedModel, loaded, self._device)
+            folder = self._storage.path(f"models/{model_id}")
+            loaded, key = await loop.run_in_executor(self._loader, _read, folder)
+            network = self._networks.get(key)
+            if network is None:
+                # In the forward thread, since it makes a first pass; loads come one after the other.
+                network = await self._batcher.alone(Network, key, loaded.classifier, loaded.preprocessing, self._device)
+                network = self._networks.setdefault(key, network)
+                if self._builds_engines:
+                    await loop.run_in_executor(self._loader, self._open_built, network)
+            model = LoadedModel(model_id, loaded, network)
             is_loaded = True
         finally:
             self._on_load(is_loaded)
@@ -228,31 +324,110 @@ class Predictor:
             task.exception()  # seen, even if everybody who waited for it has left
 
     def _evict(self) -> None:
-        """Drops what was used least recently until the rest fits; the newest stays, or nothing could be served."""
-        kept = {self._pinned, next(reversed(self._loaded), None)}
-        while sum(m.size_bytes for i, m in self._loaded.items() if i != self._pinned) > self._max_loaded_bytes:
-            victim = next((model_id for model_id in self._loaded if model_id not in kept), None)
-            if victim is None:
+        """Drops what was used least recently until the rest fits, models without a name before those with one.
+
+        The newest stays, or nothing could be served.
+        """
+        newest = next(reversed(self._loaded), None)
+        victims = [model_id for model_id in self._loaded if model_id not in (self._default, newest)]
+        victims.sort(key=lambda model_id: model_id in self._aliased)  # stable: by use within each
+        for victim in victims:
+            if _bytes_of(m for i, m in self._loaded.items() if i != self._default) <= self._max_loaded_bytes:
                 return
             del self._loaded[victim]
 
-    async def _decode(self, picture: bytes, model: LoadedModel) -> Tensor | ImageRefused:
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._decoders, self._pixels, picture, model)
-        except ImageRefused as refusal:
-            return refusal
+    # Faster engines
 
-    def _pixels(self, picture: bytes, model: LoadedModel) -> Tensor:
+    def _build_soon(self, model: LoadedModel) -> None:
+        key = model.network.key
+        if key not in self._building and not self._storage.exists(_engine_key(key)):
+            self._building[key] = asyncio.create_task(self._build(model))
+            self._building[key].add_done_callback(lambda _done: self._building.pop(key, None))
+
+    async def _build(self, model: LoadedModel) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._builder, self._build_now, model)
+
+    def _build_now(self, model: LoadedModel) -> None:
+        """What goes wrong is told to the operator: the model is served as it was."""
         preprocessing = model.preprocessing
-        return eval_pixels(images.decode(picture, side=preprocessing.side, limits=self._limits), preprocessing)
+        try:
+            pixels = self._check_pixels(model.id, preprocessing)
+            if pixels is None:
+                # Soft noise: every class of picture that a network tells apart has edges and plain parts.
+                coarse = torch.randint(0, 256, (16, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+                side = (preprocessing.crop, preprocessing.crop)
+                pixels = torch.nn.functional.interpolate(coarse, side, mode="bilinear").to(torch.uint8)
+            with self._storage.staging() as folder:
+                folder.mkdir()
+                engines.build(self._storage.path(f"models/{model.id}"), folder, pixels=pixels)
+                self._storage.check_room()
+                self._storage.publish(folder, _engine_key(model.network.key))
+            self._drop_old_engines()
+            self._open_built(model.network)
+        except (OSError, subprocess.SubprocessError, StorageFull) as error:
+            said = getattr(error, "stderr", None)
+            log.warning("engine not built", model_id=model.id, error=type(error).__name__, said=said and said[-500:])
 
-    async def _run(self, model: LoadedModel, pixels: Sequence[Tensor]) -> list[Scores]:
-        """The seam for batching across requests: all forward passes of this process go through here."""
-        loop = asyncio.get_running_loop()
-        scores: list[Scores] = []
-        for start in range(0, len(pixels), FORWARD_BATCH_SIZE):
-            batch = torch.stack(list(pixels[start : start + FORWARD_BATCH_SIZE]))
-            rows = await loop.run_in_executor(self._forwarder, model.probabilities, batch)
-            scores += [Scores.of(row, model.outputs) for row in rows.tolist()]
-        return scores
+    def _open_built(self, network: Network) -> None:
+        folder = self._storage.path(_engine_key(network.key))
+        if not folder.exists():
+            return
+        try:
+            engine, report = engines.open_built(folder)
+        except (OSError, ValueError) as error:
+            log.warning("engine cannot be read", error=type(error).__name__)
+            return
+        if engine is not None:
+            engine.features(torch.zeros(1, 3, *[network.preprocessing.crop] * 2, dtype=torch.uint8))
+            network.engine = engine
+        log.info("engine chosen", engine=network.engine.name, **vars(report))
+
+    def _drop_old_engines(self) -> None:
+        folder = self._storage.path("engines")
+        by_age = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+        for path in by_age[:-KEPT_ENGINES]:
+            self._storage.delete(f"engines/{path.name}")
+
+
+def _run(network: Network, asked: Sequence[_Asked]) -> list[Scores]:
+    """One forward pass for pictures of any models on this network, and then each model's head."""
+    found: list[Tensor] = [torch.empty(0)] * len(asked)
+    for dtype in {one.pixels.dtype for one in asked}:
+        places = [i for i, one in enumerate(asked) if one.pixels.dtype == dtype]
+        features = network.features(torch.stack([asked[i].pixels for i in places]))
+        for i, row in zip(places, features, strict=True):
+            found[i] = row
+    scores: list[Scores | None] = [None] * len(asked)
+    for model in {one.model for one in asked}:
+        places = [i for i, one in enumerate(asked) if one.model is model]
+        rows = model.probabilities(torch.stack([found[i] for i in places])).tolist()
+        for i, row in zip(places, rows, strict=True):
+            scores[i] = Scores.of(row, model.outputs, features=found[i])
+    return [one for one in scores if one is not None]
+
+
+def _read(folder: Path) -> tuple[Artifact, str]:
+    """The artifact, and a key that is the same for the same backbone and preprocessing."""
+    loaded = artifact.load(folder)
+    backbone = loaded.classifier.backbone
+    digest = hashlib.sha256(repr((backbone.name, loaded.classifier.feature_layer, loaded.preprocessing)).encode())
+    for name, tensor in backbone.state_dict().items():
+        # Batch-norm counts its steps, which changes nothing of what it does.
+        if not name.endswith("num_batches_tracked"):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy())
+    return loaded, digest.hexdigest()[:32]
+
+
+def _engine_key(network_key: str) -> str:
+    return f"engines/{network_key}-{onnxruntime.__version__}"
+
+
+def _bytes_of(models: Iterable[LoadedModel]) -> int:
+    """Of weights; a network that several models share counts once."""
+    heads = 0
+    networks: dict[str, int] = {}
+    for model in models:
+        heads += model.size_bytes
+        networks[model.network.key] = model.network.size_bytes
+    return heads + sum(networks.values())

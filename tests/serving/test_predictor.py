@@ -3,13 +3,15 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import builders
 import pytest
 import torch
 
-from app.errors import ImageRefused, ModelUnavailable, Overloaded
-from app.serving.predictor import LoadedModel, Predictor, Scores
+from app.errors import ImageRefused, InvalidRequest, ModelUnavailable, Overloaded
+from app.serving.predictor import Network, Predictor, Scores
+from app.storage import LocalStorage
 from app.vision import artifact, images
 from app.vision.artifact import Artifact
 from app.vision.classifier import Classifier
@@ -28,26 +30,33 @@ BROKEN = PICTURES[0][:100]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of three models: a, b and c."""
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate("abc"):
+    """Storage of models: a to d, and a twin of a that has the same backbone and another head."""
+    storage = LocalStorage(tmp_path_factory.mktemp("storage"))
+    for seed, name in enumerate("abcd"):
         classifier = Classifier.new("squeezenet1_1", 3, seed=seed).eval()
-        artifact.save(folder / name, Artifact(classifier, ["x", "y", "z"], SMALL, temperature=0.7))
-    return folder
+        artifact.save(storage.path(f"models/{name}"), Artifact(classifier, ["x", "y", "z"], SMALL, temperature=0.7))
+    twin = Classifier.from_earlier(Classifier.new("squeezenet1_1", 3, seed=0).eval(), 3, seed=9).eval()
+    artifact.save(storage.path("models/twin"), Artifact(twin, ["x", "y", "z"], SMALL, temperature=0.7))
+    return storage.root
 
 
 @pytest.fixture
-def with_predictor(models: Path) -> Callable[..., None]:
-    """Runs an async story with a predictor, and closes it."""
+def with_predictor(models: Path) -> Callable[..., list[int]]:
+    """Runs an async story with a predictor, and closes it. Returns the sizes of its batches."""
 
-    def run(story: Callable[[Predictor], Awaitable[None]], **options: int) -> None:
+    def run(story: Callable[[Predictor], Awaitable[None]], **options: Any) -> list[int]:
+        sizes: list[int] = []
+
         async def main() -> None:
             predictor = Predictor(
-                folder_of=lambda model_id: models / model_id,
+                storage=LocalStorage(models),
                 device=torch.device("cpu"),
                 limits=LIMITS,
                 max_loaded_bytes=options.get("max_loaded_bytes", 10**9),
                 max_pending=options.get("max_pending", 100),
+                timeout_seconds=options.get("timeout_seconds", 60.0),
+                builds_engines=options.get("builds_engines", False),
+                on_batch=sizes.append,
             )
             try:
                 await story(predictor)
@@ -55,6 +64,7 @@ def with_predictor(models: Path) -> Callable[..., None]:
                 predictor.close()
 
         asyncio.run(main())
+        return sizes
 
     return run
 
@@ -66,7 +76,7 @@ def values(outcome: Scores | ImageRefused) -> list[float]:
 
 def expected(models: Path, name: str, picture: bytes) -> list[float]:
     """The same numbers by the same steps as validation takes them, one picture at a time."""
-    loaded = artifact.load(models / name)
+    loaded = artifact.load(models / "models" / name)
     pixels = eval_pixels(images.decode(picture, side=SMALL.side, limits=LIMITS), SMALL)
     with torch.inference_mode():
         logits = loaded.classifier(normalise(pixels[None], SMALL))
@@ -136,14 +146,14 @@ def test_many_that_ask_at_once_cause_one_load(models: Path, with_predictor: Call
 
 def test_least_recently_used_model_makes_room_and_the_pinned_one_stays(with_predictor: Callable[..., None]) -> None:
     async def story(predictor: Predictor) -> None:
-        await predictor.pin("a")
+        await predictor.keep("a")
         await predictor.load("b")
         assert (predictor.is_loaded("a"), predictor.is_loaded("b")) == (True, True)
 
         await predictor.load("c")
         assert [predictor.is_loaded(name) for name in "abc"] == [True, False, True]
 
-        await predictor.pin(None)
+        await predictor.keep(None)
         assert [predictor.is_loaded(name) for name in "abc"] == [False, False, True]
 
     with_predictor(story, max_loaded_bytes=1)
@@ -184,11 +194,88 @@ def test_caller_that_leaves_does_not_take_the_model_from_others(with_predictor: 
     with_predictor(story)
 
 
-def test_batch_that_does_not_fit_into_memory_is_halved(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LoadedModel(artifact.load(models / "a"), torch.device("cpu"))
+def test_models_of_one_backbone_share_it_and_run_in_one_batch(
+    models: Path, with_predictor: Callable[..., None]
+) -> None:
+    async def story(predictor: Predictor) -> None:
+        await predictor.load("a")
+        alone = predictor.loaded_bytes
+        twin = await predictor.load("twin")
+        assert twin.network is (await predictor.load("a")).network
+        assert twin.network is not (await predictor.load("b")).network
+        predictor.forget("b")
+        assert predictor.loaded_bytes == alone + twin.size_bytes
+
+        # The first picture occupies the device; the others, of two models, wait together.
+        first, *rest = await asyncio.gather(
+            predictor.predict("a", PICTURES[:1]),
+            *(predictor.predict(name, [picture]) for picture in PICTURES for name in ("a", "twin")),
+        )
+        assert values(first[0]) == pytest.approx(expected(models, "a", PICTURES[0]), abs=1e-5)
+        for (picture, name), (outcome,) in zip([(p, n) for p in PICTURES for n in ("a", "twin")], rest, strict=True):
+            assert values(outcome) == pytest.approx(expected(models, name, picture), abs=1e-5)
+
+    sizes = with_predictor(story)
+    assert sum(sizes) == 11
+    assert len(sizes) < 11
+
+
+def test_preprocessed_tensors_are_scored_like_the_pictures_they_were(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        batch = torch.stack(
+            [
+                normalise(eval_pixels(images.decode(p, side=SMALL.side, limits=LIMITS), SMALL)[None], SMALL)[0]
+                for p in PICTURES
+            ]
+        )
+        for ours, theirs in zip(
+            await predictor.scores("a", batch), await predictor.predict("a", PICTURES), strict=True
+        ):
+            assert values(ours) == pytest.approx(values(theirs), abs=1e-5)
+        for wrong in (
+            batch[:, :, :16],
+            batch.double(),
+            torch.full_like(batch, torch.nan),
+            torch.full_like(batch, 3e38),
+        ):
+            with pytest.raises(InvalidRequest):
+                await predictor.scores("a", wrong)
+        assert predictor.pending == 0
+
+    with_predictor(story)
+
+
+def test_picture_that_waits_beyond_its_time_is_refused(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        await predictor.load("a")
+        with pytest.raises(Overloaded, match="waited too long"):
+            await predictor.predict("a", PICTURES[:1])
+
+    with_predictor(story, timeout_seconds=-1.0)
+
+
+def test_names_keep_models_longer_than_use_does(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        await predictor.load("b")
+        await predictor.keep("a", aliased=["b"])
+        room = (await predictor.load("b")).network.size_bytes * 5 // 2
+        predictor._max_loaded_bytes = room
+        await predictor.load("c")
+        await predictor.load("d")
+        assert [predictor.is_loaded(name) for name in "abcd"] == [True, True, False, True]
+
+    with_predictor(story)
+
+
+@pytest.fixture
+def network(models: Path) -> Network:
+    return Network("key", artifact.load(models / "models" / "a").classifier, SMALL, torch.device("cpu"))
+
+
+def test_batch_that_does_not_fit_into_memory_is_halved(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = torch.randint(0, 255, (5, 3, 32, 32), dtype=torch.uint8)
-    whole = model.probabilities(pixels)
-    forward, sizes = model._forward, []
+    whole = network.features(pixels)
+    forward, sizes = network.torch._forward, []
 
     def short_of_memory(batch: torch.Tensor) -> torch.Tensor:
         sizes.append(len(batch))
@@ -196,19 +283,17 @@ def test_batch_that_does_not_fit_into_memory_is_halved(models: Path, monkeypatch
             raise torch.OutOfMemoryError
         return forward(batch)
 
-    monkeypatch.setattr(model, "_forward", short_of_memory)
+    monkeypatch.setattr(network.torch, "_forward", short_of_memory)
 
-    assert torch.allclose(model.probabilities(pixels), whole, atol=1e-6)
+    assert torch.allclose(network.features(pixels), whole, atol=1e-5)
     assert sizes == [5, 2, 3, 1, 2]
 
 
-def test_device_without_memory_for_one_picture_is_overloaded(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LoadedModel(artifact.load(models / "a"), torch.device("cpu"))
-
+def test_device_without_memory_for_one_picture_is_overloaded(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(batch: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(model, "_forward", out_of_memory)
+    monkeypatch.setattr(network.torch, "_forward", out_of_memory)
 
     with pytest.raises(Overloaded):
-        model.probabilities(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
+        network.features(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))

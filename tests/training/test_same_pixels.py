@@ -14,7 +14,7 @@ from torch import Tensor
 
 from app.datasets.ingest import IngestLimits, IngestOptions, archive_key, ensure_packed, ingest, manifest_key
 from app.datasets.manifest import Manifest
-from app.serving.predictor import LoadedModel, Predictor
+from app.serving.predictor import Network, Predictor
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision import artifact
@@ -137,26 +137,32 @@ def served_on(
     pictures: list[bytes], preprocessing: Preprocessing, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[Tensor]:
     classifier = Classifier.new("squeezenet1_1", 2, seed=0).eval()
-    artifact.save(folder / "model", Artifact(classifier, ["x", "y"], preprocessing, temperature=1.0))
+    storage = LocalStorage(folder)
+    artifact.save(storage.path("models/model"), Artifact(classifier, ["x", "y"], preprocessing, temperature=1.0))
     seen: list[Tensor] = []
 
-    def noting(_model: LoadedModel, pixels: Tensor) -> Tensor:
+    features = Network.features
+
+    def noting(network: Network, pixels: Tensor) -> Tensor:
         seen.extend(pixels.clone())
-        return torch.full((len(pixels), 2), 0.5)
+        return features(network, pixels)
 
     async def story() -> None:
         predictor = Predictor(
-            folder_of=lambda name: folder / name,
+            storage=storage,
             device=CPU,
             limits=LIMITS.images,
             max_loaded_bytes=10**9,
             max_pending=100,
+            timeout_seconds=60,
+            builds_engines=False,
         )
         try:
-            model = await predictor.predict("model", pictures[:1])  # its warm-up passes through `probabilities` too
+            model = await predictor.predict("model", pictures[:1])  # its warm-up passes through `features` too
             assert len(model) == 1
-            monkeypatch.setattr(LoadedModel, "probabilities", noting)
-            await predictor.predict("model", pictures)
+            monkeypatch.setattr(Network, "features", noting)
+            for picture in pictures:  # one after the other: of one request, those go first that are decoded first
+                await predictor.predict("model", [picture])
         finally:
             predictor.close()
 

@@ -1,0 +1,209 @@
+"""Ways to run a backbone: torch itself, and ONNX Runtime where it is faster and gives the same answers.
+
+An engine takes canonical pixels and gives what a head sees of them. Torch is there at once; the other is built in a
+process of its own, since exporting takes seconds of a core, compared with torch on pictures, and only then taken. Knows
+networks and numbers; not models' heads, not requests.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime
+import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from app.errors import Overloaded
+from app.vision import artifact
+from app.vision.backbones import Backbone
+from app.vision.preprocessing import Preprocessing, normalise
+
+# Largest difference of any class's score that another engine may make; measured ones are below 1e-5.
+SCORE_TOLERANCE = 1e-3
+# Another engine must be this much faster: less is within the noise, and torch is the plain path.
+MIN_GAIN = 1.1
+_MEASURED_BATCH, _MEASURED_RUNS = 4, 9
+_BUILD_TIMEOUT_SECONDS = 600.0
+_UNREADABLE = (
+    onnxruntime_errors.Fail,
+    onnxruntime_errors.InvalidArgument,
+    onnxruntime_errors.InvalidGraph,
+    onnxruntime_errors.InvalidProtobuf,
+    onnxruntime_errors.NoSuchFile,
+    onnxruntime_errors.NotImplemented,
+)
+_ENGINE_FILE, _REPORT_FILE = "engine.onnx", "engine.json"
+
+
+class Engine(Protocol):
+    """name: as it is shown. features: uint8 (N, 3, S, S) on the CPU → float32 (N, D) on the CPU."""
+
+    name: str
+
+    def features(self, pixels: Tensor) -> Tensor: ...
+
+
+class TorchEngine:
+    """The network itself, in full precision, on its device."""
+
+    name = "torch"
+
+    def __init__(self, backbone: Backbone, preprocessing: Preprocessing, device: torch.device) -> None:
+        self._backbone = backbone.to(device).eval()
+        if device.type != "mps":
+            self._backbone.to(memory_format=torch.channels_last)
+        self._preprocessing, self._device = preprocessing, device
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """pixels: also float32 and normalised. Raises Overloaded if there is no memory even for one picture."""
+        try:
+            return self._forward(pixels)
+        except torch.OutOfMemoryError:
+            pass  # retried outside of this block, whose traceback would hold the tensors
+        if len(pixels) == 1:
+            raise Overloaded("The device is out of memory; try again soon.", retry_after_seconds=5)
+        half = len(pixels) // 2
+        return torch.cat([self.features(pixels[:half]), self.features(pixels[half:])])
+
+    def _forward(self, pixels: Tensor) -> Tensor:
+        # no_grad and not inference_mode: what comes out may be computed with later.
+        with torch.no_grad():
+            batch = pixels.to(self._device)
+            if batch.dtype == torch.uint8:
+                batch = normalise(batch, self._preprocessing, torch.float32)
+            found: Tensor = self._backbone(batch).float().cpu()
+            return found
+
+
+class OnnxEngine:
+    """The same network in ONNX Runtime, on the CPU."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # Threads that spin while they wait take the cores from those that decode.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def features(self, pixels: Tensor) -> Tensor:
+        (found,) = self._session.run(None, {"pixels": pixels.numpy()})
+        return torch.from_numpy(found)
+
+
+@dataclass(frozen=True)
+class Report:
+    """How another engine compares with torch. images: compared on; speedup: of batches, torch's time over its own."""
+
+    images: int
+    max_score_difference: float
+    same_top: bool
+    speedup: float
+
+    @property
+    def is_worth_it(self) -> bool:
+        return self.same_top and self.max_score_difference <= SCORE_TOLERANCE and self.speedup >= MIN_GAIN
+
+
+def build(model_folder: Path, target: Path, *, pixels: Tensor) -> None:
+    """Exports the backbone of the model in `model_folder`, compares it with torch, and leaves both in folder `target`.
+
+    pixels: uint8 (N, 3, S, S), N > 0, what the model was validated on, or anything. Runs in a process of its own, at
+    a low priority. Raises OSError or subprocess.SubprocessError if that fails.
+    """
+    np.save(target / "pixels.npy", pixels.numpy())
+    subprocess.run(
+        [sys.executable, "-m", "app.serving.engines", str(model_folder), str(target)],
+        check=True,
+        capture_output=True,
+        timeout=_BUILD_TIMEOUT_SECONDS,
+    )
+    (target / "pixels.npy").unlink()
+
+
+def open_built(folder: Path) -> tuple[OnnxEngine | None, Report]:
+    """What `build` left in a folder: an engine, or none where it is not worth it. Raises ValueError, OSError for what
+    cannot be read."""
+    try:
+        report = TypeAdapter(Report).validate_python(json.loads((folder / _REPORT_FILE).read_bytes()))
+        return (OnnxEngine(folder / _ENGINE_FILE) if report.is_worth_it else None), report
+    except (ValidationError, *_UNREADABLE) as error:
+        raise ValueError("the built engine cannot be read") from error
+
+
+class _WithPixels(nn.Module):
+    """The backbone and what comes before it."""
+
+    def __init__(self, backbone: Backbone, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.backbone, self._preprocessing = backbone, preprocessing
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.backbone(normalise(pixels, self._preprocessing, torch.float32))
+        return features
+
+
+def _build_here(model_folder: Path, target: Path) -> Report:
+    model = artifact.load(model_folder)
+    backbone, preprocessing = model.classifier.backbone, model.preprocessing
+    pixels = torch.from_numpy(np.load(target / "pixels.npy"))
+    example = pixels[:1].expand(2, -1, -1, -1).contiguous()
+    ours = TorchEngine(backbone, preprocessing, torch.device("cpu"))
+
+    def scores(engine: Engine) -> Tensor:
+        with torch.no_grad():
+            logits = [model.classifier.head(engine.features(part)) for part in torch.split(pixels, 16)]
+            return torch.cat(logits).div(model.temperature).softmax(1)
+
+    # Before the export, whose tracing would leave tensors without values where normalise keeps its constants.
+    plain = scores(ours)
+    program = torch.onnx.export(
+        _WithPixels(backbone, preprocessing).eval(),
+        (example,),
+        input_names=["pixels"],
+        output_names=["features"],
+        dynamic_shapes=({0: torch.export.Dim("pictures")},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(target / _ENGINE_FILE)
+    theirs = OnnxEngine(target / _ENGINE_FILE)
+    fast = scores(theirs)
+    part = pixels[:_MEASURED_BATCH]
+    return Report(
+        images=len(pixels),
+        max_score_difference=float((plain - fast).abs().max()) if plain.numel() else 0.0,
+        same_top=bool((plain.argmax(1) == fast.argmax(1)).all()) if plain.numel() else True,
+        speedup=_seconds(lambda: ours.features(part)) / _seconds(lambda: theirs.features(part)),
+    )
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    """Median of several, after one to warm up."""
+    action()
+    found = []
+    for _ in range(_MEASURED_RUNS):
+        start = time.perf_counter()
+        action()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+if __name__ == "__main__":
+    os.nice(5)
+    folder = Path(sys.argv[2])
+    found = _build_here(Path(sys.argv[1]), folder)
+    # Last: where it is, the engine is whole.
+    (folder / _REPORT_FILE).write_text(json.dumps(asdict(found)), "utf-8")

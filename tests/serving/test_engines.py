@@ -1,0 +1,169 @@
+"""Another engine is built, compared with torch, and taken only where it is faster and says the same."""
+
+import asyncio
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import builders
+import pytest
+import torch
+
+from app.serving import engines, predictor
+from app.serving.engines import OnnxEngine, Report, TorchEngine
+from app.serving.predictor import Predictor, Scores
+from app.storage import LocalStorage
+from app.vision import artifact
+from app.vision.artifact import Artifact
+from app.vision.classifier import Classifier
+from app.vision.images import ImageLimits
+from app.vision.preprocessing import Preprocessing
+
+LIMITS = ImageLimits(
+    max_bytes=10**7, max_pixels=10**7, max_side=10_000, max_aspect=100.0, max_jpeg_scans=100
+)  # fmt: skip
+SMALL = Preprocessing(
+    resize=72, crop=64, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear"
+)
+GOOD = Report(images=9, max_score_difference=1e-6, same_top=True, speedup=2.0)
+
+
+def save(folder: Path, *, feature_layer: str | None = None) -> Artifact:
+    """A network whose batch-norm statistics have moved: else its features are all but nothing."""
+    classifier = Classifier.new("mobilenet_v3_small", 3, seed=0, feature_layer=feature_layer).train()
+    for module in classifier.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.5
+    with torch.no_grad():
+        for _ in range(10):
+            classifier(torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+    classifier.eval()
+    model = Artifact(classifier, ["x", "y", "z"], SMALL, temperature=0.7)
+    artifact.save(folder, model)
+    return model
+
+
+@pytest.mark.parametrize("feature_layer", [None, pytest.param("all", marks=pytest.mark.slow)])
+def test_built_engine_gives_torchs_features_for_batches_of_any_size(tmp_path: Path, feature_layer: str | None) -> None:
+    model = save(tmp_path / "model", feature_layer=feature_layer)
+    pixels = torch.randint(0, 256, (9, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "built").mkdir()
+
+    engines.build(tmp_path / "model", tmp_path / "built", pixels=pixels)
+
+    assert {path.name for path in (tmp_path / "built").iterdir()} == {"engine.onnx", "engine.json"}
+    report = Report(**json.loads((tmp_path / "built" / "engine.json").read_text()))
+    assert (report.images, report.same_top) == (9, True)
+    assert report.max_score_difference < engines.SCORE_TOLERANCE
+    ours, theirs = (
+        TorchEngine(model.classifier.backbone, SMALL, torch.device("cpu")),
+        OnnxEngine(tmp_path / "built" / "engine.onnx"),
+    )
+    assert ours.features(pixels).std() > 0.01
+    for count in (1, 3, 9):
+        torch.testing.assert_close(theirs.features(pixels[:count]), ours.features(pixels[:count]), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        replace(GOOD, same_top=False),
+        replace(GOOD, max_score_difference=0.01),
+        replace(GOOD, speedup=1.0),
+    ],
+    ids=["other answer", "other scores", "no faster"],
+)
+def test_engine_that_is_not_worth_it_is_not_taken(tmp_path: Path, report: Report) -> None:
+    assert GOOD.is_worth_it
+    (tmp_path / "engine.json").write_text(json.dumps(asdict(report)))
+    assert engines.open_built(tmp_path) == (None, report)
+
+
+def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "engine.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        engines.open_built(tmp_path)
+    (tmp_path / "engine.json").write_text(json.dumps(asdict(GOOD)))
+    (tmp_path / "engine.onnx").write_bytes(b"no network")
+    with pytest.raises(ValueError, match="cannot be read"):
+        engines.open_built(tmp_path)
+
+
+@pytest.mark.slow
+def test_busy_network_changes_its_engine_between_two_requests_and_a_new_start_has_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictor, "BUILD_AFTER_PICTURES", 3)
+    monkeypatch.setattr(engines, "MIN_GAIN", 0.0)  # which of the two is faster here is not what is tested
+    storage = LocalStorage(tmp_path)
+    save(storage.path("models/a"))
+    picture = builders.jpeg(1, size=(90, 80))
+
+    def opened() -> Predictor:
+        return Predictor(
+            storage=storage,
+            device=torch.device("cpu"),
+            limits=LIMITS,
+            max_loaded_bytes=10**9,
+            max_pending=100,
+            timeout_seconds=60,
+            builds_engines=True,
+        )
+
+    async def until_changed(busy: Predictor) -> list[float]:
+        (plain,) = await busy.predict("a", [picture])
+        assert busy.engine_of("a") == "torch"
+        assert isinstance(plain, Scores)
+        async with asyncio.timeout(120):
+            while busy.engine_of("a") == "torch":
+                (outcome,) = await busy.predict("a", [picture])
+                assert isinstance(outcome, Scores)
+                await asyncio.sleep(0.05)
+        (fast,) = await busy.predict("a", [picture])
+        assert isinstance(fast, Scores)
+        assert fast.values == pytest.approx(plain.values, abs=engines.SCORE_TOLERANCE)
+        return list(fast.values)
+
+    async def at_once(fresh: Predictor) -> list[float]:
+        await fresh.load("a")
+        assert fresh.engine_of("a") == "onnxruntime"
+        (outcome,) = await fresh.predict("a", [picture])
+        assert isinstance(outcome, Scores)
+        return list(outcome.values)
+
+    found = []
+    for story in (until_changed, at_once):
+        running = opened()
+        try:
+            found.append(asyncio.run(story(running)))
+        finally:
+            running.close()
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_engine_that_cannot_be_built_leaves_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor, "BUILD_AFTER_PICTURES", 1)
+    storage = LocalStorage(tmp_path)
+    save(storage.path("models/a"))
+
+    async def story(busy: Predictor) -> None:
+        await busy.load("a")
+        storage.delete("models/a")  # gone before its engine is built
+        await busy.predict("a", [builders.jpeg(1)])
+        await asyncio.gather(*busy._building.values())
+        assert busy.engine_of("a") == "torch"
+        assert len(await busy.predict("a", [builders.jpeg(1)])) == 1
+
+    running = Predictor(
+        storage=storage,
+        device=torch.device("cpu"),
+        limits=LIMITS,
+        max_loaded_bytes=10**9,
+        max_pending=100,
+        timeout_seconds=60,
+        builds_engines=True,
+    )
+    try:
+        asyncio.run(story(running))
+    finally:
+        running.close()
