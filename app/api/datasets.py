@@ -19,7 +19,6 @@ from app.api.deps import (
     Limit,
     ServicesDep,
     Wait,
-    parse_as,
     refuse_declared_size,
     wait_until,
 )
@@ -27,6 +26,7 @@ from app.api.idempotency import Claim
 from app.api.openapi import problems
 from app.api.schemas import Dataset, DatasetImage, Deleted, Listing
 from app.api.services import Services
+from app.api.strict_json import parse_as
 from app.datasets import catalog
 from app.datasets.archive import ArchiveLimits
 from app.datasets.ingest import archive_key

@@ -11,9 +11,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from app.api.deps import parse_as, read_body, refuse_declared_size, strict_json
+from app.api.deps import read_body, refuse_declared_size
 from app.api.problems import pointer_to
 from app.api.schemas import PicturesRequest
+from app.api.strict_json import parse_as, strict_json
 from app.errors import FieldError, ImageRefused, InvalidRequest, TooLarge
 from app.vision.images import sniff
 
