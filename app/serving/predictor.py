@@ -8,6 +8,7 @@ forward passes (one, because a device does one thing at a time).
 """
 
 import asyncio
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.errors import FieldError, ImageRefused, Overloaded
+from app.errors import FieldError, ImageRefused, InvalidRequest, Overloaded
 from app.vision import artifact, images
 from app.vision.artifact import Artifact
 from app.vision.images import ImageLimits
-from app.vision.preprocessing import eval_pixels, normalise
+from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 
 # Pictures in one forward pass. More gain nothing on a CPU, and on a GPU only memory is left to lose.
 FORWARD_BATCH_SIZE = 32
@@ -56,8 +57,9 @@ class LoadedModel:
         self.probabilities(torch.zeros(1, 3, side, side, dtype=torch.uint8))
 
     def probabilities(self, pixels: Tensor) -> Tensor:
-        """pixels: uint8 (N, 3, S, S) as eval_pixels makes them. Returns float32 (N, C) on the CPU.
+        """pixels: uint8 (N, 3, S, S) as eval_pixels makes them, or float32 and normalised already.
 
+        Returns float32 (N, C) on the CPU.
         Raises Overloaded if the device has no memory left even for one picture.
         """
         try:
@@ -78,7 +80,9 @@ class LoadedModel:
 
     def _forward(self, pixels: Tensor) -> Tensor:
         with torch.inference_mode():
-            batch = normalise(pixels.to(self._device), self.preprocessing, torch.float32)
+            batch = pixels.to(self._device)
+            if batch.dtype == torch.uint8:
+                batch = normalise(batch, self.preprocessing, torch.float32)
             return self._classifier.probabilities(batch, self._temperature).float().cpu()
 
 
@@ -129,6 +133,27 @@ class Predictor:
             return [next(scores) if isinstance(pixels, Tensor) else pixels for pixels in inputs]
         finally:
             self._pending -= len(pictures)
+
+    async def scores(self, model_id: str, batch: Tensor) -> list[Scores]:
+        """Scores for pictures that the caller has preprocessed as the model's `preprocessing` says.
+
+        batch: float32 (N, 3, S, S), normalised.
+        Raises InvalidRequest for another shape, for values that are not finite or that the network makes no numbers
+        of, and what `predict` raises.
+        """
+        if self._pending + len(batch) > self._max_pending:
+            raise Overloaded("Too many pictures wait for prediction; try again soon.", retry_after_seconds=1)
+        self._pending += len(batch)
+        try:
+            model = await self.load(model_id)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._decoders, _check_preprocessed, batch, model.preprocessing)
+            scores = await self._run(model, list(batch))
+        finally:
+            self._pending -= len(batch)
+        if not all(math.isfinite(value) for row in scores for value in row.values):
+            raise InvalidRequest("The network makes no numbers of this tensor: its values are far too large.")
+        return scores
 
     async def features(self, model_id: str, pictures: Sequence[bytes]) -> Tensor:
         """What the model's head sees of each picture: float32 (N, D), N > 0.
@@ -242,3 +267,14 @@ class Predictor:
             rows = await loop.run_in_executor(self._forwarder, model.probabilities, batch)
             scores += [Scores(model.classes, row) for row in rows.tolist()]
         return scores
+
+
+def _check_preprocessed(batch: Tensor, preprocessing: Preprocessing) -> None:
+    side = preprocessing.crop
+    if batch.dtype != torch.float32 or batch.dim() != 4 or batch.shape[1:] != (3, side, side):
+        raise InvalidRequest(
+            f"This model takes float32 of the shape [n, 3, {side}, {side}], not {list(batch.shape)}; send encoded "
+            "pictures instead, and they are preprocessed here."
+        )
+    if not torch.isfinite(batch).all():
+        raise InvalidRequest("The tensor holds values that are not finite numbers.")
