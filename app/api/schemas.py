@@ -61,7 +61,7 @@ class ProblemDocument(Schema):
     detail: str = Field(description="What happened and what to do next.")
     request_id: str = Field(description="The answer's X-Request-ID; the server's log has it too.")
     errors: list[FieldProblem] | None = Field(None, exclude_if=lambda errors: errors is None)
-    error: ErrorObject
+    error: ErrorObject | str = Field(description="A text on /v2 and /hf, an object everywhere else.")
 
 
 class Listing(Schema, Generic[T]):
