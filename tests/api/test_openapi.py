@@ -67,6 +67,7 @@ def test_it_has_every_operation_of_this_version(document: dict[str, Any]) -> Non
         "POST /v2/repository/index",
         "POST /v2/repository/models/{name}/load",
         "POST /v2/repository/models/{name}/unload",
+        "POST /hf/{model}",
         "GET /healthz",
         "GET /readyz",
         "GET /metrics",
@@ -101,6 +102,7 @@ def test_every_operation_with_a_body_says_which(document: dict[str, Any]) -> Non
         "POST /v2/repository/index": ["application/json"],
         "POST /v2/repository/models/{name}/load": ["application/json"],
         "POST /v2/repository/models/{name}/unload": ["application/json"],
+        "POST /hf/{model}": ["application/json", "image/jpeg", "image/png", "image/webp"],
     }
 
 
