@@ -68,6 +68,18 @@ def test_it_has_every_operation_of_this_version(document: dict[str, Any]) -> Non
         "POST /v2/repository/models/{name}/load",
         "POST /v2/repository/models/{name}/unload",
         "POST /hf/{model}",
+        "POST /v1/files",
+        "GET /v1/files",
+        "GET /v1/files/{file_id}",
+        "DELETE /v1/files/{file_id}",
+        "POST /v1/fine_tuning/jobs",
+        "GET /v1/fine_tuning/jobs",
+        "GET /v1/fine_tuning/jobs/{job_id}",
+        "POST /v1/fine_tuning/jobs/{job_id}/cancel",
+        "POST /v1/fine_tuning/jobs/{job_id}/pause",
+        "POST /v1/fine_tuning/jobs/{job_id}/resume",
+        "GET /v1/fine_tuning/jobs/{job_id}/events",
+        "GET /v1/fine_tuning/jobs/{job_id}/checkpoints",
         "GET /healthz",
         "GET /readyz",
         "GET /metrics",
@@ -103,6 +115,8 @@ def test_every_operation_with_a_body_says_which(document: dict[str, Any]) -> Non
         "POST /v2/repository/models/{name}/load": ["application/json"],
         "POST /v2/repository/models/{name}/unload": ["application/json"],
         "POST /hf/{model}": ["application/json", "image/jpeg", "image/png", "image/webp"],
+        "POST /v1/files": ["multipart/form-data"],
+        "POST /v1/fine_tuning/jobs": ["application/json"],
     }
 
 
