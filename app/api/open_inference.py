@@ -116,7 +116,7 @@ class IndexRequest(BaseModel):
 
 
 class LoadRequest(BaseModel):
-    """The body of load and unload; it may be left out. What it would change about a model is refused."""
+    """The body of load and unload; it may be left out. parameters: of unload they are passed over."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -208,7 +208,6 @@ async def version_ready(services: ServicesDep, model: ByVersion) -> ModelReady:
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _INFER: dict[str, Any] = {
     "response_model": InferAnswer,
-    "response_model_exclude_none": True,
     "responses": {
         200: {
             "content": _BINARY,

@@ -80,12 +80,16 @@ def encoded_in_json(pictures: list[bytes]) -> triton.InferInput:
     return tensor
 
 
-def preprocessed(pictures: list[bytes], *, binary_data: bool) -> triton.InferInput:
+def batch_of(pictures: list[bytes]) -> np.ndarray[Any, Any]:
     """As the metadata says, by a client that knows how the model was validated."""
     limits = ImageLimits(max_bytes=10**7, max_pixels=10**7, max_side=10_000, max_aspect=100.0, max_jpeg_scans=100)
     side = SMALL.side
     rows = [normalise(eval_pixels(images.decode(p, side=side, limits=limits), SMALL)[None], SMALL) for p in pictures]
-    batch = np.concatenate([row.numpy() for row in rows])
+    return np.concatenate([row.numpy() for row in rows])
+
+
+def preprocessed(pictures: list[bytes], *, binary_data: bool) -> triton.InferInput:
+    batch = batch_of(pictures)
     tensor = triton.InferInput("preprocessed", list(batch.shape), "FP32")
     tensor.set_data_from_numpy(batch, binary_data=binary_data)
     return tensor
@@ -247,7 +251,7 @@ def test_picture_as_it_is_under_a_header_of_0(http: httpx.Client, expected: np.n
 
 
 def test_tensor_as_it_is_under_a_header_of_0(http: httpx.Client, expected: np.ndarray[Any, Any]) -> None:
-    raw = preprocessed(PICTURES, binary_data=True)._get_binary_data()
+    raw = batch_of(PICTURES).tobytes()
     response = http.post(INFER, content=raw, headers={"Inference-Header-Content-Length": "0"})
 
     assert np.reshape(response.json()["outputs"][0]["data"], (3, 2)) == pytest.approx(expected, abs=1e-5)
