@@ -11,7 +11,19 @@ from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
 
 from app import access, logs
-from app.api import classes, datasets, jobs, models, openapi, predict, system
+from app.api import (
+    classes,
+    datasets,
+    files,
+    fine_tuning,
+    huggingface,
+    jobs,
+    models,
+    open_inference,
+    openapi,
+    predict,
+    system,
+)
 from app.api.deps import refuse_unknown_query
 from app.api.failures import handle_failures
 from app.api.middleware import MIDDLEWARE
@@ -49,8 +61,8 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # a redirected POST loses its body with many clients; a 404 says what is wrong
     )
-    for router in (datasets.router, jobs.router, models.router, classes.router, predict.router, system.router):
-        app.include_router(router)
+    for part in (datasets, jobs, models, classes, predict, open_inference, huggingface, files, fine_tuning, system):
+        app.include_router(part.router)
     handle_failures(app)
     app.openapi = openapi.describe(app)  # type: ignore[method-assign]
     return app

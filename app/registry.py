@@ -125,6 +125,12 @@ def list_of_methods(session: Session, methods: Sequence[str]) -> list[ModelRow]:
     return list(session.scalars(select(ModelRow).where(ModelRow.method.in_(methods)).order_by(ModelRow.seq.desc())))
 
 
+def list_of_job(session: Session, job_id: str) -> list[ModelRow]:
+    """What a job itself made and is still there, newest first."""
+    made = select(ModelRow).where(ModelRow.job_id == job_id, ModelRow.role != "extended")
+    return list(session.scalars(made.order_by(ModelRow.seq.desc())))
+
+
 def delete(session: Session, model_id: str) -> None:
     """Forgets a model; its files are the caller's to remove, once this is committed.
 

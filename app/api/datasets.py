@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from app.access import Caller
 from app.api import idempotency
 from app.api.deps import (
     After,
@@ -19,7 +20,6 @@ from app.api.deps import (
     Limit,
     ServicesDep,
     Wait,
-    parse_as,
     refuse_declared_size,
     wait_until,
 )
@@ -27,6 +27,7 @@ from app.api.idempotency import Claim
 from app.api.openapi import problems
 from app.api.schemas import Dataset, DatasetImage, Deleted, Listing
 from app.api.services import Services
+from app.api.strict_json import parse_as
 from app.datasets import catalog
 from app.datasets.archive import ArchiveLimits
 from app.datasets.ingest import archive_key
@@ -63,6 +64,7 @@ class UploadOptions(BaseModel):
     kind: Kind | None = None
     val_fraction: ValFraction | None = None
     seed: Seed | None = None
+    purpose: Literal["fine-tune"] | None = None  # of clients that upload files for many
 
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -119,20 +121,11 @@ async def upload_dataset(
     wait: Wait = 0,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    _refuse_declared_size(request, services.settings)
-    key = idempotency.parse_key(idempotency_key)
     in_query = {"name": name, "kind": kind, "val_fraction": val_fraction, "seed": seed}
-    scope = f"{caller.key_id} {request.method} {request.url.path}"
-    claim = None if key is None else await run_in_threadpool(idempotency.begin, services.database, scope=scope, key=key)
-    try:
-        answer = await _receive(request, services, in_query, claim)
-    except BaseException:
-        if claim is not None:
-            await run_in_threadpool(idempotency.release, services.database, claim)
-        raise
+    answer, is_replay = await receive_once(request, services, caller, in_query, idempotency_key)
     if wait:
-        answer = (await _wait_for(request, services, answer["id"], seconds=wait)).model_dump(mode="json")
-    return _created(answer, is_replay=claim is not None and claim.answered is not None)
+        answer = (await wait_for(request, services, answer["id"], seconds=wait)).model_dump(mode="json")
+    return _created(answer, is_replay=is_replay)
 
 
 @router.get(
@@ -153,7 +146,7 @@ def list_datasets(
 
 @router.get("/v1/datasets/{dataset_id}", response_model=Dataset, summary="One data set", responses=problems(404))
 async def get_dataset(request: Request, services: ServicesDep, dataset_id: DatasetId, wait: Wait = 0) -> Dataset:
-    return await _wait_for(request, services, dataset_id, seconds=wait)
+    return await wait_for(request, services, dataset_id, seconds=wait)
 
 
 @router.delete(
@@ -214,7 +207,29 @@ def get_thumbnail(services: ServicesDep, dataset_id: DatasetId, image_id: Datase
     return Response(services.pictures.thumbnail(dataset_id, image_id), media_type="image/jpeg", headers=headers)
 
 
-async def _wait_for(request: Request, services: Services, dataset_id: str, *, seconds: float) -> Dataset:
+async def receive_once(
+    request: Request, services: Services, caller: Caller, in_query: Mapping[str, Any], idempotency_key: str | None
+) -> tuple[Mapping[str, Any], bool]:
+    """The data set made of the archive in the body, and whether it was answered before under the same Idempotency-Key.
+
+    in_query: options of UploadOptions; a form's fields go before them.
+    """
+    _refuse_declared_size(request, services.settings)
+    key = idempotency.parse_key(idempotency_key)
+    scope = f"{caller.key_id} {request.method} {request.url.path}"
+    claim = None if key is None else await run_in_threadpool(idempotency.begin, services.database, scope=scope, key=key)
+    try:
+        answer = await _receive(request, services, in_query, claim)
+    except BaseException:
+        if claim is not None:
+            await run_in_threadpool(idempotency.release, services.database, claim)
+        raise
+    return answer, claim is not None and claim.answered is not None
+
+
+async def wait_for(request: Request, services: Services, dataset_id: str, *, seconds: float) -> Dataset:
+    """The data set, once it is ready or failed, or the time is up. Raises NotFound."""
+
     def read() -> Dataset:
         with services.database.read() as session:
             return Dataset.of(catalog.find(session, dataset_id))
@@ -279,7 +294,11 @@ def _keep(
                 size_bytes=upload.size_bytes,
                 sha256=upload.sha256,
                 kind=options["kind"],
-                options={"val_fraction": options["val_fraction"], "seed": options["seed"]},
+                options={
+                    "val_fraction": options["val_fraction"],
+                    "seed": options["seed"],
+                    "filename": _printable_base(upload.filename) or None,
+                },
             )
             queue.submit(session, kind=JobKind.ingest, dataset_id=dataset_id, spec=row.options)
             answer = Dataset.of(row).model_dump(mode="json")
@@ -308,9 +327,12 @@ def _options(in_query: Mapping[str, Any], upload: StagedUpload, settings: Settin
 
 
 def _name_of_file(filename: str | None) -> str:
+    return _ARCHIVE_SUFFIX.sub("", _printable_base(filename))[:200] or DEFAULT_NAME
+
+
+def _printable_base(filename: str | None) -> str:
     base = re.split(r"[/\\]", filename or "")[-1]
-    printable = "".join(character for character in _ARCHIVE_SUFFIX.sub("", base) if character.isprintable())
-    return printable[:200] or DEFAULT_NAME
+    return "".join(character for character in base if character.isprintable())[:255]
 
 
 def _refuse_declared_size(request: Request, settings: Settings) -> None:

@@ -57,7 +57,7 @@ async def submit_job(
     if dry_run:
         return JSONResponse((await run_in_threadpool(_dry_run, services, job)).model_dump(mode="json"))
     scope = f"{caller.key_id} {request.method} {request.url.path}"
-    answer, is_replay = await run_in_threadpool(_submit, services, job, scope, key)
+    answer, is_replay = await run_in_threadpool(submit_once, services, job, scope=scope, key=key)
     if wait:
         answer = (await _wait_for(request, services, answer["id"], seconds=wait)).model_dump(mode="json")
     headers = {"Location": f"/v1/jobs/{answer['id']}"} | ({"Idempotent-Replayed": "true"} if is_replay else {})
@@ -179,6 +179,32 @@ def _render(session: Session, row: JobRow) -> Job:
     return Job.of(row, queue_position=queue.queue_position(session, row))
 
 
+def submit_once(
+    services: Services, request: JobRequest, *, scope: str, key: str | None
+) -> tuple[Mapping[str, Any], bool]:
+    """The job that was queued, and whether it was answered before under the same Idempotency-Key.
+
+    scope: what keys are unique within: API key, method and path.
+    """
+    print_of_request = idempotency.fingerprint(request.model_dump(mode="json"))
+    claim = None if key is None else idempotency.begin(services.database, scope=scope, key=key)
+    if claim is not None and claim.answered is not None:
+        idempotency.check_same(claim, print_of_request)
+        return claim.answered, True
+    try:
+        return _queue(services, request, claim, print_of_request), False
+    except BaseException:
+        if claim is not None:
+            idempotency.release(services.database, claim)
+        raise
+
+
+def resolve(session: Session, services: Services, request: JobRequest) -> TrainingSpec:
+    """What the request resolves to on this server. Raises NotFound or Conflict for its data set, and what
+    `training.resolve` does."""
+    return _resolve(session, services, request, _ready_dataset(session, request.dataset))
+
+
 def _dry_run(services: Services, request: JobRequest) -> DryRun:
     with services.database.read() as session:
         dataset = _ready_dataset(session, request.dataset)
@@ -206,26 +232,10 @@ def _resolve(session: Session, services: Services, request: JobRequest, dataset:
     )
 
 
-def _submit(services: Services, request: JobRequest, scope: str, key: str | None) -> tuple[Mapping[str, Any], bool]:
-    """The answer, and whether it was given before under the same Idempotency-Key."""
-    print_of_request = idempotency.fingerprint(request.model_dump(mode="json"))
-    claim = None if key is None else idempotency.begin(services.database, scope=scope, key=key)
-    if claim is not None and claim.answered is not None:
-        idempotency.check_same(claim, print_of_request)
-        return claim.answered, True
-    try:
-        return _queue(services, request, claim, print_of_request), False
-    except BaseException:
-        if claim is not None:
-            idempotency.release(services.database, claim)
-        raise
-
-
 def _queue(services: Services, request: JobRequest, claim: Claim | None, print_of_request: str) -> Mapping[str, Any]:
     # Resolving may look for weight files, so it is done before the transaction that holds the write lock.
     with services.database.read() as session:
-        dataset = _ready_dataset(session, request.dataset)
-        spec = _resolve(session, services, request, dataset)
+        spec = resolve(session, services, request)
     with services.database.write() as session:
         _ready_dataset(session, request.dataset)  # it may have been deleted meanwhile
         row = _submit_spec(session, spec, name=request.name)

@@ -1,7 +1,5 @@
 """Pictures in a request's body: as a form, as raw bytes, or as JSON in base64, told apart by their first bytes."""
 
-import base64
-import binascii
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +9,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from app.api.deps import parse_as, read_body, refuse_declared_size, strict_json
+from app.api.data_urls import bytes_of
+from app.api.deps import read_body, refuse_declared_size
 from app.api.problems import pointer_to
 from app.api.schemas import PicturesRequest
+from app.api.strict_json import parse_as, strict_json
 from app.errors import FieldError, ImageRefused, InvalidRequest, TooLarge
 from app.vision.images import sniff
 
 MAX_FORM_FIELDS = 20
-_DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w.+=-]*)*,", re.ASCII)
 
 _HOW_TO = (
     "Send pictures as `-F file=@cat.jpg` (one or many), as raw bytes `--data-binary @cat.jpg`, or as JSON "
@@ -124,12 +123,9 @@ def _read_json(body: bytes, schema: type[PicturesRequest]) -> PictureBody:
 
 
 def _decoded(text: str, index: int) -> bytes | ImageRefused:
-    """Base64, bare or in a data URL; line breaks are fine, as `base64` writes them."""
-    prefix = _DATA_URL.match(text)
-    payload = "".join((text[prefix.end() :] if prefix else text).split())
     try:
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError):
+        return bytes_of(text)
+    except ValueError:
         return ImageRefused("not valid base64", errors=[FieldError(f"#/images/{index}/b64", "is not valid base64")])
 
 

@@ -15,6 +15,8 @@ from starlette.responses import Response
 from app.errors import FieldError, GraftError, InvalidHyperparameter, InvalidRequest, problem_type
 
 PROBLEM_JSON = "application/problem+json"
+# Clients and proxies refuse headers of some kilobytes; the body has the whole text.
+MAX_HEADER_CHARACTERS = 1000
 
 # Slug and advice for what the framework refuses before any of our code runs.
 _FRAMEWORK_PROBLEMS: dict[int, tuple[str, str]] = {
@@ -93,7 +95,8 @@ class Problem:
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
         if _wants_string(path):
-            headers["X-Error-Message"] = self.detail.encode("ascii", "replace").decode().replace("\n", " ")
+            headers["X-Error-Code"] = self.code
+            headers["X-Error-Message"] = _header_text(self.detail)
         body = json.dumps(self.document(request_id=request_id, path=path), ensure_ascii=False).encode(
             "utf-8",
             "backslashreplace",  # a caller's lone surrogate may be quoted in the detail
@@ -140,6 +143,12 @@ def _sentence(error: Mapping[str, Any]) -> str:
         return "is required"
     message = str(error["msg"]).removeprefix("Value error, ")
     return message[:1].lower() + message[1:]
+
+
+def _header_text(detail: str) -> str:
+    """What a header may hold: ASCII on one line. A detail may quote what the caller sent."""
+    printable = "".join(character if character.isprintable() else " " for character in detail[:MAX_HEADER_CHARACTERS])
+    return " ".join(printable.encode("ascii", "replace").decode().split())
 
 
 def _wants_string(path: str) -> bool:

@@ -61,7 +61,7 @@ class ProblemDocument(Schema):
     detail: str = Field(description="What happened and what to do next.")
     request_id: str = Field(description="The answer's X-Request-ID; the server's log has it too.")
     errors: list[FieldProblem] | None = Field(None, exclude_if=lambda errors: errors is None)
-    error: ErrorObject
+    error: ErrorObject | str = Field(description="A text on /v2 and /hf, an object everywhere else.")
 
 
 class Listing(Schema, Generic[T]):
@@ -126,6 +126,7 @@ class Dataset(Schema):
     id: str
     object: Literal["dataset"] = "dataset"
     name: str
+    filename: str | None = Field(description="Of the archive, where the upload named it.")
     kind: Literal["labelled", "unlabelled"] = Field(description="unlabelled: without classes, for self_supervised.")
     status: Literal["processing", "ready", "failed"]
     created_at: datetime
@@ -150,6 +151,7 @@ class Dataset(Schema):
         return cls(
             id=row.id,
             name=row.name,
+            filename=row.options.get("filename"),
             kind=row.kind,
             status=row.status,
             created_at=row.created_at,
@@ -223,6 +225,7 @@ class Job(Schema):
     cancel_requested: bool
     stop_requested: bool
     error: JsonObject | None = Field(description="Why it failed, as a problem.")
+    metadata: dict[str, str] = Field(description="The texts that came with the request.")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -245,6 +248,7 @@ class Job(Schema):
             cancel_requested=row.cancel_requested,
             stop_requested=row.stop_requested,
             error=row.error,
+            metadata=row.spec.get("requested", {}).get("metadata", {}),
             created_at=row.created_at,
             started_at=row.started_at,
             finished_at=row.finished_at,
@@ -340,6 +344,8 @@ class Model(Schema):
     parent: str | None = Field(description="The model that this one extends.")
     promotion: Promotion | None = Field(description="Whether it became the default and why; null if that is unknown.")
     created_at: datetime
+    created: int = Field(description="The same in seconds since 1970, for clients that read only this.")
+    owned_by: Literal["graft"] = "graft"
 
     @classmethod
     def of(cls, row: ModelRow, *, aliases: Sequence[str]) -> Self:
@@ -359,6 +365,7 @@ class Model(Schema):
             parent=row.parent_id,
             promotion=row.promotion,
             created_at=row.created_at,
+            created=int(row.created_at.timestamp()),
         )
 
 

@@ -31,11 +31,18 @@ async def healthz() -> Health:
     responses=problems(503),
 )
 def readyz(request: Request, services: ServicesDep) -> Response:
+    found = readiness(services)
+    if isinstance(found, Problem):
+        return found.response(request_id=request.state.request_id, path=request.url.path)
+    return JSONResponse(found.model_dump())
+
+
+def readiness(services: Services) -> Readiness | Problem:
     checks = {name: _outcome(check, services) for name, check in _CHECKS.items()}
     failing = {name: outcome for name, outcome in checks.items() if outcome != "ok"}
     if not failing:
-        return JSONResponse(Readiness(checks=checks).model_dump())
-    problem = Problem(
+        return Readiness(checks=checks)
+    return Problem(
         status=503,
         code="not-ready",
         title="Not ready",
@@ -43,7 +50,6 @@ def readyz(request: Request, services: ServicesDep) -> Response:
         retry_after_seconds=1,
         extra={"checks": checks},
     )
-    return problem.response(request_id=request.state.request_id, path=request.url.path)
 
 
 @router.get(

@@ -37,6 +37,14 @@ def read_after(session: Session, job_id: str, after_id: int, limit: int) -> list
     )
 
 
+def read_before(session: Session, job_id: str, before_id: int | None, limit: int) -> list[EventRow]:
+    """Up to `limit` events with ids below `before_id` (None for all), newest first."""
+    events = select(EventRow).where(EventRow.job_id == job_id).order_by(EventRow.id.desc()).limit(limit)
+    if before_id is not None:
+        events = events.where(EventRow.id < before_id)
+    return list(session.scalars(events))
+
+
 def _drop_old_progress(session: Session, job_id: str) -> None:
     of_progress = (EventRow.job_id == job_id, EventRow.event == "progress")
     newest_to_drop = (

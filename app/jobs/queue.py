@@ -5,7 +5,7 @@ it happened; its event is written in the same transaction. Functions take a Sess
 that only look one inside `Database.read()`. Knows rows; not processes, files, or what a job does.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -125,9 +125,13 @@ def list_jobs(
     status: JobStatus | None = None,
     dataset: str | None = None,
     method: str | None = None,
+    metadata: Mapping[str, str] | None = None,
     kind: JobKind = JobKind.training,
 ) -> list[JobRow]:
-    """Up to `limit` jobs, newest first, that come after the job `after`. Raises InvalidRequest if that is unknown."""
+    """Up to `limit` jobs, newest first, that come after the job `after`. Raises InvalidRequest if that is unknown.
+
+    metadata: what a job's own has among others; names without quotation marks and backslashes.
+    """
     jobs = _jobs(kind).order_by(JobRow.seq.desc()).limit(limit)
     if status is not None:
         jobs = jobs.where(JobRow.status == status)
@@ -135,6 +139,8 @@ def list_jobs(
         jobs = jobs.where(JobRow.dataset_id == dataset)
     if method is not None:
         jobs = jobs.where(JobRow.method == method)
+    for name, value in (metadata or {}).items():
+        jobs = jobs.where(JobRow.spec["requested"]["metadata"][name].as_string() == value)
     if after is not None:
         seq = session.scalar(select(JobRow.seq).where(JobRow.id == after))
         if seq is None:

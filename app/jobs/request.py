@@ -32,6 +32,8 @@ FROZEN_METHODS: tuple[Method, ...] = ("feature_extraction", "few_shot")  # they 
 _ID = r"^[A-Za-z0-9_.\-]{1,100}$"
 _NULLABLE = frozenset({"early_stopping_patience"})
 MAX_EXCLUDED = 10_000
+MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 class Hyperparameters(BaseModel):
@@ -140,6 +142,10 @@ class JobRequest(BaseModel):
         default_factory=list,
         description="Paths of images that are left out of training, validation and test, as the data set's images "
         "list them.",
+    )
+
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = Field(
+        default_factory=dict, description="Up to 16 texts of your own, by names of your own; kept with the job."
     )
 
     @field_validator("exclude")

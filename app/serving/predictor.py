@@ -11,6 +11,7 @@ passes (one, because a device does one thing at a time), and building faster eng
 import asyncio
 import contextlib
 import hashlib
+import math
 import subprocess
 import time
 import weakref
@@ -186,29 +187,34 @@ class Predictor:
         """
         with self._place_for(len(batch)):
             model = await self.load(model_id)
-            side = model.preprocessing.crop
-            if batch.dtype != torch.float32 or batch.shape[1:] != (3, side, side):
-                raise InvalidRequest(f"This model takes FP32 tensors of the shape [n, 3, {side}, {side}].")
-            if not torch.isfinite(batch).all():
-                raise InvalidRequest("The tensor has values that are not finite numbers.")
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._decoders, _check_preprocessed, batch, model.preprocessing)
             found = await asyncio.gather(*(self._run(model, pixels) for pixels in batch))
-            if any(value != value for scores in found for value in scores.values):
-                raise InvalidRequest("The tensor's values are too large for this model; are they normalised?")
+            if not all(math.isfinite(value) for scores in found for value in scores.values):
+                raise InvalidRequest("The network makes no numbers of this tensor: its values are far too large.")
             return list(found)
 
     async def features(self, model_id: str, pictures: Sequence[bytes]) -> Tensor:
-        """What the model's head sees of each picture: float32 (N, D), N > 0.
+        """What the model's head sees of each picture: float32 (N, D), N > 0; to the bit the same for the same pictures.
 
         Raises ImageRefused, which points at each picture that cannot be read, and what `predict` raises.
         """
-        outcomes = await self.predict(model_id, pictures)
-        refused = [(i, outcome) for i, outcome in enumerate(outcomes) if isinstance(outcome, ImageRefused)]
-        if refused:
-            raise ImageRefused(
-                f"{len(refused)} of {len(pictures)} pictures cannot be read; send the others alone.",
-                errors=[FieldError(f"#/file/{i}", str(refusal.detail)) for i, refusal in refused],
-            )
-        return torch.stack([o.features for o in outcomes if isinstance(o, Scores) and o.features is not None])
+        with self._place_for(len(pictures)):
+            model = await self.load(model_id)
+            decoded = await asyncio.gather(*(self._decode(model, picture) for picture in pictures))
+            refused = [(i, pixels) for i, pixels in enumerate(decoded) if isinstance(pixels, ImageRefused)]
+            if refused:
+                raise ImageRefused(
+                    f"{len(refused)} of {len(pictures)} pictures cannot be read; send the others alone.",
+                    errors=[FieldError(f"#/file/{i}", str(refusal.detail)) for i, refusal in refused],
+                )
+            readable = torch.stack([pixels for pixels in decoded if isinstance(pixels, Tensor)])
+            # By themselves, since the last digits depend on what runs beside them, and by torch, as in training.
+            parts = [
+                await self._batcher.alone(model.network.torch.features, part)
+                for part in torch.split(readable, FORWARD_BATCH_SIZE)
+            ]
+            return torch.cat(parts)
 
     async def load(self, model_id: str) -> LoadedModel:
         """The model, ready for use; loaded first if need be, once however many ask. Raises ModelUnavailable."""
@@ -276,12 +282,15 @@ class Predictor:
     # One picture
 
     async def _answer(self, model: LoadedModel, picture: bytes) -> Scores | ImageRefused:
+        pixels = await self._decode(model, picture)
+        return pixels if isinstance(pixels, ImageRefused) else await self._run(model, pixels)
+
+    async def _decode(self, model: LoadedModel, picture: bytes) -> Tensor | ImageRefused:
         loop = asyncio.get_running_loop()
         try:
-            pixels = await loop.run_in_executor(self._decoders, self._pixels, picture, model.preprocessing)
+            return await loop.run_in_executor(self._decoders, self._pixels, picture, model.preprocessing)
         except ImageRefused as refusal:
             return refusal
-        return await self._run(model, pixels)
 
     def _pixels(self, picture: bytes, preprocessing: Preprocessing) -> Tensor:
         return eval_pixels(images.decode(picture, side=preprocessing.side, limits=self._limits), preprocessing)
@@ -404,6 +413,17 @@ def _run(network: Network, asked: Sequence[_Asked]) -> list[Scores]:
         for i, row in zip(places, rows, strict=True):
             scores[i] = Scores.of(row, model.outputs, features=found[i])
     return [one for one in scores if one is not None]
+
+
+def _check_preprocessed(batch: Tensor, preprocessing: Preprocessing) -> None:
+    side = preprocessing.crop
+    if batch.dtype != torch.float32 or batch.dim() != 4 or batch.shape[1:] != (3, side, side):
+        raise InvalidRequest(
+            f"This model takes float32 of the shape [n, 3, {side}, {side}], not {list(batch.shape)}; send encoded "
+            "pictures instead, and they are preprocessed here."
+        )
+    if not torch.isfinite(batch).all():
+        raise InvalidRequest("The tensor holds values that are not finite numbers.")
 
 
 def _read(folder: Path) -> tuple[Artifact, str]:

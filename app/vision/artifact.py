@@ -181,6 +181,14 @@ def load(folder: Path) -> Artifact:
     )
 
 
+def read_preprocessing(folder: Path) -> Preprocessing:
+    """Of the artifact in `folder`, whose weights stay unread. Raises ModelUnavailable."""
+    try:
+        return Preprocessing.from_dict(_read_model_file(folder / MODEL_FILE).preprocessing)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged("its description is missing or not readable") from error
+
+
 def load_support(folder: Path) -> Support | None:
     """What the artifact in `folder` can be extended with; None for one that cannot be. Raises ModelUnavailable."""
     record = _read_model_file(folder / MODEL_FILE).support

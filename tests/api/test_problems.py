@@ -7,6 +7,8 @@ import httpx
 import pytest
 from api_builders import RunningServer, assert_is_problem
 
+from app.api.problems import Problem
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
@@ -53,6 +55,15 @@ def test_inference_protocols_get_the_error_as_a_string(client: httpx.Client, pat
     response = client.get(path)
 
     assert response.json()["error"] == response.json()["detail"] == response.headers["x-error-message"]
+
+
+def test_error_in_a_header_is_one_printable_line_of_bounded_length() -> None:
+    detail = "two\r\nlines:\x0b é\x00 " + "x" * 5000
+    response = Problem(status=422, code="bad", title="Bad", detail=detail).response(request_id="1", path="/hf/default")
+
+    assert response.headers["x-error-message"].startswith("two lines: ? xxx")
+    assert len(response.headers["x-error-message"]) <= 1000
+    assert response.headers["x-error-code"] == "bad"
 
 
 def test_mistyped_query_parameter_is_refused_with_the_known_ones(client: httpx.Client) -> None:

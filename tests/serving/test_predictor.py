@@ -113,6 +113,50 @@ def test_nothing_to_predict_is_answered_with_nothing(with_predictor: Callable[..
     with_predictor(story)
 
 
+def test_preprocessed_pictures_score_as_encoded_ones_do(models: Path, with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        decoded = [images.decode(picture, side=SMALL.side, limits=LIMITS) for picture in PICTURES]
+        batch = normalise(torch.stack([eval_pixels(pixels, SMALL) for pixels in decoded]), SMALL)
+
+        for picture, scores in zip(PICTURES, await predictor.scores("a", batch), strict=True):
+            assert list(scores.values) == pytest.approx(expected(models, "a", picture), abs=1e-5)
+        assert await predictor.scores("a", batch[:0]) == []
+        assert predictor.pending == 0
+
+    with_predictor(story)
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        (torch.zeros(2, 3, 33, 33), r"shape \[n, 3, 32, 32\], not \[2, 3, 33, 33\]"),
+        (torch.zeros(2, 1, 32, 32), "shape"),
+        (torch.zeros(3, 32, 32), "shape"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.float64), "float32"),
+        (torch.full((1, 3, 32, 32), torch.nan), "not finite"),
+        (torch.full((1, 3, 32, 32), -torch.inf), "not finite"),
+        (torch.full((1, 3, 32, 32), 3e38), "far too large"),
+    ],
+)
+def test_tensor_that_is_not_what_the_model_takes_is_refused(
+    with_predictor: Callable[..., None], batch: torch.Tensor, reason: str
+) -> None:
+    async def story(predictor: Predictor) -> None:
+        with pytest.raises(InvalidRequest, match=reason):
+            await predictor.scores("a", batch)
+        assert predictor.pending == 0
+
+    with_predictor(story)
+
+
+def test_tensors_wait_in_the_same_queue(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        with pytest.raises(Overloaded):
+            await predictor.scores("a", torch.zeros(6, 3, 32, 32))
+
+    with_predictor(story, max_pending=5)
+
+
 def test_top_is_best_first_and_no_longer_than_the_classes() -> None:
     scores = Scores(["x", "y", "z"], [0.2, 0.5, 0.3])
 
@@ -218,31 +262,6 @@ def test_models_of_one_backbone_share_it_and_run_in_one_batch(
     sizes = with_predictor(story)
     assert sum(sizes) == 11
     assert len(sizes) < 11
-
-
-def test_preprocessed_tensors_are_scored_like_the_pictures_they_were(with_predictor: Callable[..., None]) -> None:
-    async def story(predictor: Predictor) -> None:
-        batch = torch.stack(
-            [
-                normalise(eval_pixels(images.decode(p, side=SMALL.side, limits=LIMITS), SMALL)[None], SMALL)[0]
-                for p in PICTURES
-            ]
-        )
-        for ours, theirs in zip(
-            await predictor.scores("a", batch), await predictor.predict("a", PICTURES), strict=True
-        ):
-            assert values(ours) == pytest.approx(values(theirs), abs=1e-5)
-        for wrong in (
-            batch[:, :, :16],
-            batch.double(),
-            torch.full_like(batch, torch.nan),
-            torch.full_like(batch, 3e38),
-        ):
-            with pytest.raises(InvalidRequest):
-                await predictor.scores("a", wrong)
-        assert predictor.pending == 0
-
-    with_predictor(story)
 
 
 def test_picture_that_waits_beyond_its_time_is_refused(with_predictor: Callable[..., None]) -> None:

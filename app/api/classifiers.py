@@ -1,0 +1,29 @@
+"""What the protocols of other systems' clients share: a classifier by its name, and the scores of its pictures."""
+
+from collections.abc import Sequence
+
+from app import registry
+from app.api.evaluation import check_predicts
+from app.api.services import Services
+from app.db.tables import ModelRow
+from app.errors import ImageRefused, TooLarge
+from app.serving.predictor import Scores
+
+
+def find_classifier(services: Services, name: str) -> ModelRow:
+    """name: a model's id or alias. Raises NotFound, or Conflict for a backbone."""
+    with services.database.read() as session:
+        row = registry.find(session, name)
+    check_predicts(row)
+    return row
+
+
+async def scores_of(services: Services, model_id: str, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
+    """As `Predictor.predict`, counted. Raises TooLarge for a single picture that is."""
+    max_bytes = services.settings.max_image_bytes
+    if len(pictures) == 1 and len(pictures[0]) > max_bytes:
+        raise TooLarge(f"The picture is larger than the {max_bytes:,} bytes that are read here; send a smaller one.")
+    outcomes = await services.predictor.predict(model_id, pictures)
+    refused = sum(isinstance(outcome, ImageRefused) for outcome in outcomes)
+    services.metrics.count_predictions(answered=len(outcomes) - refused, refused=refused)
+    return outcomes
