@@ -2,28 +2,19 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
-import anyio.to_thread
 from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse, Response
+from sqlalchemy.orm import Session
+from starlette.responses import Response
 
 from app.access import Caller
-from app.api import idempotency
-from app.api.deps import (
-    After,
-    CallerDep,
-    IdempotencyKey,
-    Limit,
-    ServicesDep,
-    Wait,
-    refuse_declared_size,
-    wait_until,
-)
-from app.api.idempotency import Claim
+from app.api import archive_uploads
+from app.api.archive_uploads import BINARY, ArchiveUse, Tick, created
+from app.api.deps import After, CallerDep, IdempotencyKey, Limit, ServicesDep, Wait, wait_until
 from app.api.openapi import problems
 from app.api.schemas import Dataset, DatasetImage, Deleted, Listing
 from app.api.services import Services
@@ -34,9 +25,9 @@ from app.datasets.ingest import archive_key
 from app.datasets.inventory import inspect
 from app.datasets.layout import Kind
 from app.datasets.manifest import Split
-from app.datasets.upload import MAX_OVERHEAD_BYTES, StagedUpload, receive
+from app.datasets.upload import StagedUpload
 from app.db.tables import DatasetRow, new_id
-from app.errors import Conflict, Overloaded
+from app.errors import Conflict
 from app.jobs import queue
 from app.jobs.states import JobKind
 from app.settings import Settings
@@ -67,7 +58,6 @@ class UploadOptions(BaseModel):
     purpose: Literal["fine-tune"] | None = None  # of clients that upload files for many
 
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 _UPLOAD: dict[str, Any] = {
     "response_model": Dataset,
     "status_code": 201,
@@ -93,10 +83,10 @@ _UPLOAD: dict[str, Any] = {
                         },
                     }
                 },
-                "application/zip": _BINARY,
-                "application/x-tar": _BINARY,
-                "application/gzip": _BINARY,
-                "application/octet-stream": _BINARY,
+                "application/zip": BINARY,
+                "application/x-tar": BINARY,
+                "application/gzip": BINARY,
+                "application/octet-stream": BINARY,
             },
         }
     },
@@ -125,7 +115,7 @@ async def upload_dataset(
     answer, is_replay = await receive_once(request, services, caller, in_query, idempotency_key)
     if wait:
         answer = (await wait_for(request, services, answer["id"], seconds=wait)).model_dump(mode="json")
-    return _created(answer, is_replay=is_replay)
+    return created(answer, collection="/v1/datasets", is_replay=is_replay)
 
 
 @router.get(
@@ -198,7 +188,7 @@ def list_images(
     "/v1/datasets/{dataset_id}/images/{image_id}/thumbnail",
     response_class=Response,
     summary="A small JPEG of one image",
-    responses={200: {"content": {"image/jpeg": _BINARY}}, **problems(404, 409)},
+    responses={200: {"content": {"image/jpeg": BINARY}}, **problems(404, 409)},
 )
 def get_thumbnail(services: ServicesDep, dataset_id: DatasetId, image_id: DatasetId) -> Response:
     _check_has_images(services, dataset_id)
@@ -214,17 +204,27 @@ async def receive_once(
 
     in_query: options of UploadOptions; a form's fields go before them.
     """
-    _refuse_declared_size(request, services.settings)
-    key = idempotency.parse_key(idempotency_key)
-    scope = f"{caller.key_id} {request.method} {request.url.path}"
-    claim = None if key is None else await run_in_threadpool(idempotency.begin, services.database, scope=scope, key=key)
-    try:
-        answer = await _receive(request, services, in_query, claim)
-    except BaseException:
-        if claim is not None:
-            await run_in_threadpool(idempotency.release, services.database, claim)
-        raise
-    return answer, claim is not None and claim.answered is not None
+    settings = services.settings
+
+    def look_through(archive: FilePath, options: Mapping[str, Any], tick: Tick) -> None:
+        inspect(
+            archive,
+            limits=ArchiveLimits.from_settings(settings),
+            image_limits=ImageLimits.from_settings(settings),
+            kind=options["kind"],
+            tick=tick,
+        )
+
+    use = ArchiveUse(
+        text_fields=tuple(UploadOptions.model_fields),
+        options=lambda upload: _options(in_query, upload, settings),
+        inspect=look_through,
+        new_id=partial(new_id, "ds"),
+        archive_key=archive_key,
+        create=_create,
+        exists=catalog.exists,
+    )
+    return await archive_uploads.receive_once(request, services, caller, idempotency_key, use)
 
 
 async def wait_for(request: Request, services: Services, dataset_id: str, *, seconds: float) -> Dataset:
@@ -239,84 +239,30 @@ async def wait_for(request: Request, services: Services, dataset_id: str, *, sec
     )
 
 
-async def _receive(
-    request: Request, services: Services, in_query: Mapping[str, Any], claim: Claim | None
-) -> Mapping[str, Any]:
-    """The answer to the upload, or the one given before under the same Idempotency-Key."""
-    settings = services.settings
-    with services.storage.staging() as staged:
-        upload = await receive(
-            request.stream(),
-            content_type=request.headers.get("content-type"),
-            staged=staged,
-            max_bytes=settings.max_upload_bytes,
-            idle_timeout_seconds=settings.body_idle_timeout_seconds,
-            check_room=services.storage.check_room,
-        )
-        options = _options(in_query, upload, settings)
-        print_of_request = idempotency.fingerprint(upload.sha256, options)
-        if claim is not None and claim.answered is not None:
-            idempotency.check_same(claim, print_of_request)
-            return claim.answered
-        # Reading a large archive through takes long: only a few at a time, beside the threads that answer others.
-        await anyio.to_thread.run_sync(_inspect, staged, services, options["kind"], limiter=services.inspections)
-        return await run_in_threadpool(_keep, services, upload, options, claim, print_of_request)
-
-
-def _inspect(staged: FilePath, services: Services, kind: Kind) -> None:
-    def tick(_fraction: float) -> None:
-        if services.stopping.is_set():
-            raise Overloaded("The server is shutting down; send the upload again.", retry_after_seconds=5)
-
-    inspect(
-        staged,
-        limits=ArchiveLimits.from_settings(services.settings),
-        image_limits=ImageLimits.from_settings(services.settings),
-        kind=kind,
-        tick=tick,
+def _create(
+    session: Session, dataset_id: str, upload: StagedUpload, options: Mapping[str, Any], _found: None
+) -> dict[str, Any]:
+    """The data set and its ingest, and the answer."""
+    row = catalog.create(
+        session,
+        dataset_id=dataset_id,
+        name=options["name"],
+        size_bytes=upload.size_bytes,
+        sha256=upload.sha256,
+        kind=options["kind"],
+        options={
+            "val_fraction": options["val_fraction"],
+            "seed": options["seed"],
+            "filename": _printable_base(upload.filename) or None,
+        },
     )
-
-
-def _keep(
-    services: Services, upload: StagedUpload, options: Mapping[str, Any], claim: Claim | None, print_of_request: str
-) -> Mapping[str, Any]:
-    """Publishes the archive, then makes its data set, its ingest and its answer in one transaction."""
-    dataset_id = new_id("ds")
-    folder = f"datasets/{dataset_id}"
-    services.storage.announce(folder)
-    try:
-        services.storage.publish(upload.path, archive_key(dataset_id))
-        with services.database.write() as session:
-            row = catalog.create(
-                session,
-                dataset_id=dataset_id,
-                name=options["name"],
-                size_bytes=upload.size_bytes,
-                sha256=upload.sha256,
-                kind=options["kind"],
-                options={
-                    "val_fraction": options["val_fraction"],
-                    "seed": options["seed"],
-                    "filename": _printable_base(upload.filename) or None,
-                },
-            )
-            queue.submit(session, kind=JobKind.ingest, dataset_id=dataset_id, spec=row.options)
-            answer = Dataset.of(row).model_dump(mode="json")
-            if claim is not None:
-                idempotency.finish(
-                    session, claim, fingerprint=print_of_request, resource_id=dataset_id, response=answer
-                )
-    finally:
-        # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
-        with services.database.read() as session:
-            is_kept = catalog.exists(session, dataset_id)
-        services.storage.settle(folder, is_wanted=is_kept)
-    return answer
+    queue.submit(session, kind=JobKind.ingest, dataset_id=dataset_id, spec=row.options)
+    return Dataset.of(row).model_dump(mode="json")
 
 
 def _options(in_query: Mapping[str, Any], upload: StagedUpload, settings: Settings) -> dict[str, Any]:
     """Everything the upload says besides the archive, with defaults; a form's fields go before the query's."""
-    in_form = {name: text for name, text in upload.fields.items() if text and name in UploadOptions.model_fields}
+    in_form = {name: text for name, text in upload.fields.items() if text}
     asked = parse_as(UploadOptions, {**in_query, **in_form})
     return {
         "name": asked.name or _name_of_file(upload.filename),
@@ -333,18 +279,6 @@ def _name_of_file(filename: str | None) -> str:
 def _printable_base(filename: str | None) -> str:
     base = re.split(r"[/\\]", filename or "")[-1]
     return "".join(character for character in base if character.isprintable())[:255]
-
-
-def _refuse_declared_size(request: Request, settings: Settings) -> None:
-    is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
-    refuse_declared_size(request, max_bytes=settings.max_upload_bytes + (MAX_OVERHEAD_BYTES if is_form else 0))
-
-
-def _created(answer: Mapping[str, Any], *, is_replay: bool) -> Response:
-    headers = {"Location": f"/v1/datasets/{answer['id']}"}
-    if is_replay:
-        headers["Idempotent-Replayed"] = "true"
-    return JSONResponse(dict(answer), status_code=201, headers=headers)
 
 
 def _check_has_images(services: Services, dataset_id: str) -> DatasetRow:

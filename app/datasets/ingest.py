@@ -1,9 +1,8 @@
 """The story of a data set, from an archive to what training reads: look, decode once, compare, split, publish."""
 
 import hashlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from app.datasets import archive as archives
 from app.datasets.archive import ArchiveLimits, shown
 from app.datasets.inventory import inspect
 from app.datasets.layout import Kind, Layout, Picture, Rejected, check, check_enough
@@ -21,16 +19,14 @@ from app.datasets.packed import PackedPixels, PackedWriter, folder_bytes
 from app.datasets.quality import THUMBNAIL_SIDE, Fingerprint, Fingerprints, fingerprint, group_near_copies
 from app.datasets.report import MAX_LISTED_REJECTED, IngestReport, merged, warning
 from app.datasets.split import choose_validation
+from app.datasets.threads import each_file
 from app.errors import ArchiveRefused, ImageRefused
 from app.settings import Settings
 from app.storage import LocalStorage
-from app.vision.device import usable_cores
 from app.vision.images import ImageLimits, Pixels, decode, decoded_bytes
 
 PACKED_SIDE = 256
 
-# Encoded pictures that wait for a thread or are in one; with it memory is bounded whatever the archive's size.
-_MAX_BYTES_IN_FLIGHT = 64 * 1024**2
 _ROOM_CHECK_BYTES = 256 * 1024**2
 
 # Shares of the work, for progress: reading once, then decoding.
@@ -261,29 +257,14 @@ def _fingerprints(images: Sequence[_Packed], staged: Path) -> Fingerprints:
 def _decoded(
     archive: Path, pictures: dict[str, Picture], *, side: int, limits: IngestLimits, tick: Tick
 ) -> Iterator[_Decoded | Rejected]:
-    """Each of the pictures, in the order of the archive; decoded in threads, since Pillow lets go of the GIL."""
-    size_bytes = max(archive.stat().st_size, 1)
-    threads = usable_cores()
-    waiting: deque[tuple[Future[_Decoded | Rejected], int]] = deque()
-    bytes_in_flight = 0
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        try:
-            for member, encoded in archives.iterate(archive, limits=limits.archive):
-                tick(min(member.position / size_bytes, 1.0))
-                picture = pictures.get(member.path)
-                if picture is None:
-                    continue
-                waiting.append((pool.submit(_decode_one, picture, encoded, side, limits.images), len(encoded)))
-                bytes_in_flight += len(encoded)
-                while len(waiting) > 4 * threads or bytes_in_flight > _MAX_BYTES_IN_FLIGHT:
-                    first, encoded_bytes = waiting.popleft()
-                    bytes_in_flight -= encoded_bytes
-                    yield first.result()
-            while waiting:
-                tick(1.0)
-                yield waiting.popleft()[0].result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """Each of the pictures, in the order of the archive."""
+    return each_file(
+        archive,
+        lambda path, encoded: _decode_one(pictures[path], encoded, side, limits.images),
+        is_wanted=pictures.__contains__,
+        limits=limits.archive,
+        tick=tick,
+    )
 
 
 def _decode_one(picture: Picture, encoded: bytes, side: int, limits: ImageLimits) -> _Decoded | Rejected:

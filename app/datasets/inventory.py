@@ -1,6 +1,7 @@
 """An archive → what it holds, with every byte verified but no picture decoded. Runs at upload, and again at ingest."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from app.datasets import archive, layout
@@ -9,6 +10,15 @@ from app.datasets.layout import File, Kind, Layout
 from app.vision.images import ImageLimits, why_not_a_picture
 
 _SNIFFED_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All of an archive but what operating systems leave about. tables: content of files that `layout.is_table`."""
+
+    files: Sequence[File]
+    folders: Sequence[str]
+    tables: Mapping[str, bytes]
 
 
 def inspect(
@@ -20,7 +30,20 @@ def inspect(
     tick: Callable[[float], None] = lambda _fraction: None,
     on_picture: Callable[[str, bytes], None] | None = None,
 ) -> Layout:
-    """Reads the archive once from end to end, in constant memory but for its names.
+    """The archive's layout. Takes and raises what `take_inventory` does, and ArchiveRefused without a usable layout."""
+    found = take_inventory(path, limits=limits, image_limits=image_limits, tick=tick, on_picture=on_picture)
+    return layout.recognise(found.files, folders=found.folders, tables=found.tables, kind=kind)
+
+
+def take_inventory(
+    path: Path,
+    *,
+    limits: ArchiveLimits,
+    image_limits: ImageLimits,
+    tick: Callable[[float], None] = lambda _fraction: None,
+    on_picture: Callable[[str, bytes], None] | None = None,
+) -> Inventory:
+    """Reads the archive once from end to end, in constant memory but for its names and tables.
 
     tick: called for each member with the share of the archive read, 0 to 1; may raise to stop.
     on_picture: called with the path and the bytes of each file that looks like a picture, which are then held whole,
@@ -43,7 +66,7 @@ def inspect(
             files.append(file)
             if on_picture is not None and file.why_not is None:
                 on_picture(file.path, b"".join([head, *pieces]))
-    return layout.recognise(files, folders=folders, tables=tables, kind=kind)
+    return Inventory(files, folders, tables)
 
 
 def _head(pieces: Iterator[bytes]) -> bytes:

@@ -96,6 +96,11 @@ def is_table(path: str) -> bool:
     return path.rpartition("/")[2].casefold() in TABLE_NAMES and path.count("/") <= 2 and not is_junk(path)
 
 
+def is_data(path: str) -> bool:
+    """Whether a file is to be told of: a picture, or something that was taken for one."""
+    return not is_junk(path) and not is_table(path)
+
+
 def recognise(
     files: Iterable[File],
     *,

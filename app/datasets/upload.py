@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,6 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from app.errors import FieldError, InvalidRequest, RequestTimeout, StorageFull, TooLarge
 
 FILE_FIELDS = ("file", "data")
-TEXT_FIELDS = ("name", "kind", "val_fraction", "seed", "purpose")
 
 MAX_PARTS = 20
 MAX_TEXT_BYTES = 64 * 1024
@@ -54,12 +53,14 @@ async def receive(
     *,
     content_type: str | None,
     staged: Path,
+    text_fields: Collection[str],
     max_bytes: int,
     idle_timeout_seconds: float,
     check_room: Callable[[int], None],
 ) -> StagedUpload:
     """Writes the file in `body` to `staged`: a multipart form's one file, or for any other type the body as it is.
 
+    text_fields: that a form may have beside the file.
     check_room: called now and then with the bytes that are about to be written; raises StorageFull.
     Raises TooLarge as soon as the file is, RequestTimeout for a body that stops coming, InvalidRequest for a form that
     is malformed, incomplete or more than one file, and whatever `body` raises when the client goes away.
@@ -68,7 +69,8 @@ async def receive(
     with _StagedFile(staged, max_bytes=max_bytes, check_room=check_room) as file:
         paced = _paced(body, idle_timeout_seconds=idle_timeout_seconds)
         if kind == b"multipart/form-data":
-            return await _receive_form(paced, file, boundary=options.get(b"boundary", b""), max_bytes=max_bytes)
+            form = _Form(file, text_fields)
+            return await _receive_form(paced, file, form, boundary=options.get(b"boundary", b""), max_bytes=max_bytes)
         async for chunk in paced:
             file.append(chunk)
             await file.flush_if_full()
@@ -159,11 +161,10 @@ def _private(path: str, flags: int) -> int:
 
 
 async def _receive_form(
-    body: AsyncIterator[bytes], file: _StagedFile, *, boundary: bytes, max_bytes: int
+    body: AsyncIterator[bytes], file: _StagedFile, form: "_Form", *, boundary: bytes, max_bytes: int
 ) -> StagedUpload:
     if not boundary:
         raise _malformed("its Content-Type has no boundary")
-    form = _Form(file)
     received_bytes = 0
     try:
         parser = MultipartParser(
@@ -204,8 +205,9 @@ async def _receive_form(
 class _Form:
     """What the parser's callbacks put together."""
 
-    def __init__(self, file: _StagedFile) -> None:
+    def __init__(self, file: _StagedFile, text_fields: Collection[str]) -> None:
         self._file = file
+        self._text_fields = text_fields
         self._parts = 0
         self._header_name = bytearray()
         self._header_value = bytearray()
@@ -249,7 +251,7 @@ class _Form:
             self.has_file = True
             self._field = None
             self.filename = options[b"filename"].decode("utf-8", "replace") if b"filename" in options else None
-        elif name in TEXT_FIELDS and b"filename" not in options:
+        elif name in self._text_fields and b"filename" not in options:
             if name in self.fields:
                 raise InvalidRequest(
                     f'The form has the field "{name}" twice.', errors=[FieldError(f"#/{name}", "twice")]
@@ -257,9 +259,10 @@ class _Form:
             self._field = name
             self._text.clear()
         else:
+            known = ", ".join((*FILE_FIELDS, *self._text_fields))
             raise InvalidRequest(
                 'The form has a field that is not known; the archive goes into "file".',
-                errors=[FieldError(f"#/{_pointer(name)}", f"is not one of {', '.join((*FILE_FIELDS, *TEXT_FIELDS))}")],
+                errors=[FieldError(f"#/{_pointer(name)}", f"is not one of {known}")],
             )
 
     def add_content(self, data: bytes, start: int, end: int) -> None:

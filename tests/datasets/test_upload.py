@@ -38,6 +38,7 @@ def received(tmp_path: Path) -> Received:
                 _chunks(chunks) if body is None else body,
                 content_type=content_type,
                 staged=tmp_path / "staged",
+                text_fields=("name", "kind", "val_fraction", "seed", "purpose"),
                 max_bytes=max_bytes,
                 idle_timeout_seconds=idle_timeout_seconds,
                 check_room=check_room,

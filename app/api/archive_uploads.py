@@ -1,0 +1,163 @@
+"""An archive in a request's body → what it becomes: a data set, or a batch. Received, looked through, kept, or nothing.
+
+Knows the request, the Idempotency-Key and where bytes go; what is made of the archive is the caller's `ArchiveUse`.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import anyio.to_thread
+from fastapi import Request
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response
+
+from app.access import Caller
+from app.api import idempotency
+from app.api.deps import refuse_declared_size
+from app.api.idempotency import Claim
+from app.api.services import Services
+from app.datasets.upload import MAX_OVERHEAD_BYTES, StagedUpload, receive
+from app.errors import Overloaded
+from app.settings import Settings
+
+Found = TypeVar("Found")
+Answer = Mapping[str, Any]
+Tick = Callable[[float], None]
+
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+@dataclass(frozen=True)
+class ArchiveUse(Generic[Found]):
+    """What becomes of an uploaded archive.
+
+    text_fields: that a form may have beside the file. options: all that the upload says besides, with defaults.
+    inspect: reads the archive through and refuses what is wrong; blocking. new_id, archive_key: of the new resource,
+    and where its archive lies. create: makes its row and returns the answer, given its id, in a transaction that also
+    ends the Idempotency-Key's claim. exists: whether there is such a row.
+    """
+
+    text_fields: Collection[str]
+    options: Callable[[StagedUpload], dict[str, Any]]
+    inspect: Callable[[Path, Mapping[str, Any], Tick], Found]
+    new_id: Callable[[], str]
+    archive_key: Callable[[str], str]
+    create: Callable[[Session, str, StagedUpload, Mapping[str, Any], Found], dict[str, Any]]
+    exists: Callable[[Session, str], bool]
+
+
+async def receive_once(
+    request: Request, services: Services, caller: Caller, idempotency_key: str | None, use: ArchiveUse[Found]
+) -> tuple[Answer, bool]:
+    """The answer to the upload, and whether it was given before under the same Idempotency-Key."""
+    _refuse_declared_size(request, services.settings)
+    key = idempotency.parse_key(idempotency_key)
+    scope = f"{caller.key_id} {request.method} {request.url.path}"
+    claim = None if key is None else await run_in_threadpool(idempotency.begin, services.database, scope=scope, key=key)
+    try:
+        answer = await _receive(request, services, claim, use)
+    except BaseException:
+        if claim is not None:
+            await run_in_threadpool(idempotency.release, services.database, claim)
+        raise
+    return answer, claim is not None and claim.answered is not None
+
+
+def created(answer: Answer, *, collection: str, is_replay: bool = False) -> Response:
+    """201, and where the new resource is. collection: such as "/v1/datasets"."""
+    headers = {"Location": f"{collection}/{answer['id']}"}
+    if is_replay:
+        headers["Idempotent-Replayed"] = "true"
+    return JSONResponse(dict(answer), status_code=201, headers=headers)
+
+
+def publish_and_create(
+    services: Services,
+    archive: Path,
+    key: str,
+    *,
+    create: Callable[[Session], Answer],
+    exists: Callable[[Session], bool],
+) -> Answer:
+    """Publishes the archive, then makes the row that it belongs to and its answer in one transaction; or leaves
+    neither."""
+    folder = key.rpartition("/")[0]
+    services.storage.announce(folder)
+    try:
+        services.storage.publish(archive, key)
+        with services.database.write() as session:
+            answer = create(session)
+    finally:
+        # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
+        with services.database.read() as session:
+            is_kept = exists(session)
+        services.storage.settle(folder, is_wanted=is_kept)
+    return answer
+
+
+def stop_tick(services: Services) -> Tick:
+    """Ends long reading of archives when the server is to end."""
+
+    def tick(_fraction: float) -> None:
+        if services.stopping.is_set():
+            raise Overloaded("The server is shutting down; send the request again.", retry_after_seconds=5)
+
+    return tick
+
+
+async def _receive(request: Request, services: Services, claim: Claim | None, use: ArchiveUse[Found]) -> Answer:
+    settings = services.settings
+    with services.storage.staging() as staged:
+        upload = await receive(
+            request.stream(),
+            content_type=request.headers.get("content-type"),
+            staged=staged,
+            text_fields=use.text_fields,
+            max_bytes=settings.max_upload_bytes,
+            idle_timeout_seconds=settings.body_idle_timeout_seconds,
+            check_room=services.storage.check_room,
+        )
+        options = use.options(upload)
+        print_of_request = idempotency.fingerprint(upload.sha256, options)
+        if claim is not None and claim.answered is not None:
+            idempotency.check_same(claim, print_of_request)
+            return claim.answered
+        # Reading a large archive through takes long: only a few at a time, beside the threads that answer others.
+        found = await anyio.to_thread.run_sync(
+            use.inspect, staged, options, stop_tick(services), limiter=services.inspections
+        )
+        return await run_in_threadpool(_keep, services, upload, options, found, claim, print_of_request, use)
+
+
+def _keep(
+    services: Services,
+    upload: StagedUpload,
+    options: Mapping[str, Any],
+    found: Found,
+    claim: Claim | None,
+    print_of_request: str,
+    use: ArchiveUse[Found],
+) -> Answer:
+    resource_id = use.new_id()
+
+    def create(session: Session) -> Answer:
+        answer = use.create(session, resource_id, upload, options, found)
+        if claim is not None:
+            idempotency.finish(session, claim, fingerprint=print_of_request, resource_id=resource_id, response=answer)
+        return answer
+
+    return publish_and_create(
+        services,
+        upload.path,
+        use.archive_key(resource_id),
+        create=create,
+        exists=lambda session: use.exists(session, resource_id),
+    )
+
+
+def _refuse_declared_size(request: Request, settings: Settings) -> None:
+    is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+    refuse_declared_size(request, max_bytes=settings.max_upload_bytes + (MAX_OVERHEAD_BYTES if is_form else 0))
