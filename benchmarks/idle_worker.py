@@ -22,6 +22,7 @@ from app.jobs import queue
 from app.jobs.states import JobKind
 from app.settings import Settings
 from worker.child import main as run_child
+from worker.main import STARTED_AHEAD
 
 CHILD = "--kind" in sys.argv  # the worker starts this same file for its children
 
@@ -65,7 +66,7 @@ def main() -> None:
             ]
         )
         process = psutil.Process(worker.pid)
-        while len(process.children()) < len(JobKind):
+        while len(process.children()) < len(STARTED_AHEAD):
             time.sleep(0.1)
         time.sleep(5)
         before, began = cpu_seconds(process), time.monotonic()

@@ -50,7 +50,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "worker.training": frozenset(
         {"app.vision", "app.datasets.manifest", "app.datasets.packed", "app.jobs.request", "app.jobs.spec"}
     ),
-    "worker": frozenset({"app.datasets", "app.db", "app.jobs", "app.registry", "app.vision", "worker.training"}),
+    "worker": frozenset(
+        {"app.datasets", "app.db", "app.jobs", "app.registry", "app.serving", "app.vision", "worker.training"}
+    ),
     "migrations": frozenset({"app.db"}),
 }
 

@@ -34,7 +34,15 @@ from worker.wakeup import Wakeup
 log = structlog.get_logger(__name__)
 
 # Imported by name, because they take the memory and the seconds of torch, which the worker itself does without.
-STORIES = {JobKind.training: "worker.run_job:run_training", JobKind.ingest: "worker.run_ingest:run_ingest"}
+STORIES = {
+    JobKind.training: "worker.run_job:run_training",
+    JobKind.ingest: "worker.run_ingest:run_ingest",
+    JobKind.prediction: "worker.run_batch:run_batch",
+}
+
+# Nobody waits for a batch as for an answer or a model: on a CPU that all want, it gets about a quarter of a training's
+# share, and all of an idle one.
+NICENESS = {JobKind.prediction: 6}
 
 # The database could not be reached for the job's last word; what sysexits.h calls a temporary failure.
 EXIT_DATABASE_UNAVAILABLE = 75
@@ -54,6 +62,7 @@ def main(load_story: Callable[[JobKind], Story]) -> int:
     parser.add_argument("--kind", type=JobKind, required=True)
     parser.add_argument("--ready-fd", type=int, required=True)
     arguments = parser.parse_args()
+    os.nice(NICENESS.get(arguments.kind, 0))
     story = load_story(arguments.kind)
 
     os.write(arguments.ready_fd, b"r")  # stays open: the worker sees this process end by the end of the pipe

@@ -52,7 +52,11 @@ def sweep_files(database: Database, storage: LocalStorage) -> None:
 
 
 def _sweep_announced(database: Database, storage: LocalStorage) -> None:
-    is_wanted: dict[str, Callable[[Session, str], bool]] = {"datasets": catalog.exists, "models": registry.exists}
+    is_wanted: dict[str, Callable[[Session, str], bool]] = {
+        "datasets": catalog.exists,
+        "models": registry.exists,
+        "batches": queue.exists,
+    }
     for key in storage.announced():
         kind, _, row_id = key.partition("/")
         with database.read() as session:

@@ -1,8 +1,8 @@
 """The worker: takes jobs from the queue, one of each kind at a time, and has a child process run each.
 
 One thread looks after everything, so heartbeats stop when it hangs and another worker takes over. Its children are
-started ahead of need; it keeps their leases alive, watches that their work moves, ends them when they must end, and
-settles what a dead one leaves behind. It also frees jobs whose own worker is gone.
+started ahead of need, or for batches when there is one; it keeps their leases alive, watches that their work moves,
+ends them when they must end, and settles what a dead one leaves behind. It also frees jobs whose own worker is gone.
 """
 
 import contextlib
@@ -33,6 +33,10 @@ from worker.reporter import DATABASE_ERRORS
 from worker.wakeup import Wakeup
 
 CHILD_COMMAND = (sys.executable, "-m", "worker.child")
+
+# Kinds whose child waits for work with everything imported. A batch takes longer than that child takes to start, and a
+# waiting child takes some hundred MB of memory.
+STARTED_AHEAD = frozenset({JobKind.training, JobKind.ingest})
 
 # How often leases are looked at: what a cancel, or the death of another worker on this host, waits at most.
 OBSERVE_INTERVAL_SECONDS = 1.0
@@ -68,7 +72,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
 
 
 class Worker:
-    """Two slots, one per kind of job, and an eye on everybody's leases."""
+    """Slots, one per kind of job, and an eye on everybody's leases."""
 
     def __init__(
         self, settings: Settings, *, database: Database, storage: LocalStorage, child_command: Sequence[str]
@@ -124,13 +128,17 @@ class Worker:
         if now >= self._observe_at:
             self._observe(now)
             self._observe_at = now + OBSERVE_INTERVAL_SECONDS
-        waiting = [slot for slot in self._slots if slot.can_claim]
+        waiting = [slot for slot in self._slots if slot.can_claim or slot.can_start]
         if waiting:
             with self._database.read() as session:
                 kinds = queue.queued_kinds(session)
             for slot in waiting:
-                if slot.kind in kinds:
+                if slot.kind not in kinds:
+                    continue
+                if slot.can_claim:
                     slot.claim_next(now)
+                else:
+                    slot.start(now)
 
     def _observe(self, now: float) -> None:
         """Sees which of our jobs are to be cancelled, and frees the jobs of workers that are gone."""
@@ -192,6 +200,10 @@ class Slot:
         return self._child is not None
 
     @property
+    def can_start(self) -> bool:
+        return self._shutdown_deadline is None and self._child is None
+
+    @property
     def can_claim(self) -> bool:
         return (
             self._shutdown_deadline is None
@@ -211,14 +223,19 @@ class Slot:
 
     def look_after(self, now: float) -> None:
         if self._child is None:
-            if self._shutdown_deadline is None and now >= self._start_at:
-                self._child = Child(self._child_command, self.kind)
+            if self.can_start and self.kind in STARTED_AHEAD:
+                self.start(now)
         elif self._child.exit_code is not None:
             self._settle(now, self._child)
         elif self._shutdown_deadline is not None and now >= self._shutdown_deadline:
             self._child.kill()
         elif self._watch is not None:
             self._look_after_work(now, self._child, self._watch)
+
+    def start(self, now: float) -> None:
+        """Starts a child, unless the one before died so lately that it is to wait."""
+        if now >= self._start_at:
+            self._child = Child(self._child_command, self.kind)
 
     def claim_next(self, now: float) -> None:
         with self._database.write() as session:

@@ -129,12 +129,13 @@ class Reporter:
         self._write(lambda session: queue.record_log(session, self._claim, message, **details))
         self._raise_if_asked()
 
-    def checkpoint(self, step: int) -> None:
-        """Says that the state after `step` (steps only grow) is on disk, synced and renamed.
+    def checkpoint(self, step: int, *, metrics: Mapping[str, Any] | None = None) -> None:
+        """Says that the state after `step` (steps only grow) is on disk, synced and renamed. metrics: found up to it.
 
         Raises ClaimLost alone, so that it can be called on the way out too.
         """
-        self._write(lambda session: queue.record_checkpoint(session, self._claim, step))
+        found = None if metrics is None else dict(metrics)
+        self._write(lambda session: queue.record_checkpoint(session, self._claim, step, metrics=found))
 
     def transaction(self, work: Callable[[Session], T]) -> T:
         """Runs `work` in a writing transaction, again from its beginning if the database fails, until it is stored.

@@ -212,7 +212,7 @@ class AccessGate:
 
 def needed_scope(method: str, path: str) -> access.Scope:
     """The least scope for a request. What is not listed here needs `train`: new paths are closed until thought of."""
-    if path == "/predict" or path.startswith(("/v2", "/hf/")):
+    if path == "/predict" or path.startswith(("/v2", "/hf/", "/v1/batches")):
         return access.Scope.predict
     is_reading = method in ("GET", "HEAD", "OPTIONS")
     if is_reading and (

@@ -12,6 +12,8 @@ from app.api.evaluation import check_predicts, read_evaluation
 from app.api.openapi import json_request, problems
 from app.api.schemas import Alias, AliasRequest, Backbones, Deleted, Evaluation, Listing, Model
 from app.api.services import Services
+from app.errors import Conflict
+from app.jobs import queue
 
 router = APIRouter(tags=["models"])
 
@@ -148,6 +150,10 @@ def _point_alias(services: Services, name: str, model_id: str) -> Alias:
 def _delete_model(services: Services, name: str) -> str:
     with services.database.write() as session:
         model_id = registry.find(session, name).id
+        if queue.needs_model(session, model_id):
+            raise Conflict(
+                "A batch that has not ended asks this model; cancel it, or wait for its end.", code="model-in-use"
+            )
         registry.delete(session, model_id)
     services.storage.delete(f"models/{model_id}")
     return model_id

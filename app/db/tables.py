@@ -30,7 +30,7 @@ DatasetKind = Literal["labelled", "unlabelled"]
 
 
 def new_id(prefix: str) -> str:
-    """An opaque id of 120 random bits, such as `ds_1f0c…`. prefix: "ds", "job", "mdl" or "key"."""
+    """An opaque id of 120 random bits, such as `ds_1f0c…`. prefix: "ds", "job", "mdl", "batch", "prd" or "key"."""
     return f"{prefix}_{secrets.token_hex(15)}"
 
 
@@ -114,7 +114,7 @@ class JobRow(Base):
     __tablename__ = "jobs"
     __table_args__ = (
         CheckConstraint("status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="status"),
-        CheckConstraint("kind IN ('training', 'ingest')", name="kind"),
+        CheckConstraint("kind IN ('training', 'ingest', 'prediction')", name="kind"),
         Index("ix_jobs_kind_status_seq", "kind", "status", "seq"),
         {"sqlite_autoincrement": True},
     )
@@ -125,11 +125,11 @@ class JobRow(Base):
     name: Mapped[str | None]
     status: Mapped[str] = mapped_column(default="queued")
     # No foreign keys to data sets and models: a job's history outlives both.
-    dataset_id: Mapped[str] = mapped_column(index=True)
-    model_id: Mapped[str | None]
+    dataset_id: Mapped[str] = mapped_column(index=True)  # "" of a prediction
+    model_id: Mapped[str | None]  # the one it made; of a prediction, the one it asks
     method: Mapped[str | None]
     backbone: Mapped[dict[str, Any] | None]  # {"name", "weights"}, resolved at submission
-    spec: Mapped[dict[str, Any]]  # a TrainingSpec, or an ingest's options
+    spec: Mapped[dict[str, Any]]  # a TrainingSpec, an ingest's options, or a BatchSpec
     progress: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]

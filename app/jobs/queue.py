@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, Select, case, exists, func, select, update
+from sqlalchemy import ColumnElement, Select, case, func, select, update
 from sqlalchemy import delete as sql_delete
+from sqlalchemy import exists as exists_row
 from sqlalchemy.engine import Row
 from sqlalchemy.orm import Session
 
@@ -32,7 +33,10 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Claim:
-    """One run of one job. (job_id, fence) names it: no other run of the job has, had or will have this fence."""
+    """One run of one job. (job_id, fence) names it: no other run of the job has, had or will have this fence.
+
+    dataset_id: "" of a prediction, which is of no data set.
+    """
 
     job_id: str
     fence: int
@@ -91,11 +95,15 @@ def submit(
     name: str | None = None,
     method: str | None = None,
     backbone: dict[str, Any] | None = None,
+    model_id: str | None = None,
+    job_id: str | None = None,
 ) -> JobRow:
+    """model_id: of a prediction, the model it asks. job_id: where its files were published before, if they were."""
     job = JobRow(
-        id=new_id("job"),
+        id=job_id or new_id("job"),
         kind=JobKind(kind),
         dataset_id=dataset_id,
+        model_id=model_id,
         spec=spec,
         name=name,
         method=method,
@@ -110,11 +118,15 @@ def submit(
 
 
 def find(session: Session, job_id: str, *, kind: JobKind = JobKind.training) -> JobRow:
-    """Raises NotFound for an id that is unknown, or is one of the other kind."""
+    """Raises NotFound for an id that is unknown, or is one of another kind."""
     job = session.scalar(_jobs(kind).where(JobRow.id == job_id))
     if job is None:
-        raise NotFound("There is no job with this id; GET /v1/jobs lists them.")
+        raise NotFound(f"There is no {_NOUNS[kind]} with this id; GET {_COLLECTIONS[kind]} lists them.")
     return job
+
+
+def exists(session: Session, job_id: str) -> bool:
+    return session.scalar(select(JobRow.seq).where(JobRow.id == job_id)) is not None
 
 
 def list_jobs(
@@ -144,7 +156,7 @@ def list_jobs(
     if after is not None:
         seq = session.scalar(select(JobRow.seq).where(JobRow.id == after))
         if seq is None:
-            raise InvalidRequest("There is no job with the id given as `after`; start from the first page.")
+            raise InvalidRequest(f"There is no {_NOUNS[kind]} with the id given as `after`; start from the first page.")
         jobs = jobs.where(JobRow.seq < seq)
     return list(session.scalars(jobs))
 
@@ -174,7 +186,7 @@ def needs_dataset(session: Session, dataset_id: str) -> bool:
     return bool(
         session.scalar(
             select(
-                exists().where(
+                exists_row().where(
                     JobRow.dataset_id == dataset_id,
                     JobRow.kind == JobKind.training,
                     JobRow.status.not_in(FINAL),
@@ -184,8 +196,23 @@ def needs_dataset(session: Session, dataset_id: str) -> bool:
     )
 
 
+def needs_model(session: Session, model_id: str) -> bool:
+    """Whether a prediction that has not ended asks the model."""
+    return bool(
+        session.scalar(
+            select(
+                exists_row().where(
+                    JobRow.model_id == model_id,
+                    JobRow.kind == JobKind.prediction,
+                    JobRow.status.not_in(FINAL),
+                )
+            )
+        )
+    )
+
+
 def unfinished_ids(session: Session) -> set[str]:
-    """Ids of all jobs, of both kinds, that have not ended."""
+    """Ids of all jobs, of every kind, that have not ended."""
     return set(session.scalars(select(JobRow.id).where(JobRow.status.not_in(FINAL))))
 
 
@@ -201,7 +228,10 @@ def request_cancel(session: Session, job_id: str, *, kind: JobKind = JobKind.tra
     elif job.status == JobStatus.running:
         _write(session, JobRow.id == job_id, JobRow.status == JobStatus.running, cancel_requested=True)
     else:
-        raise Conflict(f"The job has already ended as {job.status}; it cannot be cancelled.", code="job-finished")
+        noun = _NOUNS[kind]
+        raise Conflict(
+            f"The {noun} has already ended as {job.status}; it cannot be cancelled.", code=f"{noun}-finished"
+        )
     return find(session, job_id, kind=kind)
 
 
@@ -228,18 +258,19 @@ def cancel_ingest(session: Session, dataset_id: str) -> None:
         request_cancel(session, job_id, kind=JobKind.ingest)
 
 
-def delete(session: Session, job_id: str) -> None:
+def delete(session: Session, job_id: str, *, kind: JobKind = JobKind.training) -> None:
     """Removes a job that has ended, with its history and events; its model stays. Raises Conflict otherwise."""
     removed = session.execute(
         sql_delete(JobRow)
-        .where(JobRow.id == job_id, JobRow.kind == JobKind.training, JobRow.status.in_(FINAL))
+        .where(JobRow.id == job_id, JobRow.kind == kind, JobRow.status.in_(FINAL))
         .returning(JobRow.id),
         execution_options={"synchronize_session": False},
     ).first()
     if removed is None:
-        job = find(session, job_id)
+        job, noun = find(session, job_id, kind=kind), _NOUNS[kind]
         raise Conflict(
-            f"The job is {job.status}; cancel it, or wait for its end, before deleting it.", code="job-not-finished"
+            f"The {noun} is {job.status}; cancel it, or wait for its end, before deleting it.",
+            code=f"{noun}-not-finished",
         )
 
 
@@ -329,11 +360,15 @@ def record_epoch(
     return _signal(job)
 
 
-def record_checkpoint(session: Session, claim: Claim, step: int) -> Signal:
-    """Says that a checkpoint after `step` is on disk, synced: that is what counts as progress. Raises ClaimLost."""
-    return _signal(
-        _write_owned(session, claim, durable_step=case((JobRow.durable_step < step, step), else_=JobRow.durable_step))
-    )
+def record_checkpoint(session: Session, claim: Claim, step: int, *, metrics: dict[str, Any] | None = None) -> Signal:
+    """Says that a checkpoint after `step` is on disk, synced: that is what counts as progress. Raises ClaimLost.
+
+    metrics: what was found up to it, shown with the job while it runs.
+    """
+    values: dict[str, Any] = {"durable_step": case((JobRow.durable_step < step, step), else_=JobRow.durable_step)}
+    if metrics is not None:
+        values["metrics"] = metrics
+    return _signal(_write_owned(session, claim, **values))
 
 
 def record_log(session: Session, claim: Claim, message: str, **details: Any) -> Signal:
@@ -354,7 +389,8 @@ def succeed(
     metrics: dict[str, Any] | None = None,
     method: str | None = None,
 ) -> None:
-    """Ends the job, in the transaction that stores what it made. method: what it chose, where it was to choose.
+    """Ends the job, in the transaction that stores what it made. model_id: the model that it made, if it did. method:
+    what it chose, where it was to choose.
 
     Raises ClaimLost or Cancelled: the transaction must then be rolled back, and what was made with it.
     """
@@ -362,7 +398,9 @@ def succeed(
     if job.cancel_requested:
         raise Cancelled
     progress = {**(job.progress or {}), "stage": "done", "fraction": 1.0, "eta_seconds": 0.0}
-    values: dict[str, Any] = {"progress": progress, "model_id": model_id}
+    values: dict[str, Any] = {"progress": progress}
+    if model_id is not None:
+        values["model_id"] = model_id
     if metrics is not None:
         values["metrics"] = metrics
     if method is not None:
@@ -473,6 +511,11 @@ class LeaseObserver:
                 expired.append(lease)
         self._sightings = seen
         return expired
+
+
+# What callers know a kind of job as: an ingest only as its data set.
+_NOUNS = {JobKind.training: "job", JobKind.ingest: "job", JobKind.prediction: "batch"}
+_COLLECTIONS = {JobKind.training: "/v1/jobs", JobKind.ingest: "/v1/datasets", JobKind.prediction: "/v1/batches"}
 
 
 # The guarded update, and what stands around it

@@ -8,7 +8,7 @@ class JobStatus(StrEnum):
 
     queued = "queued"  # waits for a worker; moved on by queue.claim_next, or queue.request_cancel
     running = "running"  # owned by the worker that holds the current fence; moved on by that worker or a reclaim
-    succeeded = "succeeded"  # final: its model is registered (training) or its data set is ready (ingest)
+    succeeded = "succeeded"  # final: its model is registered, its data set ready, or its results are published
     failed = "failed"  # final: `error` says why
     cancelled = "cancelled"  # final: on request; it has no model
 
@@ -31,7 +31,8 @@ FOLLOWERS: dict[JobStatus, frozenset[JobStatus]] = {
 
 
 class JobKind(StrEnum):
-    """What a job does. Ingest is a job too, so that one queue, one lease and one crash rule serve both."""
+    """What a job does. One queue, one lease and one crash rule serve all kinds."""
 
-    training = "training"
-    ingest = "ingest"
+    training = "training"  # a data set → a model; the jobs of /v1/jobs
+    ingest = "ingest"  # an upload → a data set
+    prediction = "prediction"  # an archive of pictures → what a model says of them; the batches of /v1/batches

@@ -11,6 +11,7 @@ passes (one, because a device does one thing at a time), and building faster eng
 import asyncio
 import contextlib
 import hashlib
+import heapq
 import math
 import subprocess
 import time
@@ -74,8 +75,8 @@ class Scores:
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The min(k, classes) most probable classes, best first; equals in the model's order."""
-        order = sorted(range(len(self.values)), key=lambda i: -self.values[i])
-        return [(self.classes[i], self.values[i]) for i in order[:k]]
+        best = heapq.nlargest(k, range(len(self.values)), key=self.values.__getitem__)
+        return [(self.classes[i], self.values[i]) for i in best]
 
 
 class Network:
@@ -311,14 +312,14 @@ class Predictor:
         try:
             loop = asyncio.get_running_loop()
             folder = self._storage.path(f"models/{model_id}")
-            loaded, key = await loop.run_in_executor(self._loader, _read, folder)
+            loaded, key = await loop.run_in_executor(self._loader, read_model, folder)
             network = self._networks.get(key)
             if network is None:
                 # In the forward thread, since it makes a first pass; loads come one after the other.
                 network = await self._batcher.alone(Network, key, loaded.classifier, loaded.preprocessing, self._device)
                 network = self._networks.setdefault(key, network)
                 if self._builds_engines:
-                    await loop.run_in_executor(self._loader, self._open_built, network)
+                    await loop.run_in_executor(self._loader, open_built_engine, self._storage, network)
             model = LoadedModel(model_id, loaded, network)
             is_loaded = True
         finally:
@@ -372,24 +373,10 @@ class Predictor:
                 self._storage.check_room()
                 self._storage.publish(folder, _engine_key(model.network.key))
             self._drop_old_engines()
-            self._open_built(model.network)
+            open_built_engine(self._storage, model.network)
         except (OSError, subprocess.SubprocessError, StorageFull) as error:
             said = getattr(error, "stderr", None)
             log.warning("engine not built", model_id=model.id, error=type(error).__name__, said=said and said[-500:])
-
-    def _open_built(self, network: Network) -> None:
-        folder = self._storage.path(_engine_key(network.key))
-        if not folder.exists():
-            return
-        try:
-            engine, report = engines.open_built(folder)
-        except (OSError, ValueError) as error:
-            log.warning("engine cannot be read", error=type(error).__name__)
-            return
-        if engine is not None:
-            engine.features(torch.zeros(1, 3, *[network.preprocessing.crop] * 2, dtype=torch.uint8))
-            network.engine = engine
-        log.info("engine chosen", engine=network.engine.name, **vars(report))
 
     def _drop_old_engines(self) -> None:
         folder = self._storage.path("engines")
@@ -426,7 +413,7 @@ def _check_preprocessed(batch: Tensor, preprocessing: Preprocessing) -> None:
         raise InvalidRequest("The tensor holds values that are not finite numbers.")
 
 
-def _read(folder: Path) -> tuple[Artifact, str]:
+def read_model(folder: Path) -> tuple[Artifact, str]:
     """The artifact, and a key that is the same for the same backbone and preprocessing."""
     loaded = artifact.load(folder)
     backbone = loaded.classifier.backbone
@@ -437,6 +424,22 @@ def _read(folder: Path) -> tuple[Artifact, str]:
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy())
     return loaded, digest.hexdigest()[:32]
+
+
+def open_built_engine(storage: LocalStorage, network: Network) -> None:
+    """Gives the network the faster engine that was built for it, if one was and it is worth it."""
+    folder = storage.path(_engine_key(network.key))
+    if not folder.exists():
+        return
+    try:
+        engine, report = engines.open_built(folder)
+    except (OSError, ValueError) as error:
+        log.warning("engine cannot be read", error=type(error).__name__)
+        return
+    if engine is not None:
+        engine.features(torch.zeros(1, 3, *[network.preprocessing.crop] * 2, dtype=torch.uint8))
+        network.engine = engine
+    log.info("engine chosen", engine=network.engine.name, **vars(report))
 
 
 def _engine_key(network_key: str) -> str:

@@ -1,0 +1,63 @@
+"""A model at work on many pictures that nobody waits for: the same decoding, networks and scores as /predict's, without
+queue and event loop. Knows a model's folder, pictures and numbers; not batches' archives, not the database.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from app.serving.predictor import LoadedModel, Network, Scores, open_built_engine, read_model
+from app.storage import LocalStorage
+from app.vision import images
+from app.vision.device import pass_batch_size
+from app.vision.images import ImageLimits
+from app.vision.preprocessing import eval_pixels
+
+
+class OfflineModel:
+    """A model for one thread that asks it, and any number that prepare pictures."""
+
+    def __init__(self, model: LoadedModel, *, limits: ImageLimits, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._model = model
+        self._limits = limits
+
+    @classmethod
+    def open(
+        cls,
+        storage: LocalStorage,
+        model_id: str,
+        *,
+        device: torch.device,
+        limits: ImageLimits,
+        uses_built_engine: bool,
+    ) -> "OfflineModel":
+        """uses_built_engine: whether the engine that /predict had built for the network is taken, where there is one.
+
+        Raises ModelUnavailable if the model's files cannot be used.
+        """
+        artifact, key = read_model(storage.path(f"models/{model_id}"))
+        network = Network(key, artifact.classifier, artifact.preprocessing, device)
+        if uses_built_engine and device.type == "cpu":
+            open_built_engine(storage, network)
+        model = LoadedModel(model_id, artifact, network)
+        return cls(model, limits=limits, batch_size=pass_batch_size(device.type))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of all that it tells, where it tells several things; else none."""
+        return [output.name for output in self._model.outputs] if len(self._model.outputs) > 1 else []
+
+    def prepare(self, encoded: bytes) -> Tensor:
+        """A picture as the network sees it: uint8 (3, S, S). Raises ImageRefused. Safe to call from many threads."""
+        preprocessing = self._model.preprocessing
+        return eval_pixels(images.decode(encoded, side=preprocessing.side, limits=self._limits), preprocessing)
+
+    def scores(self, prepared: Sequence[Tensor]) -> list[Scores]:
+        """Of each prepared picture, in one forward pass; none for none."""
+        if not prepared:
+            return []
+        features = self._model.network.features(torch.stack(list(prepared)))
+        rows = self._model.probabilities(features).tolist()
+        return [Scores.of(row, self._model.outputs, features=seen) for row, seen in zip(rows, features, strict=True)]
