@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import httpx
 from httpx_sse import EventSource, SSEError
@@ -194,10 +194,48 @@ class GraftClient:
         files = [("file", (path.name, path.read_bytes(), _media_type(path))) for path in images]
         return self._json("POST", f"/v1/models/{model}/classes", data={"name": name}, files=files)
 
+    # Batches
+
+    def submit_batch(
+        self,
+        archive: Path,
+        *,
+        model: str | None = None,
+        top_k: int | None = None,
+        on_sent: Callable[[int], None] = lambda sent_bytes: None,
+    ) -> JsonObject:
+        """Streams an archive of pictures to the server. on_sent gets the number of bytes of each piece sent."""
+        params = {name: value for name, value in {"model": model, "top_k": top_k}.items() if value is not None}
+        headers = {"Content-Length": str(archive.stat().st_size), "Idempotency-Key": secrets.token_hex(16)}
+        return self._json("PUT", "/v1/batches", params=params, headers=headers, content=_pieces(archive, on_sent))
+
+    def batch(self, batch_id: str, *, wait_seconds: int = 0) -> JsonObject:
+        return self._json("GET", f"/v1/batches/{batch_id}", params={"wait": wait_seconds} if wait_seconds else None)
+
+    def cancel_batch(self, batch_id: str) -> JsonObject:
+        return self._json("POST", f"/v1/batches/{batch_id}/cancel")
+
+    def delete_batch(self, batch_id: str) -> None:
+        self._request("DELETE", f"/v1/batches/{batch_id}")
+
+    def download_results(self, batch: JsonObject, target: Path, *, format: Literal["jsonl", "csv"]) -> None:
+        """Streams a batch's results into a file, which is there when they are whole."""
+        unfinished = target.with_name(f"{target.name}.part")
+        try:
+            with self._http.stream("GET", batch["results"][format]) as response:
+                _raise_for_problem(response)
+                with unfinished.open("wb") as file:
+                    file.writelines(response.iter_bytes())
+            unfinished.replace(target)
+        except httpx.TransportError as error:
+            raise ServerUnreachable(self.url, str(error)) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
     # Any list, and the server itself
 
     def list(self, collection: str, *, limit: int = 50, **filters: str | None) -> list[JsonObject]:
-        """The newest entries of "datasets", "jobs" or "models"; filters that are None are left out."""
+        """The newest entries of "datasets", "jobs", "models" or "batches"; filters that are None are left out."""
         params = {"limit": limit} | {name: value for name, value in filters.items() if value is not None}
         entries: list[JsonObject] = self._json("GET", f"/v1/{collection}", params=params)["data"]
         return entries

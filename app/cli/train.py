@@ -110,7 +110,10 @@ def upload(client: GraftClient, source: Path, *, name: str | None, unlabelled: b
     """Uploads an archive or a folder and waits until its pictures are checked. Raises Failure if they are refused."""
     if not source.exists():
         raise Failure(f"There is no file or folder {source}.", exit_code=EXIT_USAGE)
-    with _as_archive(source) as archive, _bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
+    with (
+        as_archive(source) as archive,
+        progress_bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar,
+    ):
         task = bar.add_task("upload", total=archive.stat().st_size)
         dataset = client.upload_dataset(
             archive,
@@ -121,7 +124,7 @@ def upload(client: GraftClient, source: Path, *, name: str | None, unlabelled: b
     with errors.status("The server checks the pictures …"):
         dataset = client.wait_for_dataset(dataset["id"])
     if dataset["status"] == "failed":
-        raise Failure(f"Data set {dataset['id']} failed: {_detail(dataset['error'])}")
+        raise Failure(f"Data set {dataset['id']} failed: {detail_of(dataset['error'])}")
     return dataset
 
 
@@ -129,7 +132,7 @@ def watch(client: GraftClient, job_id: str) -> JsonObject:
     """Shows a job's events until it has ended, and returns it. Ctrl-C ends the watching, not the job."""
     errors.print(f"Job {job_id}")
     try:
-        with _bar(MofNCompleteColumn(), TaskProgressColumn(), TimeRemainingColumn()) as bar:
+        with progress_bar(MofNCompleteColumn(), TaskProgressColumn(), TimeRemainingColumn()) as bar:
             task = bar.add_task("queued", total=None)
             for event in client.follow_job(job_id):
                 _show(event, bar, task)
@@ -146,7 +149,7 @@ def model_of(client: GraftClient, job: JsonObject) -> JsonObject:
     if job["status"] == "succeeded":
         return client.model(job["model"])
     if job["status"] == "failed":
-        raise Failure(f"Job {job['id']} failed: {_detail(job['error'])}")
+        raise Failure(f"Job {job['id']} failed: {detail_of(job['error'])}")
     raise Failure(f"Job {job['id']} is {job['status']}.")
 
 
@@ -222,7 +225,7 @@ def _epoch_line(epoch: JsonObject) -> str:
     return "   ".join(parts)
 
 
-def _bar(*columns: Any) -> Progress:
+def progress_bar(*columns: Any) -> Progress:
     """A progress bar on standard error; where that is no terminal, only the lines printed above it appear."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), *columns, console=errors, disable=not errors.is_terminal
@@ -230,7 +233,7 @@ def _bar(*columns: Any) -> Progress:
 
 
 @contextmanager
-def _as_archive(source: Path) -> Iterator[Path]:
+def as_archive(source: Path) -> Iterator[Path]:
     """The archive itself, or a folder packed into a temporary zip."""
     if not source.is_dir():
         yield source
@@ -240,7 +243,10 @@ def _as_archive(source: Path) -> Iterator[Path]:
         raise Failure(f"The folder {source} holds no files.", exit_code=EXIT_USAGE)
     with tempfile.NamedTemporaryFile(suffix=".zip") as packed:
         # Pictures are compressed already: storing them is faster and as small.
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive, _bar() as bar:
+        with (
+            zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive,
+            progress_bar() as bar,
+        ):
             for path in bar.track(members, description="pack"):
                 archive.write(path, path.relative_to(source).as_posix())
         packed.flush()
@@ -266,5 +272,6 @@ def _name_and_value(text: str) -> tuple[str, Any]:
         return name, value  # a word, such as adamw
 
 
-def _detail(problem: JsonObject | None) -> str:
+def detail_of(problem: JsonObject | None) -> str:
+    """Why something failed, as the server says it."""
     return (problem or {}).get("detail") or "the server gave no reason"

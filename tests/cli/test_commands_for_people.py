@@ -400,3 +400,85 @@ def test_the_forecast_is_told_of_the_models_that_it_is_made_with(
     training.answers["GET", "/v1/models/mdl_1"] = (200, MODEL | {"method": method, "metrics": metrics})
 
     assert ("  Twice as many would bring 0.97." in graft("train", "ds_1").output.splitlines()) == is_told
+
+
+BATCH = {
+    "id": "batch_1",
+    "status": "queued",
+    "model": "mdl_1",
+    "num_files": 3,
+    "num_images": 0,
+    "num_rejected": 0,
+    "progress": None,
+    "results": None,
+    "error": None,
+    "created_at": "2026-11-01T10:00:00Z",
+}
+DONE = BATCH | {
+    "status": "succeeded",
+    "num_images": 2,
+    "num_rejected": 1,
+    "progress": {"stage": "done", "fraction": 1.0},
+    "results": {name: f"/v1/batches/batch_1/results?format={name}" for name in ("jsonl", "csv")},
+}
+
+
+@pytest.mark.parametrize(("output", "format"), [("told.csv", "csv"), ("told.jsonl", "jsonl"), ("told", "csv")])
+def test_batch_goes_from_an_archive_to_a_file(
+    server: ScriptedServer, graft: Graft, archive: Path, tmp_path: Path, output: str, format: str
+) -> None:
+    server.answers = {
+        ("PUT", "/v1/batches"): (201, BATCH),
+        ("GET", "/v1/batches/batch_1"): (200, DONE),
+        ("GET", "/v1/batches/batch_1/results"): (200, b"path,label\r\n"),
+    }
+
+    result = graft("batches", "run", str(archive), "-o", str(tmp_path / output), "--model", "canary")
+
+    assert (result.exit_code, result.errors) == (0, "")
+    assert result.output == f"{tmp_path / output}: 2 pictures; files that are no readable pictures: 1.\n"
+    assert (tmp_path / output).read_bytes() == b"path,label\r\n"
+    [sent] = server.sent("PUT", "/v1/batches")
+    assert (sent.path, sent.body) == ("/v1/batches?model=canary", b"an archive")
+    [fetched] = server.sent("GET", "/v1/batches/batch_1/results")
+    assert fetched.path.endswith(f"?format={format}")
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("ended", "reason"),
+    [
+        ({"status": "failed", "error": {"detail": "Out of memory."}}, "Batch batch_1 failed: Out of memory.\n"),
+        ({"status": "cancelled"}, "Batch batch_1 is cancelled.\n"),
+    ],
+)
+def test_batch_without_results_is_a_failure(
+    server: ScriptedServer, graft: Graft, tmp_path: Path, ended: dict[str, Any], reason: str
+) -> None:
+    server.answers["GET", "/v1/batches/batch_1"] = (200, BATCH | ended)
+
+    result = graft("batches", "results", "batch_1", "-o", str(tmp_path / "told.csv"))
+
+    assert (result.exit_code, result.errors) == (1, reason)
+    assert not (tmp_path / "told.csv").exists()
+
+
+def test_batch_with_no_place_for_its_results_is_not_sent(server: ScriptedServer, graft: Graft, archive: Path) -> None:
+    result = graft("batches", "run", str(archive), "-o", "nowhere/told.csv")
+
+    assert (result.exit_code, result.errors) == (2, "nowhere/told.csv is no place for a file.\n")
+    assert server.requests == []
+
+
+def test_batches_are_listed_cancelled_and_deleted(server: ScriptedServer, graft: Graft) -> None:
+    server.answers = {
+        ("GET", "/v1/batches"): (200, {"data": [DONE]}),
+        ("POST", "/v1/batches/batch_1/cancel"): (200, BATCH | {"status": "cancelled"}),
+        ("DELETE", "/v1/batches/batch_1"): (200, {}),
+    }
+
+    assert graft("batches", "list").output.splitlines()[1].split() == [
+        *("batch_1", "succeeded", "mdl_1", "3", "100.0%", "2026-11-01T10:00:00Z")
+    ]
+    assert graft("batches", "cancel", "batch_1").output == "Batch batch_1 is cancelled.\n"
+    assert graft("batches", "delete", "batch_1").output == "Deleted batch_1.\n"

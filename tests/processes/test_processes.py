@@ -1,10 +1,12 @@
 """The whole of Graft as real processes: the journey, and what happens when each of them is killed."""
 
+import io
 import json
 import random
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,32 @@ def finished(http: httpx.Client, job_id: str) -> dict[str, Any]:
 
     wait_until(look, within_seconds=FINISH_WITHIN_SECONDS, otherwise="the job did not end")
     return job
+
+
+def zip_of_pictures(pictures: list[bytes], *, copies: int) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for copy in range(copies):
+            for index, content in enumerate(pictures):
+                archive.writestr(f"{copy}/{index}.png", content)
+    return packed.getvalue()
+
+
+def batch_of(http: httpx.Client, archive: bytes, *, model: str) -> str:
+    answer = http.put("/v1/batches", params={"model": model}, content=archive)
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["id"])
+
+
+def ended_batch(http: httpx.Client, batch_id: str) -> dict[str, Any]:
+    batch: dict[str, Any] = {}
+
+    def look() -> bool:
+        batch.update(http.get(f"/v1/batches/{batch_id}", params={"wait": 30}).json())
+        return batch["finished_at"] is not None
+
+    wait_until(look, within_seconds=FINISH_WITHIN_SECONDS, otherwise="the batch did not end")
+    return batch
 
 
 def assert_whole(http: httpx.Client, job: dict[str, Any], epochs: int) -> None:
@@ -153,6 +181,30 @@ def test_a_killed_worker_is_restarted_and_its_job_goes_on(graft: RunningGraft, h
     assert graft.program("worker.main").pid != killed.pid
     assert job["attempt"] == 2
     assert_whole(http, job, epochs=LONG["epochs"])
+
+
+def test_a_batch_whose_process_is_killed_goes_on_and_tells_the_same(graft: RunningGraft, http: httpx.Client) -> None:
+    job = finished(http, submit(http, ready_dataset(http), SHORT))
+    chance = random.Random(4)
+    archive = zip_of_pictures([picture(label % 2, side=600, chance=chance) for label in range(20)], copies=40)
+    undisturbed = batch_of(http, archive, model=job["model"])
+    assert ended_batch(http, undisturbed)["attempt"] == 1
+
+    disturbed = batch_of(http, archive, model=job["model"])
+    wait_until(
+        lambda: http.get(f"/v1/batches/{disturbed}").json()["num_images"] > 0,
+        within_seconds=60,
+        otherwise="the batch did not begin",
+    )
+    graft.program("worker.child", "prediction").kill()
+    batch = ended_batch(http, disturbed)
+
+    assert (batch["status"], batch["attempt"], batch["num_images"]) == ("succeeded", 2, 800)
+    for kind in ("jsonl", "csv"):
+        assert (
+            http.get(batch["results"][kind]).content
+            == http.get(f"/v1/batches/{undisturbed}/results", params={"format": kind}).content
+        )
 
 
 def test_a_killed_api_is_restarted_at_the_same_address(graft: RunningGraft, http: httpx.Client) -> None:

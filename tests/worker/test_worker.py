@@ -4,8 +4,10 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 from queue_builders import event_log, find, request_cancel, statuses, write_locked
+from running import command_of
 from workshop import Workshop, is_running, is_stopped, wait_until
 
 from app.datasets import catalog
@@ -37,6 +39,33 @@ def test_jobs_are_done_one_after_the_other_and_ingest_beside_them(workshop: Work
     workshop.release()
     workshop.wait_for(second, "succeeded")
     assert workshop.status(first) == "succeeded"
+
+
+def test_child_of_a_batch_is_started_for_it_and_runs_beside_training_at_a_lower_priority(workshop: Workshop) -> None:
+    worker = workshop.start_worker()
+    training = workshop.submit("work_until_released")
+    of_training = workshop.wait_for_pid(training)
+    wait_until(lambda: kinds_of_children(worker.pid) == ["ingest", "training"])
+    batch = workshop.submit("work_until_released", kind=JobKind.prediction)
+    of_batch = workshop.wait_for_pid(batch)
+
+    assert os.getpriority(os.PRIO_PROCESS, of_batch) == os.getpriority(os.PRIO_PROCESS, of_training) + 6
+    workshop.release()
+    workshop.wait_for(batch, "succeeded", kind=JobKind.prediction)
+    wait_until(lambda: kinds_of_children(worker.pid) == ["ingest", "training"])
+
+
+def kinds_of_children(pid: int) -> list[str]:
+    commands = [command_of(child) for child in psutil.Process(pid).children()]
+    return sorted(command[command.index("--kind") + 1] for command in commands if "--kind" in command)
+
+
+def test_batch_of_a_dead_child_is_run_again(workshop: Workshop) -> None:
+    workshop.start_worker()
+    batch = workshop.submit("crash_once", kind=JobKind.prediction)
+
+    workshop.wait_for(batch, "succeeded", "failed", kind=JobKind.prediction)
+    assert find(workshop.database, batch, kind=JobKind.prediction).attempt == 2
 
 
 def test_error_in_a_job_is_the_job_s_outcome_and_nothing_more(workshop: Workshop) -> None:
