@@ -18,6 +18,11 @@ def find_classifier(services: Services, name: str) -> ModelRow:
     return row
 
 
+async def model_id_of(services: Services, name: str) -> str:
+    """The id alone, remembered until something changes. name and errors as above."""
+    return await services.remembered.get(("model", name), lambda: find_classifier(services, name).id)
+
+
 async def scores_of(services: Services, model_id: str, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
     """As `Predictor.predict`, counted. Raises TooLarge for a single picture that is."""
     max_bytes = services.settings.max_image_bytes

@@ -23,6 +23,7 @@ def make_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
         app,
         host=settings.host,
         port=settings.port,
+        loop="auto",  # uvloop where it is installed
         http=_protocol(settings.header_timeout_seconds),
         ws="none",
         lifespan="on",

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from app import registry
 from app.api.metrics import Metrics
-from app.api.model_names import ModelNames
 from app.api.pictures import Pictures
+from app.api.remembered import Remembered
 from app.datasets.ingest import PACKED_SIDE, manifest_key, packed_key
 from app.datasets.manifest import Manifest
 from app.datasets.packed import PackedPixels
@@ -52,7 +52,7 @@ class Services:
     storage: LocalStorage
     weights: WeightStore
     predictor: Predictor
-    model_names: ModelNames
+    remembered: Remembered
     pictures: Pictures
     metrics: Metrics
     # Keeps threads free for everybody else while large archives are read through.
@@ -63,7 +63,7 @@ class Services:
     def close(self) -> None:
         self.stopping.set()
         self.predictor.close()
-        self.model_names.close()
+        self.remembered.close()
         self.database.dispose()
 
 
@@ -89,7 +89,7 @@ def open_services(settings: Settings) -> Services:
         storage=storage,
         weights=WeightStore.from_settings(settings),
         predictor=predictor,
-        model_names=ModelNames(database),
+        remembered=Remembered(database),
         pictures=Pictures(storage),
         metrics=metrics,
         inspections=anyio.CapacityLimiter(PARALLEL_INSPECTIONS),
