@@ -14,7 +14,9 @@ from app import access, logs
 from app.api import (
     batches,
     classes,
+    dataset_versions,
     datasets,
+    feedback,
     files,
     fine_tuning,
     huggingface,
@@ -68,6 +70,8 @@ def create_app(settings: Settings) -> FastAPI:
         models,
         classes,
         predict,
+        feedback,
+        dataset_versions,
         batches,
         open_inference,
         huggingface,

@@ -62,6 +62,15 @@ class Settings(BaseSettings):
         description="What runs networks for prediction on a CPU: auto builds one in ONNX Runtime for a network that is "
         "used much, and takes it where it is faster and gives the same answers; torch never does.",
     )
+    store_predictions: bool = Field(
+        True, description="Whether /predict keeps pictures and answers of requests that ask for it with store=true."
+    )
+    max_stored_prediction_bytes: Annotated[int, Field(ge=1)] = Field(
+        5 * GIBIBYTE, description="Pictures kept with predictions, all together, in bytes; the oldest go first."
+    )
+    max_stored_prediction_days: Annotated[float, Field(gt=0, le=36500)] = Field(
+        90.0, description="How long a prediction and its picture are kept, in days."
+    )
     header_timeout_seconds: Annotated[float, Field(gt=0)] = Field(
         15.0, description="Time a client has to send its request headers, in seconds."
     )

@@ -20,6 +20,7 @@ APPLICATION = frozenset(
         "app.datasets",
         "app.db",
         "app.jobs",
+        "app.predictions",
         "app.registry",
         "app.serving",
         "app.vision",
@@ -37,6 +38,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.datasets": frozenset({"app.db", "app.vision"}),
     "app.jobs": frozenset({"app.db", "app.vision"}),
     "app.registry": frozenset({"app.db", "app.vision"}),
+    "app.predictions": frozenset({"app.db", "app.vision"}),
     "app.access": frozenset({"app.db", "app.vision"}),
     "app.serving": frozenset({"app.vision"}),
     "app.api": APPLICATION,
@@ -51,7 +53,16 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         {"app.vision", "app.datasets.manifest", "app.datasets.packed", "app.jobs.request", "app.jobs.spec"}
     ),
     "worker": frozenset(
-        {"app.datasets", "app.db", "app.jobs", "app.registry", "app.serving", "app.vision", "worker.training"}
+        {
+            "app.datasets",
+            "app.db",
+            "app.jobs",
+            "app.predictions",
+            "app.registry",
+            "app.serving",
+            "app.vision",
+            "worker.training",
+        }
     ),
     "migrations": frozenset({"app.db"}),
 }

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from sqlalchemy.orm import Session
 
-from app import registry
+from app import predictions, registry
 from app.datasets import catalog
 from app.db.engine import Database
 from app.errors import Conflict, NotFound
@@ -56,6 +56,7 @@ def _sweep_announced(database: Database, storage: LocalStorage) -> None:
         "datasets": catalog.exists,
         "models": registry.exists,
         "batches": queue.exists,
+        "predictions": predictions.exists,
     }
     for key in storage.announced():
         kind, _, row_id = key.partition("/")

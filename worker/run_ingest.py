@@ -43,6 +43,7 @@ def run_ingest(
                 lambda session: catalog.state_size(session, dataset.id, packed_bytes)
             ),
         )
+        report = replace(report, warnings=merged(dataset.warnings, report.warnings))
         if report.error is None:
             seen = look_closer(
                 report, claim, settings=settings, storage=storage, reporter=reporter, start=_INGEST_SHARE

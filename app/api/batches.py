@@ -14,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from app import registry
 from app.api import archive_uploads
 from app.api.archive_uploads import BINARY, ArchiveUse, Tick, created
+from app.api.classifiers import model_id_of
 from app.api.deps import After, CallerDep, IdempotencyKey, Limit, ServicesDep, Wait, wait_until
 from app.api.evaluation import check_predicts
 from app.api.openapi import problems
@@ -158,7 +159,7 @@ async def submit_batch(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     if model is not None:
-        await services.model_names.resolve(model)  # refused before the archive is sent, and not after
+        await model_id_of(services, model)  # refused before the archive is sent, and not after
     use = _use(services, {"model": model, "top_k": top_k})
     answer, is_replay = await archive_uploads.receive_once(request, services, caller, idempotency_key, use)
     if wait:

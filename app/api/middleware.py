@@ -216,6 +216,9 @@ def needed_scope(method: str, path: str) -> access.Scope:
     """The least scope for a request. What is not listed here needs `train`: new paths are closed until thought of."""
     if path == "/predict" or path.startswith(("/v2", "/hf/", "/v1/batches")):
         return access.Scope.predict
+    # Whoever asked may say what it was; to look at what others asked takes more.
+    if method == "POST" and path.startswith("/v1/predictions/") and path.endswith("/feedback"):
+        return access.Scope.predict
     is_reading = method in ("GET", "HEAD", "OPTIONS")
     if is_reading and (
         path in ("/", "/docs", "/openapi.json", "/metrics", "/v1/backbones", "/v1/aliases", "/v1/models")

@@ -1,8 +1,10 @@
 """POST /predict: pictures in any of three bodies, told apart by their first bytes, answered by a trained model."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from app import registry
 from app.api.classifiers import model_id_of
@@ -11,6 +13,7 @@ from app.api.openapi import problems
 from app.api.picture_bodies import Picture, form_content, read_pictures
 from app.api.problems import Problem, pointer_to
 from app.api.schemas import ClassScore, FailedPrediction, Prediction, Predictions, PredictRequest, TaskPrediction
+from app.api.services import Services
 from app.errors import FieldError, ImageRefused, InvalidRequest, TooLarge
 from app.serving.predictor import Scores
 
@@ -23,14 +26,18 @@ router = APIRouter(tags=["prediction"])
     "/predict",
     response_model=Predictions,
     summary="Classify pictures",
-    responses=problems(404, 408, 409, 413),
+    responses=problems(404, 408, 409, 413, 507),
     openapi_extra={
         "requestBody": {
             "required": True,
             "description": "Told apart by the first bytes; the Content-Type matters for multipart/form-data only.",
             "content": {
                 **form_content(
-                    {"model": {"type": "string"}, "top_k": {"type": "integer", "minimum": 1, "maximum": 1000}},
+                    {
+                        "model": {"type": "string"},
+                        "top_k": {"type": "integer", "minimum": 1, "maximum": 1000},
+                        "store": {"type": "boolean"},
+                    },
                     required=[],
                 ),
                 **{
@@ -53,9 +60,15 @@ async def predict(
     top_k: Annotated[
         int | None, Query(ge=1, le=1000, description=f"Classes per picture, best first; {DEFAULT_TOP_K} if left out.")
     ] = None,
+    store: Annotated[
+        bool | None, Query(description="Keep each picture and its prediction, under the `id` that is answered.")
+    ] = None,
 ) -> Response:
     asked = await read_pictures(request, schema=PredictRequest, max_bytes=services.settings.max_predict_bytes)
     asked_top_k = _top_k(asked.fields.get("top_k"))
+    is_to_store = _flag("store", asked.fields.get("store")) if store is None else store
+    if is_to_store:
+        services.shelf.check_is_open()
     if len(asked.pictures) > services.settings.max_predict_images:
         raise InvalidRequest(
             f"{len(asked.pictures)} pictures are more than the {services.settings.max_predict_images} that one request "
@@ -75,20 +88,21 @@ async def predict(
     services.metrics.count_predictions(answered=len(results) - len(refused), refused=len(refused))
     if len(refused) == len(results):
         raise _nothing_readable(refused)
-    answer = Predictions(
-        model=model_id,
-        predictions=[
-            _prediction(picture, outcome, top_k=top_k or asked_top_k or DEFAULT_TOP_K)
-            if isinstance(outcome, Scores)
-            else FailedPrediction(
-                filename=picture.filename,
-                error=Problem.of(_explained(picture, outcome)).document(
-                    request_id=request.state.request_id, path=request.url.path
-                ),
-            )
-            for picture, outcome in results
-        ],
-    )
+    predictions = [
+        _prediction(picture, outcome, top_k=top_k or asked_top_k or DEFAULT_TOP_K)
+        if isinstance(outcome, Scores)
+        else FailedPrediction(
+            filename=picture.filename,
+            error=Problem.of(_explained(picture, outcome)).document(
+                request_id=request.state.request_id, path=request.url.path
+            ),
+        )
+        for picture, outcome in results
+    ]
+    if is_to_store:
+        alias = None if name == model_id else name
+        predictions = await run_in_threadpool(_kept, services, model_id, alias, asked.pictures, predictions)
+    answer = Predictions(model=model_id, predictions=predictions)
     # Written as it is: FastAPI would check once more what was just made, for a quarter of the event loop's time.
     return Response(answer.model_dump_json(), media_type="application/json")
 
@@ -96,6 +110,23 @@ async def predict(
 def _prediction(picture: Picture, scores: Scores, *, top_k: int) -> Prediction:
     tasks = {task: TaskPrediction(**_best(of_task, top_k)) for task, of_task in scores.tasks.items()}
     return Prediction(filename=picture.filename, tasks=tasks or None, **_best(scores, top_k))
+
+
+def _kept(
+    services: Services,
+    model_id: str,
+    alias: str | None,
+    pictures: Sequence[Picture],
+    predictions: Sequence[Prediction | FailedPrediction],
+) -> list[Prediction | FailedPrediction]:
+    """The same, those of readable pictures with the id under which they are kept."""
+    answered = [
+        (picture.encoded, prediction)
+        for picture, prediction in zip(pictures, predictions, strict=True)
+        if isinstance(prediction, Prediction) and isinstance(picture.encoded, bytes)
+    ]
+    kept = iter(services.shelf.keep(model_id, alias, answered))
+    return [next(kept) if isinstance(prediction, Prediction) else prediction for prediction in predictions]
 
 
 def _best(scores: Scores, top_k: int) -> dict[str, Any]:
@@ -122,6 +153,15 @@ def _refuse_large_single(pictures: list[Picture], max_bytes: int) -> None:
     encoded = pictures[0].encoded if len(pictures) == 1 else b""
     if isinstance(encoded, bytes) and len(encoded) > max_bytes:
         raise TooLarge(f"The picture is larger than the {max_bytes:,} bytes that are read here; send a smaller one.")
+
+
+def _flag(name: str, asked: str | bool | None) -> bool:
+    """From a form as text, from JSON as it is."""
+    if isinstance(asked, bool) or not asked:
+        return bool(asked)
+    if asked.lower() not in ("true", "false", "1", "0"):
+        raise InvalidRequest(f"{name}: must be true or false", errors=[FieldError(pointer_to(name), "not a boolean")])
+    return asked.lower() in ("true", "1")
 
 
 def _top_k(asked: str | int | None) -> int | None:

@@ -127,6 +127,7 @@ class Dataset(Schema):
     object: Literal["dataset"] = "dataset"
     name: str
     filename: str | None = Field(description="Of the archive, where the upload named it.")
+    parent: str | None = Field(description="The data set that this one has more pictures than; it may be deleted.")
     kind: Literal["labelled", "unlabelled"] = Field(description="unlabelled: without classes, for self_supervised.")
     status: Literal["processing", "ready", "failed"]
     created_at: datetime
@@ -152,6 +153,7 @@ class Dataset(Schema):
             id=row.id,
             name=row.name,
             filename=row.options.get("filename"),
+            parent=row.parent_id,
             kind=row.kind,
             status=row.status,
             created_at=row.created_at,
@@ -491,6 +493,7 @@ class PredictRequest(PicturesRequest):
 
     model: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
+    store: bool | None = None
 
 
 class ClassRequest(PicturesRequest):
@@ -513,6 +516,9 @@ class TaskPrediction(Schema):
 class Prediction(TaskPrediction):
     """Of several tasks, the first one's, and all of them as `tasks`."""
 
+    id: str | None = Field(
+        None, exclude_if=lambda id: id is None, description="Under which it is kept, where store=true asked for that."
+    )
     filename: str | None
     tasks: dict[str, TaskPrediction] | None = Field(
         None, exclude_if=lambda tasks: tasks is None, description="By name, where the model tells several things."

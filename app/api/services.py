@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
 from app import registry
+from app.api.kept_predictions import Shelf
 from app.api.metrics import Metrics
 from app.api.pictures import Pictures
 from app.api.remembered import Remembered
@@ -55,6 +56,7 @@ class Services:
     remembered: Remembered
     pictures: Pictures
     metrics: Metrics
+    shelf: Shelf
     # Keeps threads free for everybody else while large archives are read through.
     inspections: anyio.CapacityLimiter
     # Set when the server begins to shut down: streams and waits end then instead of holding it up.
@@ -92,6 +94,7 @@ def open_services(settings: Settings) -> Services:
         remembered=Remembered(database),
         pictures=Pictures(storage),
         metrics=metrics,
+        shelf=Shelf(database, storage, settings),
         inspections=anyio.CapacityLimiter(PARALLEL_INSPECTIONS),
     )
 
@@ -119,14 +122,16 @@ async def follow_aliases(services: Services) -> None:
 
 
 async def sweep_storage(services: Services) -> None:
-    """Removes what crashes have left in staging, at the start and every hour. Never returns."""
+    """Removes what crashes have left in staging, and predictions kept long enough, at the start and every hour. Never
+    returns."""
     while True:
         try:
+            await asyncio.to_thread(services.shelf.expire)
             removed = await asyncio.to_thread(services.storage.sweep)
             if removed:
                 log.info("staging swept", removed=removed)
-        except OSError as error:
-            log.error("staging cannot be swept", error=type(error).__name__)
+        except (OSError, SQLAlchemyError, GraftError) as error:
+            log.error("storage cannot be swept", error=type(error).__name__)
         await asyncio.sleep(SWEEP_INTERVAL_SECONDS)
 
 

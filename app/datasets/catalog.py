@@ -25,8 +25,13 @@ def create(
     options: dict[str, Any],
     kind: Kind = "labelled",
     dataset_id: str | None = None,
+    parent_id: str | None = None,
+    warnings: Sequence[dict[str, Any]] = (),
 ) -> DatasetRow:
-    """A new data set in status processing. dataset_id: where its archive was published before, if it was."""
+    """A new data set in status processing. dataset_id: where its archive was published before, if it was.
+
+    parent_id: the data set that it is a version of. warnings: known before it is ingested.
+    """
     row = DatasetRow(
         id=dataset_id or new_id("ds"),
         name=name,
@@ -35,6 +40,8 @@ def create(
         sha256=sha256,
         kind=kind,
         options=options,
+        parent_id=parent_id,
+        warnings=list(warnings),
         splits={"train": 0, "val": 0, "test": 0},
     )
     session.add(row)

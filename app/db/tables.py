@@ -106,6 +106,7 @@ class DatasetRow(Base):
     warnings: Mapped[list[Any]] = mapped_column(default=list)  # [{"code", "detail", "paths"}]
     error: Mapped[dict[str, Any] | None]
     packed_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of the pixel store; stated before it is written
+    parent_id: Mapped[str | None]  # the data set that this one has more pictures than; it may be deleted
 
 
 class JobRow(Base):
@@ -241,6 +242,32 @@ class AliasRow(Base):
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     updated_at: Mapped[datetime] = mapped_column(default=utc_now, onupdate=utc_now)
     previous_model_id: Mapped[str | None]  # what it pointed at before; no foreign key, since that may be deleted
+
+
+class PredictionRow(Base):
+    """A prediction that was kept, and what people say the picture is. Labels are by task; the only one's name is ""."""
+
+    __tablename__ = "predictions"
+    __table_args__ = (
+        Index("ix_predictions_model_id_seq", "model_id", "seq"),
+        Index("ix_predictions_seq_size_bytes", "seq", "size_bytes"),
+        {"sqlite_autoincrement": True},
+    )
+
+    seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    # No foreign keys: what people said of a picture outlives the model, and the data set that this was trained on.
+    model_id: Mapped[str]
+    dataset_id: Mapped[str] = mapped_column(index=True)
+    alias: Mapped[str | None]  # under which the model was asked
+    filename: Mapped[str | None]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)  # of the picture
+    sha256: Mapped[str]  # of the picture
+    predicted: Mapped[dict[str, Any]]
+    answer: Mapped[dict[str, Any]]  # as it was given: label, score, top, tasks
+    feedback: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
+    feedback_at: Mapped[datetime | None]
 
 
 class IdempotencyRow(Base):

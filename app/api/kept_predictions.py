@@ -1,0 +1,87 @@
+"""Predictions that are kept because their request asks for it: pictures to the storage, rows to the database, and both
+away again when there are too many or they are too old. Knows no requests.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from app import predictions
+from app.api.schemas import Prediction
+from app.db.engine import Database
+from app.db.tables import new_id, utc_now
+from app.errors import FieldError, Forbidden, TooLarge
+from app.predictions import Kept, picture_key
+from app.settings import Settings
+from app.storage import LocalStorage
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where predictions are kept, and how many."""
+
+    database: Database
+    storage: LocalStorage
+    settings: Settings
+
+    def check_is_open(self) -> None:
+        """Raises Forbidden where the operator keeps nothing."""
+        if not self.settings.store_predictions:
+            raise Forbidden(
+                "This server keeps no pictures; send the request without store.",
+                code="storing-is-off",
+                title="Predictions are not kept here",
+                errors=[FieldError("#/store", "is turned off on this server")],
+            )
+
+    def keep(self, model_id: str, alias: str | None, answered: Sequence[tuple[bytes, Prediction]]) -> list[Prediction]:
+        """The predictions with ids, kept together with their encoded pictures: all of them, or none.
+
+        Raises TooLarge for more bytes than are ever kept, StorageFull, and NotFound if the model was just deleted.
+        """
+        size_bytes = sum(len(picture) for picture, _ in answered)
+        if size_bytes > self.settings.max_stored_prediction_bytes:
+            raise TooLarge("The pictures are more than this server keeps; send the request without store.")
+        self.storage.check_room(size_bytes)
+        kept = [_kept(picture, prediction) for picture, prediction in answered]
+        keys = [picture_key(one.id) for one in kept]
+        for key in keys:
+            self.storage.announce(key)
+        try:
+            for key, (picture, _) in zip(keys, answered, strict=True):
+                with self.storage.staging() as staged:
+                    staged.write_bytes(picture)
+                    self.storage.publish(staged, key)
+            with self.database.write() as session:
+                predictions.add(session, kept, model_id=model_id, alias=alias)
+        finally:
+            # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
+            with self.database.read() as session:
+                is_kept = bool(kept) and predictions.exists(session, kept[0].id)
+            for key in keys:
+                self.storage.settle(key, is_wanted=is_kept)
+        self.expire()
+        return [
+            prediction.model_copy(update={"id": one.id}) for one, (_, prediction) in zip(kept, answered, strict=True)
+        ]
+
+    def expire(self) -> None:
+        """Deletes what is too old, and the oldest of what is too much."""
+        before = utc_now() - timedelta(days=self.settings.max_stored_prediction_days)
+        with self.database.write() as session:
+            gone = predictions.expire(session, max_bytes=self.settings.max_stored_prediction_bytes, before=before)
+        for prediction_id in gone:
+            self.storage.delete(picture_key(prediction_id))
+
+
+def _kept(picture: bytes, prediction: Prediction) -> Kept:
+    tasks = prediction.tasks or {}
+    return Kept(
+        id=new_id("prd"),
+        filename=prediction.filename,
+        size_bytes=len(picture),
+        sha256=hashlib.sha256(picture).hexdigest(),
+        predicted={name: task.label for name, task in tasks.items()} or {"": prediction.label},
+        answer=prediction.model_dump(mode="json", include={"label", "score", "top", "tasks"}),
+    )

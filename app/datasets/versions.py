@@ -1,0 +1,125 @@
+"""A data set with more pictures → an archive, for ingest to read as any other.
+
+What was there keeps its path, its class and its split, so that what validated the version before validates this one;
+what comes in is to train on. A table in the archive says so. Knows files; not predictions, not the database.
+"""
+
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from app.datasets import archive as archives
+from app.datasets.archive import ArchiveLimits
+from app.datasets.layout import MIN_PICTURES_PER_CLASS
+from app.datasets.manifest import UNLABELLED, Manifest, Record, Task
+
+TABLE = "metadata.jsonl"
+FOLDER = "feedback"
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A picture that comes in. name: its file's, in the archive. labels: by task; the only task's name is ""."""
+
+    name: str
+    picture: Path
+    sha256: str
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which additions come in; lonely: classes that nobody knows yet and that too few pictures are of."""
+
+    additions: Sequence[Addition]
+    lonely: Sequence[str]
+
+
+def choose(manifest: Manifest, additions: Iterable[Addition]) -> Chosen:
+    """Those that the data set does not hold yet, each picture once, its last label; without classes too small to train.
+
+    A picture that is there already stays what it is: one of validation must not be trained on.
+    """
+    here = {record.digest for record in manifest.records}
+    tasks = {task.name: frozenset(task.classes) for task in _tasks(manifest)}
+    found = {each.sha256: each for each in additions if each.sha256 not in here}
+    counts = Counter(pair for each in found.values() for pair in each.labels.items())
+    lonely = {
+        (task, label)
+        for (task, label), count in counts.items()
+        if task in tasks and label not in tasks[task] and count < MIN_PICTURES_PER_CLASS
+    }
+    chosen = []
+    for each in found.values():
+        labels = {task: label for task, label in each.labels.items() if task in tasks and (task, label) not in lonely}
+        if labels:
+            chosen.append(Addition(each.name, each.picture, each.sha256, labels))
+    return Chosen(chosen, sorted({label for _, label in lonely}))
+
+
+def write_version(
+    target: Path,
+    archive: Path,
+    manifest: Manifest,
+    additions: Sequence[Addition],
+    *,
+    limits: ArchiveLimits,
+    tick: Callable[[float], None],
+) -> None:
+    """Writes a zip of the archive's pictures that the manifest names, the additions, and the table of both.
+
+    tick: called for each file with the share of the archive read; may raise to stop. Raises FileNotFoundError for an
+    archive or an addition that was deleted meanwhile.
+    """
+    records = {record.path: record for record in manifest.records}
+    folder = _unused(FOLDER, records)
+    size_bytes = max(archive.stat().st_size, 1)
+    # Pictures are compressed already: storing them is faster and as small.
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, strict_timestamps=False) as packed:
+        rows: list[dict[str, Any]] = []
+        for member, content in archives.iterate(archive, limits=limits):
+            tick(min(member.position / size_bytes, 1.0))
+            record = records.get(member.path)
+            if record is not None:
+                path = _table_path(record)
+                packed.writestr(path, content)
+                rows.append({"file_name": path, "split": record.split, "label": _label(_named(record, manifest))})
+        for each in additions:
+            path = f"{folder}/{each.name}"
+            packed.write(each.picture, path)
+            rows.append({"file_name": path, "split": "train", "label": _label(each.labels)})
+        packed.writestr(TABLE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _tasks(manifest: Manifest) -> Sequence[Task]:
+    return manifest.tasks or [Task("", manifest.classes)]
+
+
+def _named(record: Record, manifest: Manifest) -> dict[str, str]:
+    """Labels by task, those that are known."""
+    labels = record.labels or [record.label]
+    pairs = zip(_tasks(manifest), labels, strict=True)
+    return {task.name: task.classes[label] for task, label in pairs if label != UNLABELLED}
+
+
+def _label(labels: Mapping[str, str]) -> str | dict[str, str]:
+    return labels[""] if "" in labels else dict(labels)
+
+
+def _table_path(record: Record) -> str:
+    """The path, unless a table cannot say it: blanks around a name are not read there."""
+    return record.path if record.path == record.path.strip() else f"renamed/{record.image_id}"
+
+
+def _unused(folder: str, records: Mapping[str, Record]) -> str:
+    tops = {PurePosixPath(path).parts[0] for path in records}
+    return next(name for name in _names(folder) if name not in tops)
+
+
+def _names(folder: str) -> Iterator[str]:
+    yield folder
+    yield from (f"{folder}-{number}" for number in range(2, 1_000_000_000))
