@@ -204,6 +204,13 @@ def test_a_loss_that_is_no_number_fails_as_diverged() -> None:
     assert failure.value.code == "diverged"
 
 
+def test_a_measure_that_is_no_number_fails_as_diverged() -> None:
+    plan = builders.plan(measure=lambda _on_batch: loop.Measured(math.nan, None))
+    with pytest.raises(JobFailed) as failure:
+        list(fit(builders.state(builders.network()), plan))
+    assert failure.value.code == "diverged"
+
+
 def test_a_last_batch_of_one_joins_the_batch_before_it_where_batch_norm_trains() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     assert trains_batch_norm(network)

@@ -26,15 +26,18 @@ def spec(**hyperparameters: Any) -> TrainingSpec:
     return resolve(parse_request(body), dataset=facts, weights=weights, device_type="cpu")
 
 
-def prepared(wanted: TrainingSpec | None = None, *, labelled: bool = False) -> Training:
+def prepared(
+    wanted: TrainingSpec | None = None, *, labelled: bool = False, count: int = 24, validated: int = 6
+) -> Training:
+    """validated: how many of the pictures are held out, where they are labelled."""
     wanted = wanted or spec()
-    source = builders.split(24)
+    source = builders.split(count)
     records = [
         Record(
             f"img_{i}",
             f"{i}.png",
             int(label) if labelled else UNLABELLED,
-            "val" if labelled and i >= 18 else "train",
+            "val" if labelled and i >= count - validated else "train",
             "",
             30,
             24,
@@ -114,6 +117,16 @@ def test_where_there_are_labels_neighbours_are_asked() -> None:
     assert 0 <= last.figures["knn_accuracy"] <= 1
     conclusion = self_supervised.conclude(training)
     assert conclusion.metrics["knn_accuracy"] == last.figures["knn_accuracy"]
+
+
+@pytest.mark.parametrize(("count", "validated"), [(33, 0), (24, 1), (50, 17)])
+def test_checks_are_finite_however_many_pictures_they_look_at(count: int, validated: int) -> None:
+    training = prepared(labelled=validated > 0, count=count, validated=validated)
+    assert training.plan.measure is not None
+    found = training.plan.measure(lambda: None)
+    assert np.isfinite([found.loss, *found.figures.values()]).all()
+    assert found.figures["feature_std"] > 0
+    assert ("knn_accuracy" in found.figures) == (validated > 0)
 
 
 def test_labels_change_nothing_of_what_is_learnt() -> None:

@@ -464,22 +464,29 @@ def _averaged(state: LoopState) -> Iterator[None]:
 
 
 def _validate(state: LoopState, plan: Plan, pace: "_Pace") -> Measured:
-    """Mean loss and accuracy on the validation images, or what the plan measures in their place."""
-    if plan.measure is not None:
-        return plan.measure(pace.during_validation)
+    """Mean loss and accuracy on the validation images, or what the plan measures in their place.
+
+    Raises JobFailed where the loss is no number.
+    """
+    measure = plan.measure or (lambda on_batch: _accuracy(state, plan, on_batch))
+    found = measure(pace.during_validation)
+    if not math.isfinite(found.loss):
+        raise _diverged()
+    return found
+
+
+def _accuracy(state: LoopState, plan: Plan, on_batch: Callable[[], None]) -> Measured:
     logits = predict_logits(
         state.network,
         plan.val,
         normalise=plan.normalise,
         device=state.device,
         precision=state.precision,
-        on_batch=pace.during_validation,
+        on_batch=on_batch,
     )
     labels = torch.from_numpy(plan.val.labels)
     loss = plan.tasks.mean_loss(logits, labels).item()
     accuracy = plan.tasks.right(logits, labels).double().mean().item()
-    if not math.isfinite(loss):
-        raise _diverged()
     figures = {f"val_accuracy:{name}": value for name, value in plan.tasks.accuracies(logits, labels).items()}
     return Measured(loss, accuracy, figures)
 
