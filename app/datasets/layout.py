@@ -21,7 +21,7 @@ from app.errors import ArchiveRefused
 
 MIN_CLASSES = 2
 MIN_PICTURES_PER_CLASS = 2  # one to train on, one to validate on
-MIN_UNLABELLED_PICTURES = 16  # fewer do not fill a batch
+MIN_UNLABELLED_PICTURES = 16  # of which a job makes one batch, the smallest that it may have
 MAX_CLASS_NAME_CHARACTERS = 255
 MAX_TASKS = 32
 TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl")

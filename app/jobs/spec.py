@@ -42,6 +42,7 @@ from app.jobs.recipes import (
     ModernDefaults,
 )
 from app.jobs.request import (
+    FEWEST_TOGETHER,
     FROZEN_METHODS,
     Augmentation,
     ClassWeights,
@@ -239,7 +240,7 @@ def resolve(
     if not dataset.has_labels and request.method == "auto":
         request = request.model_copy(update={"method": "self_supervised"})
         reasons.append("method self_supervised: the data set has no labels.")
-    _check_dataset(dataset, request.method)
+    _check_dataset(dataset, request)
     start = _start(request, weights, device_type, starting_model, reasons)
     if methods := _contenders(request, dataset, start, device_type, reasons):
         rivals = [_resolved(_entered(request, m), m, dataset=dataset, start=start, reasons=[]) for m in methods]
@@ -325,8 +326,14 @@ def _resolved(
     )
 
 
-def _check_dataset(dataset: DatasetFacts, method: str) -> None:
+def _check_dataset(dataset: DatasetFacts, request: JobRequest) -> None:
+    method = request.method
     if method == "self_supervised":
+        if dataset.train < FEWEST_TOGETHER:
+            field, verb = ("exclude", "leaves") if request.exclude else ("dataset", "has")
+            pictures = f"{dataset.train} training picture{'' if dataset.train == 1 else 's'}"
+            detail = f"{verb} {pictures}, and self_supervised compares {FEWEST_TOGETHER} or more with each other"
+            raise InvalidRequest(f"{field} {detail}.", errors=[FieldError(f"#/{field}", detail)])
         return
     if not dataset.has_labels:
         raise InvalidRequest(
@@ -453,6 +460,13 @@ def _check_combinations(request: JobRequest, method: Method, backbone: BackboneS
         raise _bad_hyperparameter("augmented_views", f"is for methods that freeze stages, and this is {method}")
     if method == "self_supervised" and (useless := sorted(OF_LABELS & given)):
         raise _bad_hyperparameter(useless[0], "has no meaning for self_supervised, which has no labels and no head")
+    if method == "self_supervised" and asked.batch_size is not None and asked.batch_size < FEWEST_TOGETHER:
+        detail = f"must be at least {FEWEST_TOGETHER} for self_supervised, which compares the pictures of a batch"
+        raise _bad_hyperparameter("batch_size", detail)
+    if method == "self_supervised" and asked.augmentation == "none":
+        raise _bad_hyperparameter(
+            "augmentation", "must be classic or strong for self_supervised, which learns from what two views share"
+        )
     if method == "few_shot" and (useless := sorted((ITERATIVE | {"class_weights"}) & given)):
         raise _bad_hyperparameter(useless[0], "has no meaning for few_shot, which computes its head and trains nothing")
     if "backbone_learning_rate" in given and method == "feature_extraction":

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from app.datasets.layout import MIN_UNLABELLED_PICTURES
 from app.errors import FieldError, InvalidHyperparameter, InvalidRequest, WeightsUnavailable
 from app.jobs.recipes import CLASSIC_PREPROCESSING
-from app.jobs.request import Hyperparameters, parse_request
+from app.jobs.request import FEWEST_TOGETHER, Hyperparameters, parse_request
 from app.jobs.spec import ClassFacts, DatasetFacts, StartingModel, TrainingSpec, resolve
 from app.vision.backbones import BACKBONES
 from app.vision.preprocessing import Preprocessing
@@ -212,6 +213,16 @@ def test_a_bad_request_names_the_field(body: object, pointer: str) -> None:
             "has no meaning for feature_extraction, whose backbone is frozen",
         ),
         (
+            {"method": "self_supervised", "hyperparameters": {"batch_size": 15}},
+            "batch_size",
+            "must be at least 16 for self_supervised, which compares the pictures of a batch",
+        ),
+        (
+            {"method": "self_supervised", "hyperparameters": {"augmentation": "none"}},
+            "augmentation",
+            "must be classic or strong for self_supervised, which learns from what two views share",
+        ),
+        (
             {"method": "full_fine_tuning", "hyperparameters": {"epochs": 3, "warmup_epochs": 4}},
             "warmup_epochs",
             "must be at most epochs, which is 3",
@@ -221,6 +232,15 @@ def test_a_bad_request_names_the_field(body: object, pointer: str) -> None:
 def test_a_value_without_effect_is_refused_with_the_reason(body: dict[str, Any], name: str, detail: str) -> None:
     refused = refusal(backbone="mobilenet_v3_small", **body)
     assert refused.errors == (FieldError(f"#/hyperparameters/{name}", detail),)
+
+
+def test_too_few_pictures_to_compare_are_refused_for_self_supervised() -> None:
+    assert MIN_UNLABELLED_PICTURES == FEWEST_TOGETHER == 16  # what an upload may hold, a job can learn from
+    resolved(method="self_supervised", dataset=DatasetFacts((), unlabelled=16))
+    for method in ("self_supervised", "auto"):
+        refused = refusal(method=method, dataset=DatasetFacts((), unlabelled=1))
+        detail = "has 1 training picture, and self_supervised compares 16 or more with each other"
+        assert refused.errors == (FieldError("#/dataset", detail),)
 
 
 def test_an_image_size_that_the_network_cannot_take_is_refused() -> None:

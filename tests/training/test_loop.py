@@ -214,7 +214,7 @@ def test_a_measure_that_is_no_number_fails_as_diverged() -> None:
 def test_a_last_batch_of_one_joins_the_batch_before_it_where_batch_norm_trains() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     assert trains_batch_norm(network)
-    plan = builders.plan(train=builders.split(21), epochs=1, merge_single=True)
+    plan = builders.plan(train=builders.split(21), epochs=1, fewest=2)
     (result,) = fit(builders.state(network), plan)
     assert result.step == 4
 

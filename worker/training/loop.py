@@ -63,9 +63,10 @@ class Plan:
     """What stays the same over the whole run.
 
     normalise: a batch's inputs on the device -> what the network takes: for pixels float32, as serving does it.
-    class_weights: one per output, or None. start_counts: the weights at the start are a candidate too, as epoch 0.
-    measure: validation, where it is not cross-entropy and accuracy on `val`; then the network gives each image's loss
-    and no logits, labels are not looked at, and the last epoch counts as the best: no figure would say which is.
+    class_weights: one per output, or None. fewest: images that a step needs, as batch_positions has it.
+    start_counts: the weights at the start are a candidate too, as epoch 0. measure: validation, where it is not
+    cross-entropy and accuracy on `val`; then the network gives each image's loss and no logits, labels are not looked
+    at, and the last epoch counts as the best: no figure would say which is.
     """
 
     train: Source
@@ -82,7 +83,7 @@ class Plan:
     cutmix: float = 0.0
     early_stopping_patience: int | None = None
     budget_seconds: float | None = None
-    merge_single: bool = False
+    fewest: int = 1
     start_counts: bool = False
     measure: Callable[[Callable[[], None]], Measured] | None = None
 
@@ -339,7 +340,7 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
         seed=plan.seed,
         epoch=state.epoch,
         first_step=state.step,
-        merge_single=plan.merge_single,
+        fewest=plan.fewest,
         device=state.device,
     )
     state.network.train()
@@ -574,7 +575,7 @@ class _Pace:
         self._state = state
         self._whole_plan = plan
         self.plan = plan.shortened(state.epochs)
-        self._steps = steps_per_epoch(len(plan.train), plan.batch_size, merge_single=plan.merge_single)
+        self._steps = steps_per_epoch(len(plan.train), plan.batch_size, fewest=plan.fewest)
         now = time.monotonic()
         self._mark = self._window_start = self._reported = self._saved = now
         self._window_images = 0

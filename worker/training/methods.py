@@ -171,7 +171,7 @@ def prepare(
     to_input = normaliser(spec.preprocessing)
     if sources is not None:
         network, to_input = Suffix(classifier), Tensor.float
-    merge_single = trains_batch_norm(classifier)
+    fewest = 2 if trains_batch_norm(classifier) else 1
     plan = Plan(
         train=sources[0] if sources else train,
         val=sources[1] if sources else val,
@@ -179,7 +179,7 @@ def prepare(
         epochs=values.epochs,
         batch_size=values.batch_size,
         seed=spec.seed,
-        schedule=schedule_for(values, images=len(train), merge_single=merge_single),
+        schedule=schedule_for(values, images=len(train), fewest=fewest),
         normalise=to_input,
         label_smoothing=values.label_smoothing,
         class_weights=_class_weights(spec, train, manifest),
@@ -187,7 +187,7 @@ def prepare(
         cutmix=values.cutmix,
         early_stopping_patience=values.early_stopping_patience,
         budget_seconds=spec.budget_seconds,
-        merge_single=merge_single,
+        fewest=fewest,
         start_counts=starts_as_probe,
     )
     optimizer = build_optimizer(
@@ -435,11 +435,11 @@ class _Frozen:
         )
 
 
-def schedule_for(values: ResolvedHyperparameters, *, images: int, merge_single: bool) -> Schedule:
+def schedule_for(values: ResolvedHyperparameters, *, images: int, fewest: int) -> Schedule:
     return Schedule(
         scheduler=values.scheduler,
         epochs=values.epochs,
-        steps_per_epoch=steps_per_epoch(images, values.batch_size, merge_single=merge_single),
+        steps_per_epoch=steps_per_epoch(images, values.batch_size, fewest=fewest),
         warmup_epochs=values.warmup_epochs,
         step_size=values.step_size,
         gamma=values.gamma,

@@ -178,10 +178,10 @@ def prepare(
         epochs=values.epochs,
         batch_size=values.batch_size,
         seed=spec.seed,
-        schedule=schedule_for(values, images=len(train), merge_single=True),
+        schedule=schedule_for(values, images=len(train), fewest=FEWEST_TOGETHER),
         normalise=normaliser(spec.preprocessing),
         budget_seconds=spec.budget_seconds,
-        merge_single=True,
+        fewest=FEWEST_TOGETHER,
         measure=checks.measure,
     )
     return Training(classifier, plan, state, val, None, spec.preprocessing)
