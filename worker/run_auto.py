@@ -19,7 +19,6 @@ from app.vision.classifier import Classifier
 from app.vision.evaluate import Evaluation, wilson_interval
 from worker.training import competition, methods
 from worker.training.competition import Contender, Dropped
-from worker.training.loop import EpochResult
 from worker.training.methods import Conclusion, Training
 from worker.workbench import Share, Workbench
 
@@ -101,21 +100,17 @@ def _enter(
     checkpoints = workbench.checkpoints(candidate.method)
     found = checkpoints.newest(on_damaged=workbench.reporter.log)
     training = workbench.prepare(candidate, found, share)
-    heat = competition.heat_epochs(training.plan.epochs)
     if left_seconds is not None:
         # Preparing took some of it already.
         left = max(left_seconds - (time.monotonic() - began), 1e-3)
         training.plan = replace(training.plan, budget_seconds=left)
 
     def is_behind() -> bool:
-        trained = training.state.val_accuracies
+        trained, heat = training.state.val_accuracies, competition.heat_epochs(training.epochs)
         return leader is not None and len(trained) >= heat and not competition.survives(trained[:heat], leader)
 
-    def is_enough(result: EpochResult) -> bool:
-        return result.epoch == heat and is_behind()
-
     if not training.state.is_finished or training.solved is not None:
-        workbench.fit(training, checkpoints, share, is_enough=is_enough)
+        workbench.fit(training, checkpoints, share, is_enough=is_behind)
     if leader is not None and is_behind():
         return None, training
     conclusion = methods.conclude(

@@ -3,9 +3,13 @@
 Its competitors start from an earlier model, so that no pretrained weights are needed.
 """
 
+import itertools
 import json
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +25,7 @@ from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision.preprocessing import Preprocessing
 from worker.reporter import ShuttingDown
+from worker.training import loop
 
 METHODS = ["feature_extraction", "fine_tuning", "full_fine_tuning"]
 VALUES = {"epochs": 4, "image_size": SIZE, "learning_rate": 0.01}
@@ -146,6 +151,20 @@ def test_a_spent_budget_leaves_the_probe(auto: Callable[..., Job], database: Dat
     assert done.row.metrics is not None
     assert done.row.metrics["method"] == "feature_extraction"
     assert {entry["dropped"] for entry in done.row.metrics["candidates"][1:]} == {"budget_seconds is spent"}
+
+
+def test_a_heat_is_a_part_of_the_epochs_that_the_budget_has_room_for(
+    auto: Callable[..., Job], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each look at the clock takes a second: in a third of the budget about ten epochs find room, not a thousand.
+    monotonic = map(float, itertools.count()).__next__
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=monotonic, perf_counter=time.perf_counter))
+    monkeypatch.setattr("worker.training.competition.survives", lambda _accuracies, _leader: False)
+    done = auto(budget_seconds=180.0, hyperparameters=VALUES | {"epochs": 1000})
+    done.run()
+    trained = Counter(epoch.method for epoch in queue_builders.history(database, done.id))
+    assert 2 <= trained["fine_tuning"] <= 5
+    assert {entry["dropped"] for entry in done.row.metrics["candidates"][1:]} == {"behind in its heat"}
 
 
 @pytest.mark.parametrize("killed_at", [1, 5])

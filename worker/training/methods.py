@@ -73,6 +73,11 @@ class Training:
     support: Support | None = None
     forecast: Callable[[], Forecast | None] | None = None
 
+    @property
+    def epochs(self) -> int:
+        """How many it takes in all, as far as that is known: a budget may have room for fewer than planned."""
+        return self.state.epochs or self.plan.epochs
+
 
 @dataclass(frozen=True)
 class Surroundings:
