@@ -100,24 +100,52 @@ def estimate(
     spec: TrainingSpec, *, dataset: DatasetFacts, speed: DeviceSpeed, device_type: str, past: Sequence[PastSpeed] = ()
 ) -> Estimate:
     """past: newest first; the first that matches is believed."""
-    parts = [
-        _estimate_one(one, dataset=dataset, speed=speed, device_type=device_type, past=past)
+    courses = [
+        _course(one, dataset=dataset, speed=speed, device_type=device_type, past=past)
         for one in spec.candidates or [spec]
     ]
     # auto's first method always runs to its end; whether others are tried at all, its mistakes decide.
-    seconds = parts[0].seconds + sum(EXPECTED_HEAT * part.seconds for part in parts[1:])
-    low, high = parts[0].seconds_range[0], sum(part.seconds_range[1] for part in parts)
-    limit = math.inf if spec.budget_seconds is None else spec.budget_seconds + FIXED_SECONDS
-    return Estimate(
-        seconds=min(seconds, limit),
-        seconds_range=(min(low, limit), min(high, limit)),
-        peak_memory_bytes=max(part.peak_memory_bytes for part in parts),
+    shares = [1.0] + [EXPECTED_HEAT] * len(courses[1:])
+    usual = [(share * each.once, share * each.usual) for share, each in zip(shares, courses, strict=True)]
+    low, seconds, high = (
+        _within_budget(spec, methods)
+        for methods in ([(courses[0].once, courses[0].fewest)], usual, [(each.once, each.most) for each in courses])
     )
+    return Estimate(seconds, (low, high), max(each.peak_memory_bytes for each in courses))
 
 
-def _estimate_one(
+def _within_budget(spec: TrainingSpec, methods: Sequence[tuple[float, float]]) -> float:
+    """Seconds of methods one after the other. methods: of each, seconds outside of epochs, and of them.
+
+    A budget bounds the epochs alone; under auto it is shared out, the rest of a method's time is paid from its share,
+    and what comes after it is spent is not begun.
+    """
+    budget = math.inf if spec.budget_seconds is None else spec.budget_seconds
+    if not spec.candidates:
+        ((once, epochs),) = methods
+        return once + min(epochs, budget)
+    spent = 0.0
+    for begun, (once, epochs) in enumerate(methods):
+        if spent < budget:
+            share = (budget - spent) / (len(methods) - begun)
+            spent += once + min(epochs, max(0.0, share - once))
+    return spent
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What one method takes. once: seconds outside of epochs; fewest, usual, most: seconds of its epochs."""
+
+    once: float
+    fewest: float
+    usual: float
+    most: float
+    peak_memory_bytes: int
+
+
+def _course(
     spec: TrainingSpec, *, dataset: DatasetFacts, speed: DeviceSpeed, device_type: str, past: Sequence[PastSpeed]
-) -> Estimate:
+) -> _Course:
     values = spec.hyperparameters
     costs = stage_costs(spec.backbone.name, values.image_size)
     trainable = _trainable_stages(spec, len(costs))
@@ -147,15 +175,13 @@ def _estimate_one(
     epochs = 0.0 if values.is_solved else float(values.epochs)
     patience = values.early_stopping_patience
     epoch_seconds = dataset.train * train_image + dataset.val * val_image
-
-    def after(epochs: float) -> float:
-        return FIXED_SECONDS + once + epochs * epoch_seconds
-
     # Training goes on for `patience` epochs even if the first is the last that gains.
     fewest = epochs if patience is None else min(epochs, patience)
-    return Estimate(
-        seconds=after(max(fewest, EXPECTED_SHARE * epochs)),
-        seconds_range=(after(fewest), after(epochs)),
+    return _Course(
+        once=FIXED_SECONDS + once,
+        fewest=fewest * epoch_seconds,
+        usual=max(fewest, EXPECTED_SHARE * epochs) * epoch_seconds,
+        most=epochs * epoch_seconds,
         peak_memory_bytes=_peak_bytes(
             spec, dataset=dataset, frozen=frozen, trained=trained, is_cached=is_cached, device_type=device_type
         ),

@@ -70,11 +70,6 @@ def test_fine_tuning_pays_for_its_views_once_and_then_for_the_last_stages_alone(
 
 
 def test_auto_costs_more_than_its_probe_and_less_than_all_of_its_methods() -> None:
-    def modern(method: str) -> TrainingSpec:
-        request = {"dataset": "ds_1", "method": method, "backbone": "mobilenet_v3_small"}
-        weights = {"mobilenet_v3_small": "IMAGENET1K_V1"}
-        return resolve(parse_request(request), dataset=FACTS, weights=weights, device_type="cpu")
-
     each = [estimated(modern(m)) for m in ("feature_extraction", "fine_tuning", "full_fine_tuning")]
     auto = estimated(modern("auto"))
     assert each[0].seconds < auto.seconds < sum(one.seconds for one in each)
@@ -91,10 +86,30 @@ def test_a_job_run_before_is_believed() -> None:
     assert training_seconds < found.seconds < 1.2 * training_seconds
 
 
-def test_a_budget_bounds_the_time() -> None:
-    budgeted = spec().model_copy(update={"budget_seconds": 10.0})
-    found = estimated(budgeted)
-    assert found.seconds == found.seconds_range[1] == 10.0 + FIXED_SECONDS
+def modern(method: str, *, budget: float | None = None) -> TrainingSpec:
+    request = {"dataset": "ds_1", "method": method, "backbone": "mobilenet_v3_small", "budget_seconds": budget}
+    weights = {"mobilenet_v3_small": "IMAGENET1K_V1"}
+    return resolve(parse_request(request), dataset=FACTS, weights=weights, device_type="cpu")
+
+
+def test_a_budget_bounds_the_epochs_and_nothing_else() -> None:
+    free = estimated(modern("full_fine_tuning"))
+    ample, tight = (estimated(modern("full_fine_tuning", budget=seconds)) for seconds in (1e6, 10.0))
+    assert ample == free
+    # Two passes over all images, for the probe and for the conclusion, are made whatever the budget.
+    assert 10.0 + FIXED_SECONDS < tight.seconds == tight.seconds_range[1] < free.seconds
+    assert estimated(modern("full_fine_tuning", budget=20.0)).seconds == pytest.approx(tight.seconds + 10.0)
+    for solved in ("feature_extraction", "few_shot"):
+        assert estimated(modern(solved, budget=1e-3)) == estimated(modern(solved))
+
+
+def test_autos_budget_holds_for_all_of_it_and_its_probe_is_there_in_any_case() -> None:
+    probe = estimated(modern("feature_extraction")).seconds
+    assert estimated(modern("auto", budget=0.9 * probe)).seconds_range == (probe, probe)
+    free = estimated(modern("auto"))
+    assert estimated(modern("auto", budget=1e6)) == free
+    budget = 0.8 * free.seconds_range[1]
+    assert estimated(modern("auto", budget=budget)).seconds_range[1] == pytest.approx(budget)
 
 
 def test_two_views_of_each_picture_cost_twice_the_training() -> None:
