@@ -26,6 +26,7 @@ from app.jobs.request import FROZEN_METHODS
 from app.jobs.spec import DatasetFacts, TrainingSpec
 from app.jobs.states import JobKind, JobStatus
 from app.vision import backbones
+from app.vision.backbones import ALL_LAYERS, BACKBONES
 from app.vision.device import pass_batch_size
 
 FLOAT_BYTES = 4
@@ -37,6 +38,11 @@ CUDA_CONTEXT_BYTES = 600 * 1024**2
 FIXED_SECONDS = 0.4
 # Solving for a head, and what it takes to choose how strongly it is regularised; per training image and class.
 PROBE_SECONDS = 0.0001
+# The metric of prototypes is fitted once and for each of five folds, in double precision; per operation on two CPU
+# cores (1,000 images of 1,024 features: 2.7 s). Of matrices as large as the metric, and of parts of 4,096 images, so
+# many are in memory at a time.
+PROTOTYPE_FITS, PROTOTYPE_SECONDS = 6, 7e-11
+DOUBLE_BYTES, PROTOTYPE_MATRICES, PROTOTYPE_PARTS, PART_IMAGES = 8, 5, 3, 4096
 # A step of the head alone on kept features, per image.
 HEAD_SECONDS = 0.00002
 # Of the epochs that early stopping may cut short, how many are trained as a rule; and of auto's methods after the
@@ -89,11 +95,15 @@ class DeviceSpeed:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage on one image: floating-point operations, and bytes of activations that training keeps."""
+    """One stage on one image: floating-point operations, and bytes of activations that training keeps.
+
+    width: features that a head behind it sees.
+    """
 
     flops: float
     activation_bytes: float
     output_bytes: float
+    width: int
 
 
 def estimate(
@@ -148,6 +158,9 @@ def _course(
 ) -> _Course:
     values = spec.hyperparameters
     costs = stage_costs(spec.backbone.name, values.image_size)
+    if values.feature_layer not in (None, ALL_LAYERS):
+        # What lies behind the layer does not run.
+        costs = costs[: BACKBONES[spec.backbone.name].stage_names.index(values.feature_layer) + 1]
     trainable = _trainable_stages(spec, len(costs))
     frozen, trained = costs[: len(costs) - trainable], costs[len(costs) - trainable :]
     frozen_forward = sum(_forward_seconds(cost, speed) for cost in frozen)
@@ -158,7 +171,11 @@ def _course(
     is_cached = bool(frozen) and (values.augmentation == "none" or values.augmented_views is not None)
     once = forward * dataset.val  # the conclusion
     if values.head_start != "random":
-        once += PROBE_SECONDS * dataset.train * len(dataset.classes) + forward * images
+        once += forward * images
+    if values.head_start == "probe":
+        once += PROBE_SECONDS * dataset.train * len(dataset.classes)
+    if values.head_start == "prototypes":
+        once += _prototype_seconds(dataset.train, costs[-1].width)
     if is_cached:
         once += frozen_forward * ((values.augmented_views or 0) * dataset.train + (images if trained else 0))
         train_image, val_image = training, forward - frozen_forward
@@ -231,7 +248,8 @@ def stage_costs(backbone_name: str, image_size: int) -> tuple[StageCost, ...]:
             with FlopCounterMode(display=False) as counter:
                 activations = stage(activations)
             output = float(activations.numel() * FLOAT_BYTES)
-            costs.append(StageCost(float(counter.get_total_flops()), float(kept.bytes), output))
+            width = backbone.pool(activations).shape[1]
+            costs.append(StageCost(float(counter.get_total_flops()), float(kept.bytes), output, width))
     return tuple(costs)
 
 
@@ -258,6 +276,17 @@ def _training_seconds(cost: StageCost, speed: DeviceSpeed) -> float:
     return arithmetic + TRAINING_PASSES * cost.activation_bytes / speed.bytes_per_second
 
 
+def _prototype_seconds(images: int, width: int) -> float:
+    """Of worker/training/prototypes.py: adding up the scatter, and solving for images or features, the fewer ones."""
+    return PROTOTYPE_FITS * PROTOTYPE_SECONDS * 2 * width * (images * width + 2 * min(images, width) ** 2)
+
+
+def _prototype_bytes(images: int, width: int) -> float:
+    """The features, those of all folds but one, and what is computed with in double precision."""
+    doubles = PROTOTYPE_MATRICES * width**2 + PROTOTYPE_PARTS * min(images, PART_IMAGES) * width
+    return 2 * FLOAT_BYTES * images * width + DOUBLE_BYTES * doubles
+
+
 def _peak_bytes(
     spec: TrainingSpec,
     *,
@@ -268,7 +297,7 @@ def _peak_bytes(
     device_type: str,
 ) -> int:
     values = spec.hyperparameters
-    parameters = backbones.BACKBONES[spec.backbone.name].parameters
+    parameters = BACKBONES[spec.backbone.name].parameters
     # Stages are of unequal size; the later ones, which are trained, hold most parameters.
     share = 1.0 if not frozen else min(1.0, len(trained) / max(1, len(frozen) + len(trained)) * 3)
     states = 2 if values.optimizer == "adamw" else 1
@@ -288,6 +317,8 @@ def _peak_bytes(
     stored = 0.0
     if is_cached and trained:
         stored = frozen[-1].output_bytes * ((values.augmented_views or 0) * dataset.train + images)
+    if values.head_start == "prototypes":
+        stored += _prototype_bytes(images, frozen[-1].width)
     context = CUDA_CONTEXT_BYTES if device_type == "cuda" else 0
     return math.ceil(PROCESS_BYTES + context + weights + activations + stored)
 

@@ -86,8 +86,9 @@ def test_a_job_run_before_is_believed() -> None:
     assert training_seconds < found.seconds < 1.2 * training_seconds
 
 
-def modern(method: str, *, budget: float | None = None) -> TrainingSpec:
-    request = {"dataset": "ds_1", "method": method, "backbone": "mobilenet_v3_small", "budget_seconds": budget}
+def modern(method: str, *, budget: float | None = None, **hyperparameters: Any) -> TrainingSpec:
+    asked = {"method": method, "budget_seconds": budget, "hyperparameters": hyperparameters}
+    request = {"dataset": "ds_1", "backbone": "mobilenet_v3_small", **asked}
     weights = {"mobilenet_v3_small": "IMAGENET1K_V1"}
     return resolve(parse_request(request), dataset=FACTS, weights=weights, device_type="cpu")
 
@@ -124,6 +125,24 @@ def test_two_views_of_each_picture_cost_twice_the_training() -> None:
     one, two = of("full_fine_tuning"), of("self_supervised")
     assert 1.8 * one.seconds < two.seconds < 2 * one.seconds
     assert two.peak_memory_bytes > 1.5 * one.peak_memory_bytes
+
+
+def test_prototypes_cost_their_metric_in_seconds_and_memory() -> None:
+    def of(train: int, **hyperparameters: Any) -> Estimate:
+        facts = DatasetFacts.from_counts([{"name": name, "train": train, "val": 10} for name in ("a", "b")])
+        wanted = modern("few_shot", **hyperparameters)
+        return estimate(wanted, dataset=facts, speed=DeviceSpeed(1e30, 1e30), device_type="cpu")
+
+    # On a device that takes no time, what is left is solved for on the CPU: here a metric of 1,024 features.
+    few, many, twice = (of(train) for train in (10, 20_000, 40_000))
+    assert few.seconds < FIXED_SECONDS + 0.1
+    assert many.seconds == pytest.approx(37, rel=0.05)
+    assert twice.seconds == pytest.approx(2 * many.seconds, rel=0.1)
+    # All features, and those of all folds but one.
+    more_features = 2 * 40_000 * 1024 * 4
+    assert twice.peak_memory_bytes - many.peak_memory_bytes == pytest.approx(more_features, rel=0.01)
+    # A layer in the middle has fewer, and what lies behind it does not run.
+    assert of(20_000, feature_layer="stage2").seconds < 0.2 * many.seconds
 
 
 def test_patience_makes_the_time_uncertain() -> None:
