@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.db.tables import JobRow
-from app.jobs.request import FROZEN_METHODS
+from app.jobs.request import FEWEST_TOGETHER, FROZEN_METHODS, MAX_CHECKED
 from app.jobs.spec import DatasetFacts, TrainingSpec
 from app.jobs.states import JobKind, JobStatus
 from app.vision import backbones
@@ -169,7 +169,8 @@ def _course(
     images = dataset.train + dataset.val
 
     is_cached = bool(frozen) and (values.augmentation == "none" or values.augmented_views is not None)
-    once = forward * dataset.val  # the conclusion
+    looking = _check_seconds(dataset, forward) if spec.method == "self_supervised" else forward * dataset.val
+    once = looking  # the conclusion
     if values.head_start != "random":
         once += forward * images
     if values.head_start == "probe":
@@ -178,20 +179,20 @@ def _course(
         once += _prototype_seconds(dataset.train, costs[-1].width)
     if is_cached:
         once += frozen_forward * ((values.augmented_views or 0) * dataset.train + (images if trained else 0))
-        train_image, val_image = training, forward - frozen_forward
+        train_image, looking = training, (forward - frozen_forward) * dataset.val
     else:
-        train_image, val_image = max(frozen_forward + training, VIEWS[spec.method] * AUGMENT_SECONDS), forward
+        train_image = max(frozen_forward + training, VIEWS[spec.method] * AUGMENT_SECONDS)
     known = next(
         (p for p in past if (p.backbone, p.method, p.image_size) == _kind(spec) and p.images_per_second > 0), None
     )
     if known is not None and not values.is_solved:
         factor = 1 / known.images_per_second / train_image
-        train_image, val_image = train_image * factor, val_image * factor
+        train_image, looking = train_image * factor, looking * factor
         # Where nothing is kept, what was learned of the device's speed holds for the single passes too.
         once = once if is_cached else once * factor
     epochs = 0.0 if values.is_solved else float(values.epochs)
     patience = values.early_stopping_patience
-    epoch_seconds = dataset.train * train_image + dataset.val * val_image
+    epoch_seconds = dataset.train * train_image + looking
     # Training goes on for `patience` epochs even if the first is the last that gains.
     fewest = epochs if patience is None else min(epochs, patience)
     return _Course(
@@ -274,6 +275,13 @@ def _forward_seconds(cost: StageCost, speed: DeviceSpeed) -> float:
 def _training_seconds(cost: StageCost, speed: DeviceSpeed) -> float:
     arithmetic = TRAINING_ARITHMETIC * cost.flops / speed.flops_per_second
     return arithmetic + TRAINING_PASSES * cost.activation_bytes / speed.bytes_per_second
+
+
+def _check_seconds(dataset: DatasetFacts, forward: float) -> float:
+    """What self_supervised looks at after an epoch: features of both splits, and the loss of two views of one."""
+    train, val = min(dataset.train, MAX_CHECKED), min(dataset.val, MAX_CHECKED)
+    views = VIEWS["self_supervised"] * (val if val >= FEWEST_TOGETHER else train)
+    return forward * (train + val) + max(forward, AUGMENT_SECONDS) * views
 
 
 def _prototype_seconds(images: int, width: int) -> float:

@@ -31,6 +31,8 @@ FROZEN_METHODS: tuple[Method, ...] = ("feature_extraction", "few_shot")  # they 
 
 # self_supervised compares a batch's pictures with each other: what fewer than these have in common is mostly chance.
 FEWEST_TOGETHER = 16
+# And after each epoch it is checked on the pictures of each split, or on so many of them.
+MAX_CHECKED = 2000
 
 _ID = r"^[A-Za-z0-9_.\-]{1,100}$"
 _NULLABLE = frozenset({"early_stopping_patience"})

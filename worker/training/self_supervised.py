@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.datasets.manifest import Manifest
-from app.jobs.request import FEWEST_TOGETHER
+from app.jobs.request import FEWEST_TOGETHER, MAX_CHECKED
 from app.jobs.spec import TrainingSpec
 from app.vision.backbones import Backbone
 from app.vision.classifier import Classifier
@@ -49,8 +49,6 @@ from worker.training.tasks import Tasks, of_task
 EXPANDED_WIDTH = 512
 # The paper's 25, 25 and 1, over 25.
 COVARIANCE_WEIGHT = 0.04
-# Pictures that the checks look at, of each split at most.
-MAX_CHECKED = 2000
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 20, 0.07  # Wu et al. 2018
 # Below this share of an even spread, features have collapsed to a few directions.
 COLLAPSED_STD = 0.1
