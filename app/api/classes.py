@@ -15,6 +15,7 @@ from app.api.openapi import problems
 from app.api.picture_bodies import PictureBody, form_content, read_pictures
 from app.api.schemas import ClassRequest, Model
 from app.api.services import Services
+from app.datasets.layout import folded
 from app.db.tables import ModelRow, new_id
 from app.errors import Conflict, FieldError, ImageRefused, InvalidRequest
 from app.serving.extension import Extension, extend
@@ -135,8 +136,12 @@ def _name(body: PictureBody) -> str:
 
 
 def _check_new(name: str, classes: list[str]) -> None:
-    if name.casefold() in {known.casefold() for known in classes}:
-        raise Conflict(f"The model has a class {name!r} already; give the new one another name.", code="class-exists")
+    same = next((known for known in classes if folded(known) == folded(name)), None)
+    if same is not None:
+        raise Conflict(
+            f"The model has the class {same!r} already, and {name!r} is no other name; give the new one another.",
+            code="class-exists",
+        )
 
 
 def _encoded(body: PictureBody, *, most: int) -> list[bytes]:

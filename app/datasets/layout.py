@@ -205,15 +205,18 @@ def _check_names(classes: Sequence[str]) -> None:
             raise ArchiveRefused(
                 f"A class name is longer than {MAX_CLASS_NAME_CHARACTERS} characters.", code="class-name-too-long"
             )
-        # What a file system that folds case, normalises or trims would take for one and the same folder.
-        folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).rstrip(" .\u00a0").lstrip()
-        if folded in seen:
+        if (key := folded(name)) in seen:
             raise ArchiveRefused(
-                f"The classes {shown(seen[folded])} and {shown(name)} differ only in case, accents' encoding or "
+                f"The classes {shown(seen[key])} and {shown(name)} differ only in case, accents' encoding or "
                 "trailing blanks and dots; give them one name, or two that differ.",
                 code="class-name-collision",
             )
-        seen[folded] = name
+        seen[key] = name
+
+
+def folded(name: str) -> str:
+    """The same for names that a file system which folds case, normalises or trims would take for one folder."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).rstrip(" .\u00a0").lstrip()
 
 
 # The tree ------------------------------------------------------------------------------------------------------------

@@ -138,9 +138,10 @@ def test_a_name_that_is_none_is_refused(client: httpx.Client, model: str, name: 
     assert [error["pointer"] for error in problem["errors"]] == ["#/name"]
 
 
-def test_a_class_that_is_there_already_is_a_conflict(client: httpx.Client, model: str) -> None:
-    problem = assert_is_problem(add(client, model, name=CLASSES[0].upper()), 409, "class-exists")
-    assert CLASSES[0].upper() in problem["detail"]
+@pytest.mark.parametrize("name", [CLASSES[0].upper(), f"{CLASSES[0]}.", f"{CLASSES[0]} .", f"{CLASSES[0]}\u00a0"])
+def test_a_class_that_is_there_already_is_a_conflict(client: httpx.Client, model: str, name: str) -> None:
+    problem = assert_is_problem(add(client, model, name=name), 409, "class-exists")
+    assert repr(CLASSES[0]) in problem["detail"]
 
 
 def test_a_picture_that_cannot_be_read_is_named_and_nothing_is_made(client: httpx.Client, model: str) -> None:
