@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import api_builders
@@ -155,6 +156,40 @@ def test_a_model_with_another_head_says_how_to_get_one_that_can(server: RunningS
     other = api_builders.register_model(server.services, aliases=())
     problem = assert_is_problem(add(client, other), 409, "not-extensible")
     assert "few_shot" in problem["detail"]
+
+
+@pytest.mark.parametrize("what", ["name", "kind"])
+def test_what_the_model_cannot_be_given_is_refused_before_its_weights_are_read(
+    server: RunningServer, client: httpx.Client, model: str, what: str
+) -> None:
+    other = api_builders.register_model(server.services, aliases=())
+    name, extended = (CLASSES[0], model) if what == "name" else ("wasp", other)
+    server.services.storage.path(f"models/{extended}/weights.safetensors").write_bytes(b"damaged")
+    assert add(client, extended, name=name).status_code == 409
+
+
+def test_a_disk_without_room_for_the_version_is_full(tmp_path: Path) -> None:
+    with api_builders.running(api_builders.settings_for(tmp_path, min_free_bytes=2**60)) as server:
+        model = api_builders.register_model(server.services, support=support_of(9))
+        with api_builders.client_of(server) as client:
+            assert_is_problem(add(client, model), 507, "storage-full")
+
+
+def test_a_disk_that_does_not_take_the_version_is_full_and_nothing_is_left(
+    server: RunningServer, client: httpx.Client, model: str
+) -> None:
+    storage = server.services.storage
+    made = sorted(storage.path("models").iterdir())
+    staging = storage.root / "staging"
+    staging.rename(storage.root / "aside")
+    staging.write_text("no folder")
+    try:
+        assert_is_problem(add(client, model), 507, "storage-full")
+    finally:
+        staging.unlink()
+        (storage.root / "aside").rename(staging)
+    assert sorted(storage.path("models").iterdir()) == made
+    assert list((storage.root / "announced").iterdir()) == []
 
 
 def test_what_a_model_is_extended_by_is_checked_when_it_is_read(server: RunningServer, model: str) -> None:
