@@ -1,5 +1,6 @@
 """POST /v1/models/{model}/classes: a few-shot model with one class more, as a new version and without training."""
 
+import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
@@ -60,13 +61,22 @@ async def add_class(
     name, pictures = _name(body), _encoded(body, most=settings.max_predict_images)
     parent = await run_in_threadpool(_open, services, model, name)
     features = await services.predictor.features(parent.row.id, pictures)
-    return await run_in_threadpool(_publish, services, parent, name, features)
+    return await run_in_threadpool(_publish, services, parent, _NewClass(name, pictures, features))
 
 
 @dataclass(frozen=True)
 class _Parent:
     row: ModelRow
     support: Support
+
+
+@dataclass(frozen=True)
+class _NewClass:
+    """pictures: encoded; features: float32 (N, D), of each."""
+
+    name: str
+    pictures: list[bytes]
+    features: Tensor
 
 
 def _open(services: Services, model: str, name: str) -> _Parent:
@@ -84,17 +94,18 @@ def _open(services: Services, model: str, name: str) -> _Parent:
     return _Parent(row, support)
 
 
-def _publish(services: Services, parent: _Parent, name: str, features: Tensor) -> Model:
+def _publish(services: Services, parent: _Parent, new: _NewClass) -> Model:
     """Files first, whole and synced; then the model's row."""
     storage = services.storage
     folder = storage.path(f"models/{parent.row.id}")
     # The version is as large as the model, but for a class and its pictures' features.
     storage.check_room(sum(file.stat().st_size for file in folder.glob("*")))
-    extension = extend(artifact.load(folder), parent.support, name, features)
+    extension = extend(artifact.load(folder), parent.support, new.name, new.features)
     model_id = new_id("mdl")
     key = f"models/{model_id}"
     try:
-        saved = _stored(storage, key, _described(extension, parent, model_id), extension.evaluation)
+        made = _described(extension, new, model_id, parent_id=parent.row.id)
+        saved = _stored(storage, key, made, extension.evaluation)
         with services.database.write() as session:
             row = registry.register(
                 session,
@@ -131,12 +142,15 @@ def _stored(storage: LocalStorage, key: str, made: Artifact, evaluation: Mapping
         raise StorageFull("The server could not store the model: its disk is full or failing.") from error
 
 
-def _described(extension: Extension, parent: _Parent, model_id: str) -> Artifact:
+def _described(extension: Extension, new: _NewClass, model_id: str, *, parent_id: str) -> Artifact:
+    """shots: digests as a manifest has them, so that the promotion gate knows what the model has seen."""
     made = extension.artifact
+    shots = [hashlib.sha256(picture).hexdigest() for picture in new.pictures]
     made.metadata = {
         **made.metadata,
         "model": model_id,
-        "parent": parent.row.id,
+        "parent": parent_id,
+        "shots": [*made.metadata.get("shots", []), *shots],
         "metrics": extension.metrics,
     }
     return made

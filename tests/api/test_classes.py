@@ -1,6 +1,7 @@
 """POST /v1/models/{model}/classes: one class more for a few-shot model, measured, and the first one left as it is."""
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,11 +101,15 @@ def test_one_picture_makes_a_class_too_and_is_not_counted_as_a_measurement(clien
     assert client.get(f"/v1/models/{made['id']}/evaluation").json()["images"] == 9
 
 
-def test_a_version_can_be_extended_in_its_turn(client: httpx.Client, model: str) -> None:
+def test_a_version_can_be_extended_in_its_turn(server: RunningServer, client: httpx.Client, model: str) -> None:
     first = add(client, model).json()
     second = add(client, first["id"], [builders.jpeg(50), builders.jpeg(51)], name="hornet").json()
     assert second["classes"] == [*CLASSES, "wasp", "hornet"]
     assert second["parent"] == first["id"]
+    # What each class was added with is known of the newest, as a data set's manifest would have it.
+    added = [*PICTURES, builders.jpeg(50), builders.jpeg(51)]
+    made = artifact.load(server.services.storage.path(f"models/{second['id']}"))
+    assert made.metadata["shots"] == [hashlib.sha256(picture).hexdigest() for picture in added]
     assert second["metrics"]["left_out_one_by_one"] == len(PICTURES) + 2
     assert add(client, model, name="hornet").status_code == 201
 
