@@ -1,5 +1,6 @@
 """Learning without labels: the loss by hand, its checks against collapse, and a resumed run."""
 
+from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -7,15 +8,24 @@ import numpy as np
 import pytest
 import torch
 import training_builders as builders
+from torch import nn
 
 from app.datasets.manifest import UNLABELLED, Manifest, Record
 from app.jobs.request import parse_request
 from app.jobs.spec import DatasetFacts, TrainingSpec, resolve
-from app.vision import backbones
+from app.vision.backbones import Backbone
+from app.vision.classifier import Classifier
 from worker.training import loop, methods, self_supervised
 from worker.training.loop import Hooks
 from worker.training.methods import Training
-from worker.training.self_supervised import COVARIANCE_WEIGHT, TwoViews, VICReg, feature_std, knn_accuracy
+from worker.training.self_supervised import (
+    COLLAPSED_STD,
+    COVARIANCE_WEIGHT,
+    TwoViews,
+    VICReg,
+    feature_std,
+    knn_accuracy,
+)
 
 
 def spec(**hyperparameters: Any) -> TrainingSpec:
@@ -27,7 +37,12 @@ def spec(**hyperparameters: Any) -> TrainingSpec:
 
 
 def prepared(
-    wanted: TrainingSpec | None = None, *, labelled: bool = False, count: int = 40, validated: int = 6
+    wanted: TrainingSpec | None = None,
+    *,
+    labelled: bool = False,
+    count: int = 40,
+    validated: int = 6,
+    classifier: Classifier | None = None,
 ) -> Training:
     """validated: how many of the pictures are held out, where they are labelled."""
     wanted = wanted or spec()
@@ -46,7 +61,7 @@ def prepared(
     ]
     return self_supervised.prepare(
         wanted,
-        classifier=methods.build_classifier(wanted, 0),
+        classifier=classifier or methods.build_classifier(wanted, 0),
         manifest=Manifest(["dark", "middle", "light"] if labelled else [], records),
         images=source.images,
         device=torch.device("cpu"),
@@ -54,13 +69,18 @@ def prepared(
     )
 
 
+def flat(side: int) -> Backbone:
+    """A backbone whose features are the pixels: of unit scale where those are, while a random MobileNetV3's are all
+    but the same for all pictures, so that two of the loss's terms are nothing."""
+    stages = OrderedDict(stem=nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3 * side**2)))
+    return Backbone("flat", stages, feature_width=3 * side**2, layout="NCHW")
+
+
 def test_the_loss_is_the_papers() -> None:
-    network = VICReg(backbones.build("mobilenet_v3_small", seed=0), seed=0).train()
-    views = torch.randn(6, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(0)
+    network = VICReg(flat(8), seed=0).train()
+    views = torch.randn(64, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     losses = network(views)
 
-    torch.manual_seed(0)  # the same dropout
     first, second = network.expander(network.backbone(torch.cat([views[:, 0], views[:, 1]]))).chunk(2)
     width = first.shape[1]
     invariance = torch.nn.functional.mse_loss(first, second)
@@ -68,9 +88,30 @@ def test_the_loss_is_the_papers() -> None:
     covariance = (
         sum((torch.cov(z.T) ** 2).sum() - (torch.diag(torch.cov(z.T)) ** 2).sum() for z in (first, second)) / width
     )
-    expected = invariance + variance + COVARIANCE_WEIGHT * covariance
-    assert losses.shape == (6,)
-    torch.testing.assert_close(losses.mean(), expected, rtol=1e-3, atol=0)
+    terms = torch.stack([invariance, torch.as_tensor(variance), COVARIANCE_WEIGHT * covariance])
+    assert losses.shape == (64,)
+    torch.testing.assert_close(losses.mean(), terms.sum(), rtol=1e-4, atol=0)
+    # Without any of the three it would be another loss.
+    assert (terms > 0.01 * terms.sum()).all(), terms
+
+
+def test_checks_are_of_all_pictures_though_they_are_looked_at_in_parts() -> None:
+    training = prepared(count=80, classifier=Classifier(flat(32), nn.Linear(3 * 32**2, 1), feature_layer="stem"))
+    plan, network = training.plan, training.state.network
+    assert isinstance(plan.train, TwoViews) and isinstance(network, VICReg) and plan.measure is not None
+    found = plan.measure(lambda: None)
+
+    with torch.inference_mode():
+        parts = [
+            plan.train.training_batch(positions, seed=0, epoch=0, step=step).inputs
+            for step, positions in enumerate(np.array_split(np.arange(80), 3))
+        ]
+        losses = [network(plan.normalise(views)) for views in parts]
+        features = network.backbone(plan.normalise(plan.train.batch(np.arange(80)).inputs))
+    assert found.loss == pytest.approx(torch.cat(losses).mean().item())
+    assert found.figures["feature_std"] == pytest.approx(feature_std(features), rel=1e-4)
+    assert len({round(part.mean().item(), 4) for part in losses}) == 3  # each part's terms are its own
+    assert found.figures["feature_std"] > COLLAPSED_STD
 
 
 def test_two_views_of_a_picture_differ_and_follow_from_seed_epoch_and_step() -> None:
