@@ -404,6 +404,44 @@ def test_pictures_are_not_mirrored_where_class_names_speak_of_sides_or_signs(
     assert resolved(dataset=facts(names=names)).hyperparameters.horizontal_flip is flips
 
 
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+@pytest.mark.parametrize("method", ["few_shot", "self_supervised"])
+def test_reasons_are_of_what_is_done(method: str, recipe: str) -> None:
+    uneven = DatasetFacts((ClassFacts("a", 19, 20), ClassFacts("b", 5, 20)))
+    spec = resolved(method=method, recipe=recipe, backbone="resnet50", dataset=uneven)
+    assert spec.hyperparameters.class_weights == "none"
+    said = {
+        ("few_shot", "classic"): ["the head is a prototype for each class: computed at once, without training."],
+        ("few_shot", "modern"): ["the head is a prototype for each class: computed at once, without training."],
+        ("self_supervised", "classic"): [],
+        ("self_supervised", "modern"): [
+            "epochs 200: about 1500 steps suit 24 images.",
+            "no horizontal flips: the class names are single characters or name a side.",
+        ],
+    }
+    assert spec.reasons == said[method, recipe]
+
+
+def test_weights_that_were_asked_for_need_no_reason() -> None:
+    uneven = DatasetFacts((ClassFacts("daisy", 100, 20), ClassFacts("rose", 5, 20)))
+    for given in ("none", "balanced"):
+        spec = resolved(method="fine_tuning", dataset=uneven, hyperparameters={"class_weights": given})
+        assert spec.hyperparameters.class_weights == given
+        assert not any(reason.startswith("class_weights") for reason in spec.reasons)
+
+
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+def test_a_head_that_is_computed_has_no_momentum_and_no_steps(recipe: str) -> None:
+    values = resolved(method="few_shot", recipe=recipe).hyperparameters
+    assert (values.momentum, values.step_size, values.gamma) == (None, None, None)
+
+
+def test_a_backbone_cannot_be_promoted_always() -> None:
+    refused = refusal(method="self_supervised", promote="always")
+    assert [error.pointer for error in refused.errors] == ["#/promote"]
+    resolved(method="self_supervised", promote="never")
+
+
 @pytest.mark.parametrize(("given", "decay"), [(True, 0.999), (False, 0.0), (0.9, 0.9), (0, 0.0)])
 def test_ema_is_a_switch_or_a_decay(given: object, decay: float) -> None:
     assert resolved(hyperparameters={"ema": given}).hyperparameters.ema == decay
