@@ -153,6 +153,7 @@ def prepare(
     surroundings: Surroundings | None = None,
 ) -> Training:
     """images: packed at preprocessing.side or more. precision: as an earlier attempt chose it; None chooses now."""
+    assert spec.method != "self_supervised", "is prepared by self_supervised.py"
     values, surroundings = spec.hyperparameters, surroundings or Surroundings()
     place(classifier, device)
     if spec.recipe == "modern":
