@@ -120,9 +120,10 @@ def list_models(
     return list(session.scalars(models))
 
 
-def list_of_methods(session: Session, methods: Sequence[str]) -> list[ModelRow]:
-    """All models of these methods, newest first."""
-    return list(session.scalars(select(ModelRow).where(ModelRow.method.in_(methods)).order_by(ModelRow.seq.desc())))
+def list_of_methods(session: Session, methods: Sequence[str], *, limit: int) -> list[ModelRow]:
+    """The newest models of these methods, newest first."""
+    models = select(ModelRow).where(ModelRow.method.in_(methods)).order_by(ModelRow.seq.desc()).limit(limit)
+    return list(session.scalars(models))
 
 
 def list_of_job(session: Session, job_id: str) -> list[ModelRow]:

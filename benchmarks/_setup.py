@@ -29,6 +29,9 @@ from worker.training import loop, methods
 from worker.training.loop import EpochResult
 from worker.training.methods import Training
 
+# Those that docs/benchmarks.md compares: of labelled pictures, with the textbook's recipe too.
+METHODS = ("feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch")
+
 
 @dataclass(frozen=True)
 class Ingested:

@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from _setup import Ingested, classifier, fitted, ingested, markdown, resolved
+from _setup import METHODS, Ingested, classifier, fitted, ingested, markdown, resolved
 
 from app import registry
 from app.db.engine import Database
 from app.db.migrate import upgrade
 from app.db.tables import utc_now
 from app.jobs import owner, queue
-from app.jobs.request import Method, Recipe
+from app.jobs.request import Recipe
 from app.jobs.spec import TrainingSpec
 from app.jobs.states import JobKind
 from app.settings import Settings
@@ -43,7 +43,7 @@ from worker.run_job import run_training
 from worker.training import methods
 from worker.wakeup import Wakeup
 
-METHODS = (*get_args(Method), "auto")
+ALL_METHODS = (*METHODS, "few_shot", "auto")
 # Largest training class over smallest, above which accuracy alone misleads.
 UNEVEN = 3.0
 _FIGURES = {"val_accuracy": "accuracy", "macro_f1": "macro-F1"}
@@ -91,7 +91,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     for line in lines:
         overrides = json.dumps(line["hyperparameters"]) if line["hyperparameters"] else ""
         runs[line["set"], line["recipe"], line["backbone"], overrides][line["method"]].append(line)
-    shown = [method for method in METHODS if any(method in by_method for by_method in runs.values())]
+    shown = [method for method in ALL_METHODS if any(method in by_method for by_method in runs.values())]
     rows = []
     for key, by_method in sorted(runs.items()):
         figures = ["val_accuracy"]
@@ -239,7 +239,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="folder of weight files; default GRAFT_WEIGHTS_DIR")
     parser.add_argument("--results", type=Path, required=True, help="file that runs are added to, a JSON line each")
     parser.add_argument("--sets", type=lambda text: text.split(","), help="names of zips without .zip; default all")
-    parser.add_argument("--methods", type=_names(METHODS), default=list(get_args(Method)), help="comma-separated")
+    parser.add_argument("--methods", type=_names(ALL_METHODS), default=list(METHODS), help="comma-separated")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--recipe", type=_names(get_args(Recipe)), default=["classic"], help="comma-separated")
     parser.add_argument("--compare", action="store_true", help="also modern minus classic, over equal seeds")

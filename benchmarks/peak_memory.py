@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import get_args
 
 from _job import measured
-from _setup import hardware, ingested, markdown, resolved, spread
+from _setup import METHODS, hardware, ingested, markdown, resolved, spread
 
 from app.jobs import estimate
-from app.jobs.request import Method, Recipe
+from app.jobs.request import Recipe
 from app.storage import LocalStorage
 from app.vision.device import resolve_device
 
@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of zips")
     parser.add_argument("--set", default="hymenoptera")
     parser.add_argument("--backbone", default="mobilenet_v3_small")
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(get_args(Method)))
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--recipe", choices=get_args(Recipe), default="modern")
     parser.add_argument("--repeats", type=int, default=1)

@@ -34,12 +34,24 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from _setup import Ingested, classifier, extracted, fitted, hardware, ingested, markdown, resolved, spread, synchronise
+from _setup import (
+    METHODS,
+    Ingested,
+    classifier,
+    extracted,
+    fitted,
+    hardware,
+    ingested,
+    markdown,
+    resolved,
+    spread,
+    synchronise,
+)
 from _tutorial import BATCH_SIZE, HEADS, Tutorial, best_workers
 from torch import Tensor
 from torch.nn import functional
 
-from app.jobs.request import Method, Recipe
+from app.jobs.request import Recipe
 from app.jobs.spec import TrainingSpec
 from app.storage import LocalStorage
 from app.vision.device import pass_batch_size, resolve_device
@@ -303,7 +315,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of zips")
     parser.add_argument("--set", default="hymenoptera", help="name of a zip with train and val folders")
     parser.add_argument("--models", type=names, default=list(HEADS))
-    parser.add_argument("--methods", type=names, default=list(get_args(Method)))
+    parser.add_argument("--methods", type=names, default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=25, help="of the whole jobs")
     parser.add_argument("--recipe", choices=get_args(Recipe), default="modern")

@@ -133,6 +133,7 @@ def register_model(
     evaluation: Mapping[str, Any] | None = None,
     promotion: Mapping[str, Any] | None = None,
     support: Support | None = None,
+    method: str = "fine_tuning",
 ) -> str:
     """A model with random weights, published and registered as a worker does it. Returns its id."""
     model_id = new_id("mdl")
@@ -156,7 +157,7 @@ def register_model(
             model_id=model_id,
             job_id=new_id("job"),
             dataset_id=dataset_id,
-            method="fine_tuning",
+            method=method,
             backbone={"name": "squeezenet1_1", "weights": None},
             classes=CLASSES,
             metrics={"val_accuracy": 0.5},

@@ -36,6 +36,18 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+@pytest.mark.parametrize("folder", ["app", "worker", "tests", "benchmarks", "docs"])
+def test_files_that_comments_and_pages_name_exist(folder: str) -> None:
+    texts = [path for ending in ("py", "md") for path in (REPOSITORY / folder).rglob(f"*.{ending}")]
+    named = {
+        (str(text.relative_to(REPOSITORY)), name)
+        for text in texts
+        for name in re.findall(r"(?<![\w/.])(?:app|worker|tests|benchmarks)/[a-z_/]+\.py\b", text.read_text())
+    }
+
+    assert [(text, name) for text, name in sorted(named) if not (REPOSITORY / name).exists()] == []
+
+
 def table_rows(page: Path) -> list[list[str]]:
     """The cells of every table row on a page, header rows left out."""
     lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]

@@ -69,7 +69,7 @@ def test_from_pictures_without_labels_to_a_classifier_with_one_class_more(
 
 
 def pretrain(server: RunningServer, client: httpx.Client, dataset: dict[str, Any]) -> str:
-    request = {"dataset": dataset["id"], "hyperparameters": {"epochs": 2, "batch_size": 8, **SMALL}}
+    request = {"dataset": dataset["id"], "hyperparameters": {"epochs": 2, "batch_size": 16, **SMALL}}
     # auto has no choice, and says so; what needs labels is refused.
     expected = client.post("/v1/jobs?dry_run=true", json=request).json()
     assert expected["spec"]["method"] == "self_supervised"

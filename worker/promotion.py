@@ -6,7 +6,7 @@ validated on the same pictures, else it is run on them. Decides only; registry a
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,7 @@ def decide(
         return Decision(True, reason, incumbent.id)
 
     trained_on = _trained_on(incumbent.dataset_id, incumbent.start, database=database, storage=storage)
+    trained_on = replace(trained_on, digests=trained_on.digests | _shots(incumbent.id, storage))
     own = _trained_on(candidate.dataset_id, candidate.start, database=database, storage=storage)
     true = {
         digest: name
@@ -194,6 +195,14 @@ def _trained_on(dataset_id: str, start: str | None, *, database: Database, stora
             continue
         digests.update(record.digest for record in manifest.records if record.split == "train")
     return _Seen(frozenset(digests), is_complete)
+
+
+def _shots(model_id: str, storage: LocalStorage) -> frozenset[str]:
+    """Digests of the pictures that classes were added to the model with; they are in no data set."""
+    try:
+        return frozenset(json.loads(storage.path(f"models/{model_id}/model.json").read_bytes())["metadata"]["shots"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()  # of a model as it was trained, too
 
 
 def _stored_answers(model_id: str, true: dict[str, str], storage: LocalStorage) -> dict[str, str] | None:

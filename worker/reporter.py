@@ -82,9 +82,10 @@ class Reporter:
     ) -> None:
         """Shows how far the job is; cheap, since most calls write nothing. fraction: 0 to 1, of the whole job.
 
-        What is known of epochs and fraction stays until it is said anew.
+        What is known of epochs and fraction stays until it is said anew; a fraction does not go back, though a pass may
+        begin again and a budget prove to have room for more.
         """
-        lasting = {"epoch": epoch, "epochs": epochs, "fraction": fraction}
+        lasting = {"epoch": epoch, "epochs": epochs, "fraction": self._furthest(fraction)}
         self._progress = {
             "stage": stage,
             **{name: self._progress.get(name) if value is None else value for name, value in lasting.items()},
@@ -112,7 +113,7 @@ class Reporter:
         progress: where the job is with this epoch done, else what was said last.
         """
         if progress is not None:
-            self._progress = dict(progress)
+            self._progress = {**progress, "fraction": self._furthest(progress.get("fraction"))}
         self._write(
             lambda session: queue.record_epoch(
                 session,
@@ -143,6 +144,10 @@ class Reporter:
         For the story's own final transaction, such as register and succeed; ShuttingDown ends the waiting.
         """
         return self._until_stored(work)
+
+    def _furthest(self, fraction: float | None) -> float | None:
+        known: float | None = self._progress.get("fraction")
+        return known if fraction is None else max(fraction, known or 0.0)
 
     def _is_due(self) -> bool:
         now = self._monotonic()

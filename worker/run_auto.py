@@ -18,8 +18,8 @@ from app.jobs.spec import TrainingSpec
 from app.vision.classifier import Classifier
 from app.vision.evaluate import Evaluation, wilson_interval
 from worker.training import competition, methods
+from worker.training.checkpoint import Checkpoints
 from worker.training.competition import Contender, Dropped
-from worker.training.loop import EpochResult
 from worker.training.methods import Conclusion, Training
 from worker.workbench import Share, Workbench
 
@@ -65,20 +65,19 @@ def compete(spec: TrainingSpec, workbench: Workbench, *, serve_probe: Callable[[
             continue
         # Time is shared out evenly; what a method leaves of its part goes to those after it.
         part_seconds = None if left_seconds is None else left_seconds / (len(spec.candidates) - place)
-        entry, training = _enter(candidate, workbench, share, leader=leader, left_seconds=part_seconds)
-        spent_seconds += training.state.elapsed_seconds
+        checkpoints = workbench.checkpoints(candidate.method)
+        entry, training = _enter(candidate, workbench, checkpoints, share, leader=leader, left_seconds=part_seconds)
+        if entry is not None and leader is None:
+            serve_probe(entry)
+        spent_seconds += checkpoints.seconds
         epochs += training.state.epoch
         steps += training.state.total_steps
         if entry is None:
             best = max(training.state.val_accuracies, default=None)
-            dropped.append(
-                Dropped(candidate.method, "behind in its heat", best, seconds=training.state.elapsed_seconds)
-            )
+            dropped.append(Dropped(candidate.method, "behind in its heat", best, seconds=checkpoints.seconds))
             reporter.log(f"{candidate.method} ends after its heat: it is behind {leader.method if leader else ''}.")
             continue
         entries.append(entry)
-        if len(entries) == 1:
-            serve_probe(entry)
     contenders = [entry.contender for entry in entries]
     won = competition.winner(contenders)
     return Outcome(
@@ -91,37 +90,33 @@ def compete(spec: TrainingSpec, workbench: Workbench, *, serve_probe: Callable[[
 def _enter(
     candidate: TrainingSpec,
     workbench: Workbench,
+    checkpoints: Checkpoints,
     share: Share,
     *,
     leader: Contender | None,
     left_seconds: float | None,
 ) -> tuple[Entry | None, Training]:
     """Trains one method, as far as it may go. Returns no entry for one that its heat ended."""
-    began = time.monotonic()
-    checkpoints = workbench.checkpoints(candidate.method)
     found = checkpoints.newest(on_damaged=workbench.reporter.log)
     training = workbench.prepare(candidate, found, share)
-    heat = competition.heat_epochs(training.plan.epochs)
     if left_seconds is not None:
-        # Preparing took some of it already.
-        left = max(left_seconds - (time.monotonic() - began), 1e-3)
-        training.plan = replace(training.plan, budget_seconds=left)
+        # Preparing took some of it already; the loop's own time goes on from where a checkpoint left it.
+        left = max(left_seconds - checkpoints.seconds, 1e-3)
+        trained = training.state.elapsed_seconds + training.state.epoch_seconds
+        training.plan = replace(training.plan, budget_seconds=trained + left)
 
     def is_behind() -> bool:
-        trained = training.state.val_accuracies
+        trained, heat = training.state.val_accuracies, competition.heat_epochs(training.epochs)
         return leader is not None and len(trained) >= heat and not competition.survives(trained[:heat], leader)
 
-    def is_enough(result: EpochResult) -> bool:
-        return result.epoch == heat and is_behind()
-
     if not training.state.is_finished or training.solved is not None:
-        workbench.fit(training, checkpoints, share, is_enough=is_enough)
+        workbench.fit(training, checkpoints, share, is_enough=is_behind)
     if leader is not None and is_behind():
         return None, training
     conclusion = methods.conclude(
         training, workbench.manifest, is_final=False, on_batch=lambda: workbench.reporter.progress("evaluate")
     )
-    contender = _contender(candidate, training, conclusion, seconds=time.monotonic() - began)
+    contender = _contender(candidate, training, conclusion, seconds=checkpoints.seconds)
     return Entry(candidate, training, conclusion, contender), training
 
 

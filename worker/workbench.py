@@ -94,12 +94,10 @@ class Workbench:
 
     def prepare(self, spec: TrainingSpec, found: Checkpoint | None, share: Share) -> Training:
         """A training at its start, or where the checkpoint left it; tells which."""
-        passes, furthest = share.part(0.0, _passes(spec)), 0.0
+        passes = share.part(0.0, _passes(spec))
 
         def on_features(done: int, of: int) -> None:
-            nonlocal furthest
-            furthest = max(furthest, done / of)  # there may be several passes, and progress does not go back
-            self.reporter.progress("features", fraction=passes.fraction(furthest))
+            self.reporter.progress("features", fraction=passes.fraction(done / of))
 
         prepare = self_supervised.prepare if spec.method == "self_supervised" else methods.prepare
         training = prepare(
@@ -128,13 +126,13 @@ class Workbench:
         checkpoints: Checkpoints,
         share: Share,
         *,
-        is_enough: Callable[[EpochResult], bool] = lambda _result: False,
+        is_enough: Callable[[], bool] = lambda: False,
     ) -> None:
         """Runs the loop to its end, or until is_enough says so after an epoch; then the state is finished.
 
         Asked to give the job back, leaves a checkpoint of the very step.
         """
-        reporter, epochs_in_all = self.reporter, training.plan.epochs
+        reporter = self.reporter
         share = share.part(_SOLVED_PASSES if training.solved else _OTHER_PASSES, 1.0)
 
         def on_progress(progress: StepProgress) -> bool:
@@ -153,7 +151,7 @@ class Workbench:
             reporter.checkpoint(share.steps + state.total_steps)
 
         if training.solved is not None:
-            self._record(training.solved, epochs_in_all, share)
+            self._record(training.solved, training.epochs, share)
             return
         hooks = Hooks(on_progress=on_progress, save=save, log=lambda message, details: reporter.log(message, **details))
         reporter.progress("train")
@@ -167,8 +165,8 @@ class Workbench:
                     raise
                 if result is None:
                     return
-                self._record(result, epochs_in_all, share)
-                if is_enough(result):
+                self._record(result, training.epochs, share)
+                if is_enough():
                     training.state.is_finished = True
                     save(training.state)
                     return

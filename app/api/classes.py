@@ -1,11 +1,14 @@
 """POST /v1/models/{model}/classes: a few-shot model with one class more, as a new version and without training."""
 
+import hashlib
 import json
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
+from safetensors import SafetensorError
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
@@ -15,11 +18,13 @@ from app.api.openapi import problems
 from app.api.picture_bodies import PictureBody, form_content, read_pictures
 from app.api.schemas import ClassRequest, Model
 from app.api.services import Services
+from app.datasets.layout import folded
 from app.db.tables import ModelRow, new_id
-from app.errors import Conflict, FieldError, ImageRefused, InvalidRequest
+from app.errors import Conflict, FieldError, ImageRefused, InvalidRequest, StorageFull
 from app.serving.extension import Extension, extend
+from app.storage import LocalStorage
 from app.vision import artifact
-from app.vision.artifact import Artifact, Support
+from app.vision.artifact import Artifact, Saved, Support
 
 MAX_NAME_CHARACTERS = 255
 
@@ -54,44 +59,53 @@ async def add_class(
     settings = services.settings
     body = await read_pictures(request, schema=ClassRequest, max_bytes=settings.max_predict_bytes)
     name, pictures = _name(body), _encoded(body, most=settings.max_predict_images)
-    parent = await run_in_threadpool(_open, services, model)
-    _check_new(name, parent.artifact.classes)
+    parent = await run_in_threadpool(_open, services, model, name)
     features = await services.predictor.features(parent.row.id, pictures)
-    return await run_in_threadpool(_publish, services, parent, name, features)
+    return await run_in_threadpool(_publish, services, parent, _NewClass(name, pictures, features))
 
 
 @dataclass(frozen=True)
 class _Parent:
     row: ModelRow
-    artifact: Artifact
     support: Support
 
 
-def _open(services: Services, model: str) -> _Parent:
+@dataclass(frozen=True)
+class _NewClass:
+    """pictures: encoded; features: float32 (N, D), of each."""
+
+    name: str
+    pictures: list[bytes]
+    features: Tensor
+
+
+def _open(services: Services, model: str, name: str) -> _Parent:
+    """What can be refused by the model's row, first; its weights are not read here."""
     with services.database.read() as session:
         row = registry.find(session, model)
-    folder = services.storage.path(f"models/{row.id}")
-    support = artifact.load_support(folder)
+    _check_new(name, row.classes)
+    support = artifact.load_support(services.storage.path(f"models/{row.id}"))
     if support is None:
         raise Conflict(
             f'Classes can be added to models of method few_shot, and this one is {row.method}. Train one: {{"dataset": '
             f'"{row.dataset_id}", "method": "few_shot"}} to /v1/jobs.',
             code="not-extensible",
         )
-    return _Parent(row, artifact.load(folder), support)
+    return _Parent(row, support)
 
 
-def _publish(services: Services, parent: _Parent, name: str, features: Tensor) -> Model:
+def _publish(services: Services, parent: _Parent, new: _NewClass) -> Model:
     """Files first, whole and synced; then the model's row."""
-    extension = extend(parent.artifact, parent.support, name, features)
-    model_id, storage = new_id("mdl"), services.storage
+    storage = services.storage
+    folder = storage.path(f"models/{parent.row.id}")
+    # The version is as large as the model, but for a class and its pictures' features.
+    storage.check_room(sum(file.stat().st_size for file in folder.glob("*")))
+    extension = extend(artifact.load(folder), parent.support, new.name, new.features)
+    model_id = new_id("mdl")
     key = f"models/{model_id}"
-    storage.announce(key)
     try:
-        with storage.staging() as folder:
-            saved = artifact.save(folder, _described(extension, parent, model_id))
-            (folder / "evaluation.json").write_text(json.dumps(extension.evaluation, ensure_ascii=False), "utf-8")
-            storage.publish(folder, key)
+        made = _described(extension, new, model_id, parent_id=parent.row.id)
+        saved = _stored(storage, key, made, extension.evaluation)
         with services.database.write() as session:
             row = registry.register(
                 session,
@@ -115,12 +129,28 @@ def _publish(services: Services, parent: _Parent, name: str, features: Tensor) -
         storage.settle(key, is_wanted=is_kept)
 
 
-def _described(extension: Extension, parent: _Parent, model_id: str) -> Artifact:
+def _stored(storage: LocalStorage, key: str, made: Artifact, evaluation: Mapping[str, Any]) -> Saved:
+    """Raises StorageFull where the disk does not take it."""
+    try:
+        storage.announce(key)
+        with storage.staging() as folder:
+            saved = artifact.save(folder, made)
+            (folder / "evaluation.json").write_text(json.dumps(evaluation, ensure_ascii=False), "utf-8")
+            storage.publish(folder, key)
+            return saved
+    except (OSError, SafetensorError) as error:
+        raise StorageFull("The server could not store the model: its disk is full or failing.") from error
+
+
+def _described(extension: Extension, new: _NewClass, model_id: str, *, parent_id: str) -> Artifact:
+    """shots: digests as a manifest has them, so that the promotion gate knows what the model has seen."""
     made = extension.artifact
+    shots = [hashlib.sha256(picture).hexdigest() for picture in new.pictures]
     made.metadata = {
-        **parent.artifact.metadata,
+        **made.metadata,
         "model": model_id,
-        "parent": parent.row.id,
+        "parent": parent_id,
+        "shots": [*made.metadata.get("shots", []), *shots],
         "metrics": extension.metrics,
     }
     return made
@@ -135,8 +165,12 @@ def _name(body: PictureBody) -> str:
 
 
 def _check_new(name: str, classes: list[str]) -> None:
-    if name.casefold() in {known.casefold() for known in classes}:
-        raise Conflict(f"The model has a class {name!r} already; give the new one another name.", code="class-exists")
+    same = next((known for known in classes if folded(known) == folded(name)), None)
+    if same is not None:
+        raise Conflict(
+            f"The model has the class {same!r} already, and {name!r} is no other name; give the new one another.",
+            code="class-exists",
+        )
 
 
 def _encoded(body: PictureBody, *, most: int) -> list[bytes]:

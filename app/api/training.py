@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
+import structlog
 from sqlalchemy.orm import Session
 
 from app import registry
@@ -27,6 +28,10 @@ from app.vision.weights import WeightStore
 MODEL_ID_PREFIX = "mdl_"
 # An answer that points at more than these is not read.
 MAX_LISTED_ERRORS = 20
+# Older ones can be started from as well; GET /v1/models lists them.
+MAX_MADE_BACKBONES = 100
+
+log = structlog.get_logger(__name__)
 
 
 def resolve(
@@ -89,10 +94,14 @@ def list_backbones(weights: WeightStore) -> list[Backbone]:
 
 
 def made_backbones(session: Session, storage: LocalStorage) -> list[Backbone]:
-    """Models that were trained here to be started from, newest first."""
+    """Models that were trained here to be started from, newest first; without those whose files are damaged."""
     found = []
-    for row in registry.list_of_methods(session, BACKBONE_METHODS):
-        start = _starting_model(session, row.id, storage)
+    for row in registry.list_of_methods(session, BACKBONE_METHODS, limit=MAX_MADE_BACKBONES):
+        try:
+            start = _starting_model(session, row.id, storage)
+        except ModelUnavailable as error:
+            log.warning("backbone_unreadable", model=row.id, error=error.detail)
+            continue
         backbone = BACKBONES[start.backbone_name]
         found.append(
             Backbone(

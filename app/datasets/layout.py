@@ -21,7 +21,7 @@ from app.errors import ArchiveRefused
 
 MIN_CLASSES = 2
 MIN_PICTURES_PER_CLASS = 2  # one to train on, one to validate on
-MIN_UNLABELLED_PICTURES = 16  # fewer do not fill a batch
+MIN_UNLABELLED_PICTURES = 16  # of which a job makes one batch, the smallest that it may have
 MAX_CLASS_NAME_CHARACTERS = 255
 MAX_TASKS = 32
 TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl")
@@ -210,15 +210,18 @@ def _check_names(classes: Sequence[str]) -> None:
             raise ArchiveRefused(
                 f"A class name is longer than {MAX_CLASS_NAME_CHARACTERS} characters.", code="class-name-too-long"
             )
-        # What a file system that folds case, normalises or trims would take for one and the same folder.
-        folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).rstrip(" .\u00a0").lstrip()
-        if folded in seen:
+        if (key := folded(name)) in seen:
             raise ArchiveRefused(
-                f"The classes {shown(seen[folded])} and {shown(name)} differ only in case, accents' encoding or "
+                f"The classes {shown(seen[key])} and {shown(name)} differ only in case, accents' encoding or "
                 "trailing blanks and dots; give them one name, or two that differ.",
                 code="class-name-collision",
             )
-        seen[folded] = name
+        seen[key] = name
+
+
+def folded(name: str) -> str:
+    """The same for names that a file system which folds case, normalises or trims would take for one folder."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).rstrip(" .\u00a0").lstrip()
 
 
 # The tree ------------------------------------------------------------------------------------------------------------

@@ -22,10 +22,11 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.db.tables import JobRow
-from app.jobs.request import FROZEN_METHODS
+from app.jobs.request import FEWEST_TOGETHER, FROZEN_METHODS, MAX_CHECKED
 from app.jobs.spec import DatasetFacts, TrainingSpec
 from app.jobs.states import JobKind, JobStatus
 from app.vision import backbones
+from app.vision.backbones import ALL_LAYERS, BACKBONES
 from app.vision.device import pass_batch_size
 
 FLOAT_BYTES = 4
@@ -37,6 +38,11 @@ CUDA_CONTEXT_BYTES = 600 * 1024**2
 FIXED_SECONDS = 0.4
 # Solving for a head, and what it takes to choose how strongly it is regularised; per training image and class.
 PROBE_SECONDS = 0.0001
+# The metric of prototypes is fitted once and for each of five folds, in double precision; per operation on two CPU
+# cores (1,000 images of 1,024 features: 2.7 s). Of matrices as large as the metric, and of parts of 4,096 images, so
+# many are in memory at a time.
+PROTOTYPE_FITS, PROTOTYPE_SECONDS = 6, 7e-11
+DOUBLE_BYTES, PROTOTYPE_MATRICES, PROTOTYPE_PARTS, PART_IMAGES = 8, 5, 3, 4096
 # A step of the head alone on kept features, per image.
 HEAD_SECONDS = 0.00002
 # Of the epochs that early stopping may cut short, how many are trained as a rule; and of auto's methods after the
@@ -89,37 +95,72 @@ class DeviceSpeed:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage on one image: floating-point operations, and bytes of activations that training keeps."""
+    """One stage on one image: floating-point operations, and bytes of activations that training keeps.
+
+    width: features that a head behind it sees.
+    """
 
     flops: float
     activation_bytes: float
     output_bytes: float
+    width: int
 
 
 def estimate(
     spec: TrainingSpec, *, dataset: DatasetFacts, speed: DeviceSpeed, device_type: str, past: Sequence[PastSpeed] = ()
 ) -> Estimate:
     """past: newest first; the first that matches is believed."""
-    parts = [
-        _estimate_one(one, dataset=dataset, speed=speed, device_type=device_type, past=past)
+    courses = [
+        _course(one, dataset=dataset, speed=speed, device_type=device_type, past=past)
         for one in spec.candidates or [spec]
     ]
     # auto's first method always runs to its end; whether others are tried at all, its mistakes decide.
-    seconds = parts[0].seconds + sum(EXPECTED_HEAT * part.seconds for part in parts[1:])
-    low, high = parts[0].seconds_range[0], sum(part.seconds_range[1] for part in parts)
-    limit = math.inf if spec.budget_seconds is None else spec.budget_seconds + FIXED_SECONDS
-    return Estimate(
-        seconds=min(seconds, limit),
-        seconds_range=(min(low, limit), min(high, limit)),
-        peak_memory_bytes=max(part.peak_memory_bytes for part in parts),
+    shares = [1.0] + [EXPECTED_HEAT] * len(courses[1:])
+    usual = [(share * each.once, share * each.usual) for share, each in zip(shares, courses, strict=True)]
+    low, seconds, high = (
+        _within_budget(spec, methods)
+        for methods in ([(courses[0].once, courses[0].fewest)], usual, [(each.once, each.most) for each in courses])
     )
+    return Estimate(seconds, (low, high), max(each.peak_memory_bytes for each in courses))
 
 
-def _estimate_one(
+def _within_budget(spec: TrainingSpec, methods: Sequence[tuple[float, float]]) -> float:
+    """Seconds of methods one after the other. methods: of each, seconds outside of epochs, and of them.
+
+    A budget bounds the epochs alone; under auto it is shared out, the rest of a method's time is paid from its share,
+    and what comes after it is spent is not begun.
+    """
+    budget = math.inf if spec.budget_seconds is None else spec.budget_seconds
+    if not spec.candidates:
+        ((once, epochs),) = methods
+        return once + min(epochs, budget)
+    spent = 0.0
+    for begun, (once, epochs) in enumerate(methods):
+        if spent < budget:
+            share = (budget - spent) / (len(methods) - begun)
+            spent += once + min(epochs, max(0.0, share - once))
+    return spent
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What one method takes. once: seconds outside of epochs; fewest, usual, most: seconds of its epochs."""
+
+    once: float
+    fewest: float
+    usual: float
+    most: float
+    peak_memory_bytes: int
+
+
+def _course(
     spec: TrainingSpec, *, dataset: DatasetFacts, speed: DeviceSpeed, device_type: str, past: Sequence[PastSpeed]
-) -> Estimate:
+) -> _Course:
     values = spec.hyperparameters
     costs = stage_costs(spec.backbone.name, values.image_size)
+    if values.feature_layer not in (None, ALL_LAYERS):
+        # What lies behind the layer does not run.
+        costs = costs[: BACKBONES[spec.backbone.name].stage_names.index(values.feature_layer) + 1]
     trainable = _trainable_stages(spec, len(costs))
     frozen, trained = costs[: len(costs) - trainable], costs[len(costs) - trainable :]
     frozen_forward = sum(_forward_seconds(cost, speed) for cost in frozen)
@@ -128,34 +169,37 @@ def _estimate_one(
     images = dataset.train + dataset.val
 
     is_cached = bool(frozen) and (values.augmentation == "none" or values.augmented_views is not None)
-    once = forward * dataset.val  # the conclusion
+    looking = _check_seconds(dataset, forward) if spec.method == "self_supervised" else forward * dataset.val
+    once = looking  # the conclusion
     if values.head_start != "random":
-        once += PROBE_SECONDS * dataset.train * len(dataset.classes) + forward * images
+        once += forward * images
+    if values.head_start == "probe":
+        once += PROBE_SECONDS * dataset.train * len(dataset.classes)
+    if values.head_start == "prototypes":
+        once += _prototype_seconds(dataset.train, costs[-1].width)
     if is_cached:
         once += frozen_forward * ((values.augmented_views or 0) * dataset.train + (images if trained else 0))
-        train_image, val_image = training, forward - frozen_forward
+        train_image, looking = training, (forward - frozen_forward) * dataset.val
     else:
-        train_image, val_image = max(frozen_forward + training, VIEWS[spec.method] * AUGMENT_SECONDS), forward
+        train_image = max(frozen_forward + training, VIEWS[spec.method] * AUGMENT_SECONDS)
     known = next(
         (p for p in past if (p.backbone, p.method, p.image_size) == _kind(spec) and p.images_per_second > 0), None
     )
     if known is not None and not values.is_solved:
         factor = 1 / known.images_per_second / train_image
-        train_image, val_image = train_image * factor, val_image * factor
+        train_image, looking = train_image * factor, looking * factor
         # Where nothing is kept, what was learned of the device's speed holds for the single passes too.
         once = once if is_cached else once * factor
     epochs = 0.0 if values.is_solved else float(values.epochs)
     patience = values.early_stopping_patience
-    epoch_seconds = dataset.train * train_image + dataset.val * val_image
-
-    def after(epochs: float) -> float:
-        return FIXED_SECONDS + once + epochs * epoch_seconds
-
+    epoch_seconds = dataset.train * train_image + looking
     # Training goes on for `patience` epochs even if the first is the last that gains.
     fewest = epochs if patience is None else min(epochs, patience)
-    return Estimate(
-        seconds=after(max(fewest, EXPECTED_SHARE * epochs)),
-        seconds_range=(after(fewest), after(epochs)),
+    return _Course(
+        once=FIXED_SECONDS + once,
+        fewest=fewest * epoch_seconds,
+        usual=max(fewest, EXPECTED_SHARE * epochs) * epoch_seconds,
+        most=epochs * epoch_seconds,
         peak_memory_bytes=_peak_bytes(
             spec, dataset=dataset, frozen=frozen, trained=trained, is_cached=is_cached, device_type=device_type
         ),
@@ -205,7 +249,8 @@ def stage_costs(backbone_name: str, image_size: int) -> tuple[StageCost, ...]:
             with FlopCounterMode(display=False) as counter:
                 activations = stage(activations)
             output = float(activations.numel() * FLOAT_BYTES)
-            costs.append(StageCost(float(counter.get_total_flops()), float(kept.bytes), output))
+            width = backbone.pool(activations).shape[1]
+            costs.append(StageCost(float(counter.get_total_flops()), float(kept.bytes), output, width))
     return tuple(costs)
 
 
@@ -232,6 +277,24 @@ def _training_seconds(cost: StageCost, speed: DeviceSpeed) -> float:
     return arithmetic + TRAINING_PASSES * cost.activation_bytes / speed.bytes_per_second
 
 
+def _check_seconds(dataset: DatasetFacts, forward: float) -> float:
+    """What self_supervised looks at after an epoch: features of both splits, and the loss of two views of one."""
+    train, val = min(dataset.train, MAX_CHECKED), min(dataset.val, MAX_CHECKED)
+    views = VIEWS["self_supervised"] * (val if val >= FEWEST_TOGETHER else train)
+    return forward * (train + val) + max(forward, AUGMENT_SECONDS) * views
+
+
+def _prototype_seconds(images: int, width: int) -> float:
+    """Of worker/training/prototypes.py: adding up the scatter, and solving for images or features, the fewer ones."""
+    return PROTOTYPE_FITS * PROTOTYPE_SECONDS * 2 * width * (images * width + 2 * min(images, width) ** 2)
+
+
+def _prototype_bytes(images: int, width: int) -> float:
+    """The features, those of all folds but one, and what is computed with in double precision."""
+    doubles = PROTOTYPE_MATRICES * width**2 + PROTOTYPE_PARTS * min(images, PART_IMAGES) * width
+    return 2 * FLOAT_BYTES * images * width + DOUBLE_BYTES * doubles
+
+
 def _peak_bytes(
     spec: TrainingSpec,
     *,
@@ -242,7 +305,7 @@ def _peak_bytes(
     device_type: str,
 ) -> int:
     values = spec.hyperparameters
-    parameters = backbones.BACKBONES[spec.backbone.name].parameters
+    parameters = BACKBONES[spec.backbone.name].parameters
     # Stages are of unequal size; the later ones, which are trained, hold most parameters.
     share = 1.0 if not frozen else min(1.0, len(trained) / max(1, len(frozen) + len(trained)) * 3)
     states = 2 if values.optimizer == "adamw" else 1
@@ -262,6 +325,8 @@ def _peak_bytes(
     stored = 0.0
     if is_cached and trained:
         stored = frozen[-1].output_bytes * ((values.augmented_views or 0) * dataset.train + images)
+    if values.head_start == "prototypes":
+        stored += _prototype_bytes(images, frozen[-1].width)
     context = CUDA_CONTEXT_BYTES if device_type == "cuda" else 0
     return math.ceil(PROCESS_BYTES + context + weights + activations + stored)
 

@@ -29,6 +29,11 @@ ClassWeights = Literal["none", "balanced"]
 
 FROZEN_METHODS: tuple[Method, ...] = ("feature_extraction", "few_shot")  # they leave the whole backbone as it is
 
+# self_supervised compares a batch's pictures with each other: what fewer than these have in common is mostly chance.
+FEWEST_TOGETHER = 16
+# And after each epoch it is checked on the pictures of each split, or on so many of them.
+MAX_CHECKED = 2000
+
 _ID = r"^[A-Za-z0-9_.\-]{1,100}$"
 _NULLABLE = frozenset({"early_stopping_patience"})
 MAX_EXCLUDED = 10_000

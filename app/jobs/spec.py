@@ -42,6 +42,7 @@ from app.jobs.recipes import (
     ModernDefaults,
 )
 from app.jobs.request import (
+    FEWEST_TOGETHER,
     FROZEN_METHODS,
     Augmentation,
     ClassWeights,
@@ -239,7 +240,7 @@ def resolve(
     if not dataset.has_labels and request.method == "auto":
         request = request.model_copy(update={"method": "self_supervised"})
         reasons.append("method self_supervised: the data set has no labels.")
-    _check_dataset(dataset, request.method)
+    _check_dataset(dataset, request)
     start = _start(request, weights, device_type, starting_model, reasons)
     if methods := _contenders(request, dataset, start, device_type, reasons):
         rivals = [_resolved(_entered(request, m), m, dataset=dataset, start=start, reasons=[]) for m in methods]
@@ -294,14 +295,12 @@ def _resolved(
     if request.recipe == "classic":
         values = _classic(request.hyperparameters, method)
     else:
-        values = _modern(request.hyperparameters, method, start, dataset, reasons)
+        values = _modern(request.hyperparameters, method, start, dataset)
     if method == "self_supervised":
         values |= SELF_SUPERVISED | _given(request.hyperparameters)
     if method == "few_shot":
-        reasons.append("the head is a prototype for each class: computed at once, without training.")
         values |= PROTOTYPES
-        if (most := max(c.train for c in dataset.classes)) > MOST_SHOTS:
-            reasons.append(f"up to {most} images a class: feature_extraction makes more of more than {MOST_SHOTS}.")
+    reasons += _reasons(request, values, dataset, steps=MODERN[method, start.backbone.family].steps)
     hyperparameters = ResolvedHyperparameters.model_validate(values | {"image_size": preprocessing.crop})
     if hyperparameters.warmup_epochs > hyperparameters.epochs:
         raise _bad_hyperparameter("warmup_epochs", f"must be at most epochs, which is {hyperparameters.epochs}")
@@ -325,8 +324,14 @@ def _resolved(
     )
 
 
-def _check_dataset(dataset: DatasetFacts, method: str) -> None:
+def _check_dataset(dataset: DatasetFacts, request: JobRequest) -> None:
+    method = request.method
     if method == "self_supervised":
+        if dataset.train < FEWEST_TOGETHER:
+            field, verb = ("exclude", "leaves") if request.exclude else ("dataset", "has")
+            pictures = f"{dataset.train} training picture{'' if dataset.train == 1 else 's'}"
+            detail = f"{verb} {pictures}, and self_supervised compares {FEWEST_TOGETHER} or more with each other"
+            raise InvalidRequest(f"{field} {detail}.", errors=[FieldError(f"#/{field}", detail)])
         return
     if not dataset.has_labels:
         raise InvalidRequest(
@@ -437,6 +442,12 @@ def _check_combinations(request: JobRequest, method: Method, backbone: BackboneS
             raise _bad_hyperparameter(name, 'is for the scheduler step only; add "scheduler": "step", or leave it out')
     if "unfreeze" in given and method != "fine_tuning":
         raise _bad_hyperparameter("unfreeze", f"is for the method fine_tuning only, and this is {method}")
+    if method == "self_supervised" and request.promote == "always":
+        raise InvalidRequest(
+            "promote always is for models that predict, and self_supervised makes a backbone, which does not: leave it "
+            "out.",
+            errors=[FieldError("#/promote", "must be if_better or never for self_supervised, which makes a backbone")],
+        )
     stages = backbone.stage_names
     if asked.unfreeze is not None and asked.unfreeze > len(stages):
         raise _bad_hyperparameter(
@@ -453,6 +464,13 @@ def _check_combinations(request: JobRequest, method: Method, backbone: BackboneS
         raise _bad_hyperparameter("augmented_views", f"is for methods that freeze stages, and this is {method}")
     if method == "self_supervised" and (useless := sorted(OF_LABELS & given)):
         raise _bad_hyperparameter(useless[0], "has no meaning for self_supervised, which has no labels and no head")
+    if method == "self_supervised" and asked.batch_size is not None and asked.batch_size < FEWEST_TOGETHER:
+        detail = f"must be at least {FEWEST_TOGETHER} for self_supervised, which compares the pictures of a batch"
+        raise _bad_hyperparameter("batch_size", detail)
+    if method == "self_supervised" and asked.augmentation == "none":
+        raise _bad_hyperparameter(
+            "augmentation", "must be classic or strong for self_supervised, which learns from what two views share"
+        )
     if method == "few_shot" and (useless := sorted((ITERATIVE | {"class_weights"}) & given)):
         raise _bad_hyperparameter(useless[0], "has no meaning for few_shot, which computes its head and trains nothing")
     if "backbone_learning_rate" in given and method == "feature_extraction":
@@ -485,9 +503,7 @@ def _classic(asked: Hyperparameters, method: Method) -> dict[str, Any]:
     return values | _per_method(asked, method, backbone_rate=values["learning_rate"])
 
 
-def _modern(
-    asked: Hyperparameters, method: Method, start: _Start, dataset: DatasetFacts, reasons: list[str]
-) -> dict[str, Any]:
+def _modern(asked: Hyperparameters, method: Method, start: _Start, dataset: DatasetFacts) -> dict[str, Any]:
     defaults = MODERN[method, start.backbone.family]
     ratio = defaults.backbone_ratio * (FORMULA_RATE_FACTOR if start.is_from_formulas else 1.0)
     given = _given(asked)
@@ -496,8 +512,6 @@ def _modern(
     batch_size = given.get("batch_size", usual)
     epochs = given.get("epochs", _epochs_for_steps(defaults, dataset.train, batch_size))
     is_solved = method == "few_shot" or (method == "feature_extraction" and not ITERATIVE & set(given))
-    if "epochs" not in given and not is_solved:
-        reasons.append(f"epochs {epochs}: about {defaults.steps} steps suit {dataset.train} images.")
     is_step = given.get("scheduler") == "step"
     values = {
         "epochs": epochs,
@@ -515,23 +529,21 @@ def _modern(
         # One view of each image is one pass of the backbone, whatever the epochs; views gain a linear head nothing.
         "augmentation": "none" if method in FROZEN_METHODS else "classic",
         "crop_scale": defaults.crop_scale,
-        "horizontal_flip": _flip_keeps_class(dataset, reasons),
+        "horizontal_flip": not _has_sided_classes(dataset),
         "mixup": 0.0,
         "cutmix": 0.0,
         "ema": defaults.ema,
         "fixed_batch_norm": defaults.fixed_batch_norm,
-        "class_weights": _class_weights(dataset, reasons),
+        "class_weights": "balanced" if _is_uneven_for_training_alone(dataset) else "none",
         # A third of the run without progress: the cosine's end, where most is gained, is then mostly still reached.
         "early_stopping_patience": max(5, math.ceil(epochs / 3)),
     } | given
     values |= _per_method(asked, method, backbone_rate=values["learning_rate"] * ratio)
     if method == "feature_extraction" and asked.feature_layer is None and start.is_from_formulas:
         values["feature_layer"] = ALL_LAYERS
-        reasons.append("the head reads all layers: a backbone that has seen formulas has its best ones early.")
     if method in ("feature_extraction", "fine_tuning") and values["augmentation"] != "none":
         values["augmented_views"] = min(given.get("augmented_views", MODERN_AUGMENTED_VIEWS), values["epochs"])
     if method == "feature_extraction" and is_solved:
-        reasons.append("the head is solved for: a logistic regression, regularised as cross-validation says.")
         values |= SOLVED
     return values
 
@@ -558,23 +570,39 @@ def _epochs_for_steps(defaults: ModernDefaults, train_images: int, batch_size: i
     return min(max(math.ceil(defaults.steps / steps_per_epoch), defaults.min_epochs), defaults.max_epochs)
 
 
-def _flip_keeps_class(dataset: DatasetFacts, reasons: list[str]) -> bool:
+def _has_sided_classes(dataset: DatasetFacts) -> bool:
     tasks = [[c.name.lower() for c in classes] for classes in (dataset.classes, *dataset.further)]
     names = [name for names in tasks for name in names]
     sided = [n for n in names if _SIDED_WORDS & set(n.replace("-", "_").replace(" ", "_").split("_"))]
-    if any(of_task and all(len(name) == 1 for name in of_task) for of_task in tasks) or sided:
-        reasons.append("no horizontal flips: the class names are single characters or name a side.")
-        return False
-    return True
+    return bool(sided) or any(of_task and all(len(name) == 1 for name in of_task) for of_task in tasks)
 
 
-def _class_weights(dataset: DatasetFacts, reasons: list[str]) -> ClassWeights:
-    """balanced where training is much more uneven than validation: what is then asked for is the even view."""
+def _is_uneven_for_training_alone(dataset: DatasetFacts) -> bool:
+    """Whether training is much more uneven than validation: what is then asked for is the even view."""
     train, val = dataset.imbalance("train"), dataset.imbalance("val")
-    if train > 3 and val < train / 2:
+    return train > 3 and val < train / 2
+
+
+def _reasons(request: JobRequest, values: Mapping[str, Any], dataset: DatasetFacts, *, steps: int) -> list[str]:
+    """Why these values, where they were chosen and not asked for. values: as they are in the end; steps: aimed at."""
+    asked, reasons = request.hyperparameters.model_fields_set, []
+    is_stepped = values["optimizer"] not in ("lbfgs", "prototypes")
+    if request.recipe == "modern" and is_stepped and "epochs" not in asked:
+        reasons.append(f"epochs {values['epochs']}: about {steps} steps suit {dataset.train} images.")
+    if values["augmentation"] != "none" and not values["horizontal_flip"]:
+        reasons.append("no horizontal flips: the class names are single characters or name a side.")
+    if values["class_weights"] == "balanced" and "class_weights" not in asked:
+        train, val = dataset.imbalance("train"), dataset.imbalance("val")
         reasons.append(f"class_weights balanced: training is uneven ({train:.0f}:1), validation is not ({val:.0f}:1).")
-        return "balanced"
-    return "none"
+    if values["feature_layer"] == ALL_LAYERS and "feature_layer" not in asked:
+        reasons.append("the head reads all layers: a backbone that has seen formulas has its best ones early.")
+    if values["optimizer"] == "lbfgs":
+        reasons.append("the head is solved for: a logistic regression, regularised as cross-validation says.")
+    if values["optimizer"] == "prototypes":
+        reasons.append("the head is a prototype for each class: computed at once, without training.")
+        if (most := max(c.train for c in dataset.classes)) > MOST_SHOTS:
+            reasons.append(f"up to {most} images a class: feature_extraction makes more of more than {MOST_SHOTS}.")
+    return reasons
 
 
 def _bad_hyperparameter(name: str, detail: str) -> InvalidHyperparameter:

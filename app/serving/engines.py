@@ -116,24 +116,43 @@ class Report:
         return self.same_top and self.max_score_difference <= SCORE_TOLERANCE and self.speedup >= MIN_GAIN
 
 
-def build(model_folder: Path, target: Path, *, pixels: Tensor) -> None:
-    """Exports the backbone of the model in `model_folder`, compares it with torch, and leaves both in folder `target`.
+class Builder:
+    """Builds engines, one at a time, in a process of its own at a low priority."""
 
-    pixels: uint8 (N, 3, S, S), N > 0, what the model was validated on, or anything. Runs in a process of its own, at
-    a low priority. Raises OSError or subprocess.SubprocessError if that fails.
-    """
-    np.save(target / "pixels.npy", pixels.numpy())
-    subprocess.run(
-        [sys.executable, "-m", "app.serving.engines", str(model_folder), str(target)],
-        check=True,
-        capture_output=True,
-        timeout=_BUILD_TIMEOUT_SECONDS,
-    )
-    (target / "pixels.npy").unlink()
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_stopped = False
+
+    def build(self, model_folder: Path, target: Path, *, pixels: Tensor) -> None:
+        """Exports the backbone of the model in `model_folder`, compares it with torch, and leaves both in `target`.
+
+        pixels: uint8 (N, 3, S, S), N > 0, what the model was validated on, or anything.
+        Raises OSError or subprocess.SubprocessError if that fails, or is stopped.
+        """
+        np.save(target / "pixels.npy", pixels.numpy())
+        command = [sys.executable, "-m", "app.serving.engines", str(model_folder), str(target)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            self._process = process
+            if self._is_stopped:
+                process.kill()
+            try:
+                _, said = process.communicate(timeout=_BUILD_TIMEOUT_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        if process.returncode != 0:
+            raise subprocess.CalledProcessError(process.returncode, command, stderr=said)
+        (target / "pixels.npy").unlink()
+
+    def stop(self) -> None:
+        """Ends the build under way, and any later one: nobody waits for an engine at shutdown."""
+        self._is_stopped = True
+        if self._process is not None:
+            self._process.kill()
 
 
 def open_built(folder: Path) -> tuple[OnnxEngine | None, Report]:
-    """What `build` left in a folder: an engine, or none where it is not worth it. Raises ValueError, OSError for what
+    """What a build left in a folder: an engine, or none where it is not worth it. Raises ValueError, OSError for what
     cannot be read."""
     try:
         report = TypeAdapter(Report).validate_python(json.loads((folder / _REPORT_FILE).read_bytes()))

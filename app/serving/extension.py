@@ -44,9 +44,7 @@ def extend(parent: Artifact, support: Support, name: str, features: Tensor) -> E
         is_shot=torch.cat([support.is_shot, torch.ones(count, dtype=torch.bool)]),
         images=[*support.images, *[None] * count],
     )
-    artifact = replace(
-        parent, classifier=classifier.eval(), classes=[*parent.classes, name], support=longer, metadata={}
-    )
+    artifact = replace(parent, classifier=classifier.eval(), classes=[*parent.classes, name], support=longer)
     metrics, evaluation = _measured(artifact, longer)
     return Extension(artifact, metrics, evaluation)
 

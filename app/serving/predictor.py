@@ -167,7 +167,8 @@ class Predictor:
         self._building: dict[str, asyncio.Task[None]] = {}
         self._decoders = ThreadPoolExecutor(max_workers=max(2, usable_cores()), thread_name_prefix="decode")
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
-        self._builder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="build")
+        self._build_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="build")
+        self._builder = engines.Builder()
         self._batcher: Batcher[_Asked, Scores] = Batcher(_run, max_batch=FORWARD_BATCH_SIZE, on_batch=on_batch)
 
     async def predict(self, model_id: str, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
@@ -266,7 +267,8 @@ class Predictor:
     def close(self) -> None:
         for task in self._building.values():
             task.cancel()
-        for pool in (self._decoders, self._loader, self._builder):
+        self._builder.stop()
+        for pool in (self._decoders, self._loader, self._build_thread):
             pool.shutdown(wait=True, cancel_futures=True)
         self._batcher.close()
 
@@ -355,7 +357,7 @@ class Predictor:
             self._building[key].add_done_callback(lambda _done: self._building.pop(key, None))
 
     async def _build(self, model: LoadedModel) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._builder, self._build_now, model)
+        await asyncio.get_running_loop().run_in_executor(self._build_thread, self._build_now, model)
 
     def _build_now(self, model: LoadedModel) -> None:
         """What goes wrong is told to the operator: the model is served as it was."""
@@ -369,7 +371,7 @@ class Predictor:
                 pixels = torch.nn.functional.interpolate(coarse, side, mode="bilinear").to(torch.uint8)
             with self._storage.staging() as folder:
                 folder.mkdir()
-                engines.build(self._storage.path(f"models/{model.id}"), folder, pixels=pixels)
+                self._builder.build(self._storage.path(f"models/{model.id}"), folder, pixels=pixels)
                 self._storage.check_room()
                 self._storage.publish(folder, _engine_key(model.network.key))
             self._drop_old_engines()

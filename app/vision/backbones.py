@@ -552,7 +552,7 @@ def _weights_spec(backbone: str, weights: Any) -> WeightsSpec:
 
 
 def _graft_small() -> BackboneSpec:
-    """Graft's own: torchvision's mobilenet_v3_small, trained on images made by formula (worker/training/scenes.py)."""
+    """Graft's own: torchvision's mobilenet_v3_small, trained on images by formula (worker/pretraining/scenes.py)."""
     cut, architecture = _MOBILENET_V3_SMALL, "mobilenet_v3_small"
     imagenet = _spec(architecture, cut)
     weights = WeightsSpec(

@@ -1,7 +1,7 @@
 """Where pretrained weights come from: the operator's folder, torch's cache, our own, a download into it, or Graft.
 
-Knows files and one web address; not networks. Nothing is used whose digest was not checked, except the operator's own
-`<backbone>.safetensors`, which has none in its name.
+Knows files and one web address; not networks. Nothing is used whose digest was not checked, except what has none in its
+name: the operator's own `<backbone>.safetensors`, and the file that comes with Graft, which is trusted as its code is.
 """
 
 import hashlib

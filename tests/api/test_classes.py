@@ -1,8 +1,10 @@
 """POST /v1/models/{model}/classes: one class more for a few-shot model, measured, and the first one left as it is."""
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import api_builders
@@ -99,11 +101,15 @@ def test_one_picture_makes_a_class_too_and_is_not_counted_as_a_measurement(clien
     assert client.get(f"/v1/models/{made['id']}/evaluation").json()["images"] == 9
 
 
-def test_a_version_can_be_extended_in_its_turn(client: httpx.Client, model: str) -> None:
+def test_a_version_can_be_extended_in_its_turn(server: RunningServer, client: httpx.Client, model: str) -> None:
     first = add(client, model).json()
     second = add(client, first["id"], [builders.jpeg(50), builders.jpeg(51)], name="hornet").json()
     assert second["classes"] == [*CLASSES, "wasp", "hornet"]
     assert second["parent"] == first["id"]
+    # What each class was added with is known of the newest, as a data set's manifest would have it.
+    added = [*PICTURES, builders.jpeg(50), builders.jpeg(51)]
+    made = artifact.load(server.services.storage.path(f"models/{second['id']}"))
+    assert made.metadata["shots"] == [hashlib.sha256(picture).hexdigest() for picture in added]
     assert second["metrics"]["left_out_one_by_one"] == len(PICTURES) + 2
     assert add(client, model, name="hornet").status_code == 201
 
@@ -138,9 +144,10 @@ def test_a_name_that_is_none_is_refused(client: httpx.Client, model: str, name: 
     assert [error["pointer"] for error in problem["errors"]] == ["#/name"]
 
 
-def test_a_class_that_is_there_already_is_a_conflict(client: httpx.Client, model: str) -> None:
-    problem = assert_is_problem(add(client, model, name=CLASSES[0].upper()), 409, "class-exists")
-    assert CLASSES[0].upper() in problem["detail"]
+@pytest.mark.parametrize("name", [CLASSES[0].upper(), f"{CLASSES[0]}.", f"{CLASSES[0]} .", f"{CLASSES[0]}\u00a0"])
+def test_a_class_that_is_there_already_is_a_conflict(client: httpx.Client, model: str, name: str) -> None:
+    problem = assert_is_problem(add(client, model, name=name), 409, "class-exists")
+    assert repr(CLASSES[0]) in problem["detail"]
 
 
 def test_a_picture_that_cannot_be_read_is_named_and_nothing_is_made(client: httpx.Client, model: str) -> None:
@@ -154,6 +161,40 @@ def test_a_model_with_another_head_says_how_to_get_one_that_can(server: RunningS
     other = api_builders.register_model(server.services, aliases=())
     problem = assert_is_problem(add(client, other), 409, "not-extensible")
     assert "few_shot" in problem["detail"]
+
+
+@pytest.mark.parametrize("what", ["name", "kind"])
+def test_what_the_model_cannot_be_given_is_refused_before_its_weights_are_read(
+    server: RunningServer, client: httpx.Client, model: str, what: str
+) -> None:
+    other = api_builders.register_model(server.services, aliases=())
+    name, extended = (CLASSES[0], model) if what == "name" else ("wasp", other)
+    server.services.storage.path(f"models/{extended}/weights.safetensors").write_bytes(b"damaged")
+    assert add(client, extended, name=name).status_code == 409
+
+
+def test_a_disk_without_room_for_the_version_is_full(tmp_path: Path) -> None:
+    with api_builders.running(api_builders.settings_for(tmp_path, min_free_bytes=2**60)) as server:
+        model = api_builders.register_model(server.services, support=support_of(9))
+        with api_builders.client_of(server) as client:
+            assert_is_problem(add(client, model), 507, "storage-full")
+
+
+def test_a_disk_that_does_not_take_the_version_is_full_and_nothing_is_left(
+    server: RunningServer, client: httpx.Client, model: str
+) -> None:
+    storage = server.services.storage
+    made = sorted(storage.path("models").iterdir())
+    staging = storage.root / "staging"
+    staging.rename(storage.root / "aside")
+    staging.write_text("no folder")
+    try:
+        assert_is_problem(add(client, model), 507, "storage-full")
+    finally:
+        staging.unlink()
+        (storage.root / "aside").rename(staging)
+    assert sorted(storage.path("models").iterdir()) == made
+    assert list((storage.root / "announced").iterdir()) == []
 
 
 def test_what_a_model_is_extended_by_is_checked_when_it_is_read(server: RunningServer, model: str) -> None:

@@ -291,6 +291,17 @@ def test_a_class_and_the_validation_keep_an_image(
         assert problem["errors"] == [{"pointer": "#/exclude", "detail": detail}]
 
 
+def test_exclude_leaves_self_supervised_enough_pictures_for_a_batch(client: httpx.Client, listed: str) -> None:
+    asked = asked_for(listed, method="self_supervised", backbone="graft_small")
+    assert client.post("/v1/jobs?dry_run=true", json=asked).status_code == 200
+
+    refused = client.post("/v1/jobs?dry_run=true", json=asked | {"exclude": ["cat/0.jpg"]})
+
+    detail = "leaves 15 training pictures, and self_supervised compares 16 or more with each other"
+    problem = assert_is_problem(refused, 422, "invalid-request")
+    assert problem["errors"] == [{"pointer": "#/exclude", "detail": detail}]
+
+
 def test_excluding_from_a_data_set_whose_files_are_gone_is_told(client: httpx.Client, dataset: str) -> None:
     response = client.post("/v1/jobs", json=asked_for(dataset, exclude=["cat/0.jpg"]))
 

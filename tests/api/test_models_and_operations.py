@@ -261,6 +261,23 @@ def test_backbones_say_what_they_need(client: httpx.Client) -> None:
     }
 
 
+def test_backbones_made_here_are_listed_newest_first_without_a_damaged_one(
+    server: RunningServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, damaged, last = (
+        api_builders.register_model(server.services, aliases=(), method="from_scratch") for _ in range(3)
+    )
+    (server.services.storage.path(f"models/{damaged}") / "model.json").write_text("{")
+
+    def made() -> list[str]:
+        listed = client.get("/v1/backbones").json()["data"]
+        return [backbone["name"] for backbone in listed if backbone["method"] is not None]
+
+    assert made() == [last, first]
+    monkeypatch.setattr("app.api.training.MAX_MADE_BACKBONES", 1)
+    assert made() == [last]
+
+
 def test_alive_and_ready_without_any_model(client: httpx.Client) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json()["checks"] == {"database": "ok", "storage": "ok", "default_model": "ok"}

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from app.datasets.layout import MIN_UNLABELLED_PICTURES
 from app.errors import FieldError, InvalidHyperparameter, InvalidRequest, WeightsUnavailable
 from app.jobs.recipes import CLASSIC_PREPROCESSING
-from app.jobs.request import Hyperparameters, parse_request
+from app.jobs.request import FEWEST_TOGETHER, Hyperparameters, parse_request
 from app.jobs.spec import ClassFacts, DatasetFacts, StartingModel, TrainingSpec, resolve
 from app.vision.backbones import BACKBONES
 from app.vision.preprocessing import Preprocessing
@@ -212,6 +213,16 @@ def test_a_bad_request_names_the_field(body: object, pointer: str) -> None:
             "has no meaning for feature_extraction, whose backbone is frozen",
         ),
         (
+            {"method": "self_supervised", "hyperparameters": {"batch_size": 15}},
+            "batch_size",
+            "must be at least 16 for self_supervised, which compares the pictures of a batch",
+        ),
+        (
+            {"method": "self_supervised", "hyperparameters": {"augmentation": "none"}},
+            "augmentation",
+            "must be classic or strong for self_supervised, which learns from what two views share",
+        ),
+        (
             {"method": "full_fine_tuning", "hyperparameters": {"epochs": 3, "warmup_epochs": 4}},
             "warmup_epochs",
             "must be at most epochs, which is 3",
@@ -221,6 +232,15 @@ def test_a_bad_request_names_the_field(body: object, pointer: str) -> None:
 def test_a_value_without_effect_is_refused_with_the_reason(body: dict[str, Any], name: str, detail: str) -> None:
     refused = refusal(backbone="mobilenet_v3_small", **body)
     assert refused.errors == (FieldError(f"#/hyperparameters/{name}", detail),)
+
+
+def test_too_few_pictures_to_compare_are_refused_for_self_supervised() -> None:
+    assert MIN_UNLABELLED_PICTURES == FEWEST_TOGETHER == 16  # what an upload may hold, a job can learn from
+    resolved(method="self_supervised", dataset=DatasetFacts((), unlabelled=16))
+    for method in ("self_supervised", "auto"):
+        refused = refusal(method=method, dataset=DatasetFacts((), unlabelled=1))
+        detail = "has 1 training picture, and self_supervised compares 16 or more with each other"
+        assert refused.errors == (FieldError("#/dataset", detail),)
 
 
 def test_an_image_size_that_the_network_cannot_take_is_refused() -> None:
@@ -382,6 +402,44 @@ def test_pictures_are_not_mirrored_where_class_names_speak_of_sides_or_signs(
     names: tuple[str, ...], flips: bool
 ) -> None:
     assert resolved(dataset=facts(names=names)).hyperparameters.horizontal_flip is flips
+
+
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+@pytest.mark.parametrize("method", ["few_shot", "self_supervised"])
+def test_reasons_are_of_what_is_done(method: str, recipe: str) -> None:
+    uneven = DatasetFacts((ClassFacts("a", 19, 20), ClassFacts("b", 5, 20)))
+    spec = resolved(method=method, recipe=recipe, backbone="resnet50", dataset=uneven)
+    assert spec.hyperparameters.class_weights == "none"
+    said = {
+        ("few_shot", "classic"): ["the head is a prototype for each class: computed at once, without training."],
+        ("few_shot", "modern"): ["the head is a prototype for each class: computed at once, without training."],
+        ("self_supervised", "classic"): [],
+        ("self_supervised", "modern"): [
+            "epochs 200: about 1500 steps suit 24 images.",
+            "no horizontal flips: the class names are single characters or name a side.",
+        ],
+    }
+    assert spec.reasons == said[method, recipe]
+
+
+def test_weights_that_were_asked_for_need_no_reason() -> None:
+    uneven = DatasetFacts((ClassFacts("daisy", 100, 20), ClassFacts("rose", 5, 20)))
+    for given in ("none", "balanced"):
+        spec = resolved(method="fine_tuning", dataset=uneven, hyperparameters={"class_weights": given})
+        assert spec.hyperparameters.class_weights == given
+        assert not any(reason.startswith("class_weights") for reason in spec.reasons)
+
+
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+def test_a_head_that_is_computed_has_no_momentum_and_no_steps(recipe: str) -> None:
+    values = resolved(method="few_shot", recipe=recipe).hyperparameters
+    assert (values.momentum, values.step_size, values.gamma) == (None, None, None)
+
+
+def test_a_backbone_cannot_be_promoted_always() -> None:
+    refused = refusal(method="self_supervised", promote="always")
+    assert [error.pointer for error in refused.errors] == ["#/promote"]
+    resolved(method="self_supervised", promote="never")
 
 
 @pytest.mark.parametrize(("given", "decay"), [(True, 0.999), (False, 0.0), (0.9, 0.9), (0, 0.0)])

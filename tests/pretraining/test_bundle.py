@@ -17,7 +17,7 @@ from app.vision import backbones
 from app.vision.backbones import BACKBONES, BUNDLED, GRAFT_SMALL
 from app.vision.weights import WeightStore
 from worker.pretraining import bundle
-from worker.pretraining.bundle import Options, Run, load_backbone, save_backbone
+from worker.pretraining.bundle import Options, Run, begin_or_go_on, load_backbone, save_backbone
 from worker.pretraining.scenes import Bank, Pool
 
 LARGEST_BUNDLE_BYTES = 12 * 1024**2
@@ -101,29 +101,65 @@ def test_a_run_can_begin_from_the_file_alone(options: Options, pool: Pool, bank:
     assert same(run.network.backbone.state_dict(), expected.state_dict())
 
 
+SIZES = {"scenes": 200, "textures": 8, "shapes": 5, "instances": 1, "threads": 1, "minutes": 0.01, "device": "cpu"}
+
+
+def command(folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    given = [f"--{name}={value}" for name, value in ({"folder": folder} | SIZES | options).items()]
+    return subprocess.run(
+        [sys.executable, "-m", "app.cli", "pretrain-bundle", *given],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
+    )
+
+
 def test_the_command_trains_writes_the_file_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "graft_small.safetensors"
-
-    def ran(minutes: float) -> list[str]:
-        command = [sys.executable, "-m", "app.cli", "pretrain-bundle", "--folder", str(tmp_path / "work")]
-        sizes = ["--scenes", "200", "--textures", "8", "--shapes", "5", "--instances", "1", "--threads", "1"]
-        wanted = ["--minutes", str(minutes), "--out", str(out), "--device", "cpu"]
-        done = subprocess.run([*command, *sizes, *wanted], capture_output=True, text=True, check=False, env=os.environ)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-    rendering, figures, wrote = ran(0.01)
+    first = command(tmp_path)
+    assert first.returncode == 0, first.stderr
+    rendering, figures, wrote = first.stdout.splitlines()
     assert rendering == "Rendering 8 textures, 5 shapes and 200 scenes."
     assert json.loads(figures)["step"] >= 1
     assert wrote == f"Wrote {out}."
-    _, going_on, *_ = ran(0.02)
+    _, going_on, *_ = command(tmp_path, minutes=0.02).stdout.splitlines()
     assert going_on.startswith(f"Going on from step {json.loads(figures)['step']}")
+    # The minutes are over: nothing is trained, and the file is written all the same.
+    copy = tmp_path / "elsewhere" / "copy.safetensors"
+    assert command(tmp_path, minutes=0.02, out=copy).stdout.splitlines()[-1] == f"Wrote {copy}."
+    assert same(safetensors.torch.load_file(copy), safetensors.torch.load_file(out))
     # A server that is given the file takes it in place of the one it came with.
     store = WeightStore.from_settings(Settings(weights_dir=tmp_path, allow_downloads=False))
     found = store.find(GRAFT_SMALL)
     assert found is not None
     assert (found.path, store.availability(GRAFT_SMALL)) == (out, "local")
     backbones.build(GRAFT_SMALL, store.load(found))
+
+
+def test_a_folder_is_gone_on_with_as_it_was_begun(options: Options) -> None:
+    assert begin_or_go_on(options) is None
+    assert begin_or_go_on(replace(options, minutes=600.0, out=options.folder / "other")) is None
+    for other, begun in (
+        ({"scenes": 500}, "--scenes 250"),
+        ({"seed": 1}, "--seed 0"),
+        ({"textures": 9, "shapes": 6}, "--textures 8, --shapes 5"),
+        ({"start": Path("x")}, "no --start"),
+    ):
+        refused = begin_or_go_on(replace(options, **other))  # type: ignore[arg-type]
+        assert refused == (f"{options.folder} was begun with {begun}. Give the same again, or another --folder.")
+
+
+def test_options_that_cannot_be_are_told_in_a_sentence(tmp_path: Path) -> None:
+    few = command(tmp_path, scenes=50)
+    assert (few.returncode, few.stderr.splitlines()[-1]) == (
+        2,
+        "graft pretrain-bundle: error: argument --scenes: must be 96 or more",
+    )
+    (tmp_path / "options.json").write_text(json.dumps(dict.fromkeys(bundle._LASTING, 0)))
+    other = command(tmp_path)
+    assert (other.returncode, other.stdout) == (1, "")
+    assert other.stderr.startswith(f"graft pretrain-bundle: {tmp_path} was begun with --scenes 0, ")
 
 
 def test_the_bundled_file_is_small_whole_and_free_of_a_head() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -49,7 +51,7 @@ def test_built_engine_gives_torchs_features_for_batches_of_any_size(tmp_path: Pa
     pixels = torch.randint(0, 256, (9, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     (tmp_path / "built").mkdir()
 
-    engines.build(tmp_path / "model", tmp_path / "built", pixels=pixels)
+    engines.Builder().build(tmp_path / "model", tmp_path / "built", pixels=pixels)
 
     assert {path.name for path in (tmp_path / "built").iterdir()} == {"engine.onnx", "engine.json"}
     report = Report(**json.loads((tmp_path / "built" / "engine.json").read_text()))
@@ -139,6 +141,23 @@ def test_busy_network_changes_its_engine_between_two_requests_and_a_new_start_ha
         finally:
             running.close()
     assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_build_under_way_is_ended_at_shutdown_and_a_later_one_never_begins(tmp_path: Path) -> None:
+    save(tmp_path / "model")
+    (tmp_path / "built").mkdir()
+    builder = engines.Builder()
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(
+            builder.build, tmp_path / "model", tmp_path / "built", pixels=torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+        )
+        while builder._process is None:
+            assert not building.done()
+        builder.stop()
+        with pytest.raises(subprocess.CalledProcessError):
+            building.result(timeout=30)
+    with pytest.raises(subprocess.CalledProcessError):
+        builder.build(tmp_path / "model", tmp_path / "built", pixels=torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
 def test_engine_that_cannot_be_built_leaves_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,18 @@ def test_what_was_saved_is_found_again(storage: LocalStorage) -> None:
     assert found.numbers == {"step": 0}
 
 
+def test_the_clock_of_the_work_goes_on_from_the_checkpoint(storage: LocalStorage) -> None:
+    now = [100.0]
+    first = Checkpoints(storage, job_id="job_1", fence=1, monotonic=lambda: now[0])
+    now[0] += 5.0
+    first.save({"weight": torch.zeros(3)}, {"step": 0})
+    now[0] += 1000.0  # lost with the run, and waited for the next one
+    second = Checkpoints(storage, job_id="job_1", fence=2, monotonic=lambda: now[0])
+    second.newest()
+    now[0] += 2.0
+    assert second.seconds == 7.0
+
+
 def test_there_is_none_at_first(storage: LocalStorage) -> None:
     assert Checkpoints(storage, job_id="job_1", fence=1).newest() is None
 

@@ -1,5 +1,6 @@
 """The training loop against a hand-written one, against itself after a kill, and out of memory."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from app.errors import JobFailed
 from app.storage import LocalStorage
 from worker.training import loop
 from worker.training.checkpoint import Checkpoints
-from worker.training.loop import Hooks, LoopState, StepProgress, fit, is_gain, predict_logits, trains_batch_norm
+from worker.training.loop import Hooks, LoopState, Plan, StepProgress, fit, is_gain, predict_logits, trains_batch_norm
 from worker.training.optim import Schedule
 from worker.training.pixels import Source, batch_positions
 
@@ -204,10 +205,17 @@ def test_a_loss_that_is_no_number_fails_as_diverged() -> None:
     assert failure.value.code == "diverged"
 
 
+def test_a_measure_that_is_no_number_fails_as_diverged() -> None:
+    plan = builders.plan(measure=lambda _on_batch: loop.Measured(math.nan, None))
+    with pytest.raises(JobFailed) as failure:
+        list(fit(builders.state(builders.network()), plan))
+    assert failure.value.code == "diverged"
+
+
 def test_a_last_batch_of_one_joins_the_batch_before_it_where_batch_norm_trains() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     assert trains_batch_norm(network)
-    plan = builders.plan(train=builders.split(21), epochs=1, merge_single=True)
+    plan = builders.plan(train=builders.split(21), epochs=1, fewest=2)
     (result,) = fit(builders.state(network), plan)
     assert result.step == 4
 
@@ -264,39 +272,80 @@ def test_a_budget_without_room_for_all_epochs_brings_the_rate_down_within_those_
     assert len(results) == state.epochs == 15
     assert results[-1].learning_rate < 0.01 * max(result.learning_rate for result in results)
     assert told == [
-        "budget_seconds has room for 15 of 1000 epochs: the learning rate comes down to its end within these."
+        "budget_seconds has room for about 15 of 1000 epochs: the learning rate comes down to its end within these."
     ]
 
 
-def test_epochs_that_take_longer_than_the_first_are_cut_off_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
+Slow = Callable[[Callable[[int], float]], Callable[[Tensor], Tensor]]
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    """A loop whose clock is moved by its batches: seconds of each, by its number from 0."""
+    clock, batches = [0.0], itertools.count()
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
-    def ever_slower(batch: Tensor) -> Tensor:
-        clock[0] += 1.0 + clock[0] / 20
-        return builders.prepared(batch)
+    def taking(seconds: Callable[[int], float]) -> Callable[[Tensor], Tensor]:
+        def normalise(batch: Tensor) -> Tensor:
+            clock[0] += seconds(next(batches))
+            return builders.prepared(batch)
 
+        return normalise
+
+    return taking
+
+
+def cosine(**changes: Any) -> Plan:
+    """Of a thousand epochs, each five steps and one batch of validation, a hundred seconds have room for few."""
+    return builders.plan(epochs=1000, schedule=Schedule("cosine", 1000, 5), budget_seconds=100.0, **changes)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "epochs"),
+    [
+        (lambda batch: 3.0 if batch < 6 else 1.0, 13),  # 18 s, and in the 77 left 12 of 6 s
+        (lambda batch: 1.0 if batch < 6 else 3.0, 5),  # 6 s, and in the 89 left 4 of 18 s
+    ],
+)
+def test_a_first_epoch_unlike_the_others_is_corrected(slow: Slow, seconds: Callable[[int], float], epochs: int) -> None:
     state = builders.state(builders.network())
-    results = list(fit(state, builders.plan(epochs=1000, normalise=ever_slower, budget_seconds=100.0)))
+    results = list(fit(state, cosine(normalise=slow(seconds))))
+    assert len(results) == state.epochs == epochs
+    assert results[-1].learning_rate < 0.01 * results[0].learning_rate
+    assert sum(result.seconds for result in results) <= 100
+
+
+def test_an_epoch_that_outlasts_the_budget_is_cut_off_and_counts(slow: Slow) -> None:
+    state = builders.state(builders.network())
+    results = list(fit(state, cosine(normalise=slow(lambda batch: 1.0 if batch < 12 else 40.0))))
+    # After two epochs of 6 s the third has room for three steps.
+    assert [result.step for result in results] == [5, 10, 13]
     assert state.is_finished
-    assert state.epochs is not None
-    assert len(results) < state.epochs
-    assert results[-1].step < 5 * len(results)  # the last epoch is a part of one, and counts
-    assert 100 <= sum(result.seconds for result in results) < 115
 
 
-def test_a_shortened_schedule_survives_a_kill() -> None:
+def test_validating_the_start_is_no_part_of_an_epoch_but_of_the_budget(slow: Slow) -> None:
     state = builders.state(builders.network())
-    fitted = fit(state, builders.plan(epochs=1000, budget_seconds=0.5))
+    plan = cosine(normalise=slow(lambda batch: 40.0 if batch == 0 else 1.0), start_counts=True)
+    results = list(fit(state, plan))
+    assert {result.seconds for result in results} == {6.0}
+    assert len(results) == 9  # in the 55 s that are left
+    assert state.elapsed_seconds == 40 + 9 * 6
+
+
+def test_a_shortened_schedule_survives_a_kill(slow: Slow) -> None:
+    plan = cosine(normalise=slow(lambda _batch: 1.0))
+    whole = builders.state(builders.network())
+    list(fit(whole, plan))
+    state = builders.state(builders.network())
+    fitted = fit(state, plan)
     next(fitted)
     fitted.close()
     again = builders.state(builders.network())
     again.restore(state.tensors(), state.numbers())
-    assert again.epochs == state.epochs
-    assert again.epochs is not None
-    results = list(fit(again, builders.plan(epochs=1000, budget_seconds=1e9)))
-    assert again.epoch == again.epochs
-    assert len(results) == again.epochs - 1
+    assert again.epochs == 15
+    list(fit(again, plan))
+    assert again.epoch == 15
+    assert builders.same(builders.weights(again.network), builders.weights(whole.network))
 
 
 def test_a_budget_with_room_for_all_epochs_changes_nothing() -> None:

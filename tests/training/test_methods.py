@@ -90,6 +90,11 @@ def test_a_method_moves_its_stages_and_the_head_and_nothing_else(
     assert changed <= set(prepared.state.changing)
 
 
+def test_what_has_no_head_is_not_prepared_as_if_it_had_one() -> None:
+    with pytest.raises(AssertionError, match=r"self_supervised\.py"):
+        training(spec("full_fine_tuning").model_copy(update={"method": "self_supervised"}))
+
+
 def test_a_feature_layer_cuts_the_network_behind_it() -> None:
     prepared = training(spec("feature_extraction", feature_layer="layer2"))
     assert prepared.classifier.stage_names == ("stem", "layer1", "layer2")

@@ -25,16 +25,20 @@ from worker.training.pixels import (
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(22, 5), (21, 5), (20, 5), (3, 5), (1, 1), (2, 1)])
-@pytest.mark.parametrize("merge_single", [False, True])
-def test_every_image_comes_once_an_epoch(count: int, batch_size: int, merge_single: bool) -> None:
-    batches = batch_positions(count, batch_size, seed=3, epoch=1, merge_single=merge_single)
+@pytest.mark.parametrize("fewest", [1, 2, 4])
+def test_every_image_comes_once_an_epoch(count: int, batch_size: int, fewest: int) -> None:
+    batches = batch_positions(count, batch_size, seed=3, epoch=1, fewest=fewest)
     assert sorted(np.concatenate(batches).tolist()) == list(range(count))
-    assert len(batches) == steps_per_epoch(count, batch_size, merge_single=merge_single)
+    assert len(batches) == steps_per_epoch(count, batch_size, fewest=fewest)
 
 
-def test_a_single_left_over_image_joins_the_batch_before_it_when_asked() -> None:
+def test_a_last_batch_of_too_few_images_joins_the_one_before_it() -> None:
     assert [len(b) for b in batch_positions(21, 5, seed=0, epoch=0)] == [5, 5, 5, 5, 1]
-    assert [len(b) for b in batch_positions(21, 5, seed=0, epoch=0, merge_single=True)] == [5, 5, 5, 6]
+    assert [len(b) for b in batch_positions(21, 5, seed=0, epoch=0, fewest=2)] == [5, 5, 5, 6]
+    assert [len(b) for b in batch_positions(22, 5, seed=0, epoch=0, fewest=2)] == [5, 5, 5, 5, 2]
+    assert [len(b) for b in batch_positions(23, 5, seed=0, epoch=0, fewest=4)] == [5, 5, 5, 8]
+    assert [len(b) for b in batch_positions(3, 5, seed=0, epoch=0, fewest=4)] == [3]
+    assert [len(b) for b in batch_positions(3, 1, seed=0, epoch=0, fewest=2)] == [1, 1, 1]
 
 
 def test_the_order_is_another_in_each_epoch_and_for_each_seed() -> None:
@@ -55,7 +59,7 @@ def test_a_batch_begun_in_the_middle_of_an_epoch_is_the_one_it_would_have_been()
     plan = builders.plan()
 
     def batches(first_step: int) -> list[torch.Tensor]:
-        made = training_batches(plan.train, batch_size=5, seed=7, epoch=2, first_step=first_step, merge_single=False)
+        made = training_batches(plan.train, batch_size=5, seed=7, epoch=2, first_step=first_step)
         return [batch.inputs for batch in made]
 
     whole, rest = batches(0), batches(3)
@@ -140,7 +144,7 @@ def test_pictures_of_a_store_are_read_in_place_and_without_a_warning(tmp_path: P
 @pytest.mark.parametrize("augmentation", ["none", "classic", "strong"])
 def test_a_training_batch_has_its_pictures_with_their_labels(augmentation: str) -> None:
     plan = builders.plan(augmentation=augmentation)
-    made = training_batches(plan.train, batch_size=5, seed=0, epoch=0, first_step=0, merge_single=False)
+    made = training_batches(plan.train, batch_size=5, seed=0, epoch=0, first_step=0)
     for positions, batch in zip(batch_positions(22, 5, seed=0, epoch=0), made, strict=True):
         assert batch.labels.tolist() == plan.train.labels[positions].tolist()
         assert batch.inputs.shape == (len(positions), 3, 16, 16)

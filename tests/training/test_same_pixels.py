@@ -112,7 +112,7 @@ def trained_on(split: Split, preprocessing: Preprocessing) -> list[Tensor]:
     )
     seen: dict[int, Tensor] = {}
     source = PixelSource(split, augment, lambda pixels: eval_pixels(pixels, preprocessing))
-    for batch in training_batches(source, batch_size=4, seed=0, epoch=0, first_step=0, merge_single=False):
+    for batch in training_batches(source, batch_size=4, seed=0, epoch=0, first_step=0):
         seen |= dict(zip(batch.labels.tolist(), batch.inputs, strict=True))
     return [seen[i] for i in range(len(split))]
 

@@ -1,5 +1,6 @@
 """Learning without labels: the loss by hand, its checks against collapse, and a resumed run."""
 
+from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -7,34 +8,51 @@ import numpy as np
 import pytest
 import torch
 import training_builders as builders
+from torch import nn
 
 from app.datasets.manifest import UNLABELLED, Manifest, Record
 from app.jobs.request import parse_request
 from app.jobs.spec import DatasetFacts, TrainingSpec, resolve
-from app.vision import backbones
+from app.vision.backbones import Backbone
+from app.vision.classifier import Classifier
 from worker.training import loop, methods, self_supervised
 from worker.training.loop import Hooks
 from worker.training.methods import Training
-from worker.training.self_supervised import COVARIANCE_WEIGHT, TwoViews, VICReg, feature_std, knn_accuracy
+from worker.training.self_supervised import (
+    COLLAPSED_STD,
+    COVARIANCE_WEIGHT,
+    TwoViews,
+    VICReg,
+    feature_std,
+    knn_accuracy,
+)
 
 
 def spec(**hyperparameters: Any) -> TrainingSpec:
-    asked = {"epochs": 2, "batch_size": 6, "image_size": 32} | hyperparameters
+    asked = {"epochs": 2, "batch_size": 16, "image_size": 32} | hyperparameters
     body = {"dataset": "ds_1", "method": "self_supervised", "backbone": "mobilenet_v3_small", "hyperparameters": asked}
-    facts = DatasetFacts((), unlabelled=18)
+    facts = DatasetFacts((), unlabelled=40)
     weights = {"mobilenet_v3_small": "IMAGENET1K_V1"}
     return resolve(parse_request(body), dataset=facts, weights=weights, device_type="cpu")
 
 
-def prepared(wanted: TrainingSpec | None = None, *, labelled: bool = False) -> Training:
+def prepared(
+    wanted: TrainingSpec | None = None,
+    *,
+    labelled: bool = False,
+    count: int = 40,
+    validated: int = 6,
+    classifier: Classifier | None = None,
+) -> Training:
+    """validated: how many of the pictures are held out, where they are labelled."""
     wanted = wanted or spec()
-    source = builders.split(24)
+    source = builders.split(count)
     records = [
         Record(
             f"img_{i}",
             f"{i}.png",
             int(label) if labelled else UNLABELLED,
-            "val" if labelled and i >= 18 else "train",
+            "val" if labelled and i >= count - validated else "train",
             "",
             30,
             24,
@@ -43,7 +61,7 @@ def prepared(wanted: TrainingSpec | None = None, *, labelled: bool = False) -> T
     ]
     return self_supervised.prepare(
         wanted,
-        classifier=methods.build_classifier(wanted, 0),
+        classifier=classifier or methods.build_classifier(wanted, 0),
         manifest=Manifest(["dark", "middle", "light"] if labelled else [], records),
         images=source.images,
         device=torch.device("cpu"),
@@ -51,13 +69,18 @@ def prepared(wanted: TrainingSpec | None = None, *, labelled: bool = False) -> T
     )
 
 
+def flat(side: int) -> Backbone:
+    """A backbone whose features are the pixels: of unit scale where those are, while a random MobileNetV3's are all
+    but the same for all pictures, so that two of the loss's terms are nothing."""
+    stages = OrderedDict(stem=nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3 * side**2)))
+    return Backbone("flat", stages, feature_width=3 * side**2, layout="NCHW")
+
+
 def test_the_loss_is_the_papers() -> None:
-    network = VICReg(backbones.build("mobilenet_v3_small", seed=0), seed=0).train()
-    views = torch.randn(6, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(0)
+    network = VICReg(flat(8), seed=0).train()
+    views = torch.randn(64, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     losses = network(views)
 
-    torch.manual_seed(0)  # the same dropout
     first, second = network.expander(network.backbone(torch.cat([views[:, 0], views[:, 1]]))).chunk(2)
     width = first.shape[1]
     invariance = torch.nn.functional.mse_loss(first, second)
@@ -65,9 +88,30 @@ def test_the_loss_is_the_papers() -> None:
     covariance = (
         sum((torch.cov(z.T) ** 2).sum() - (torch.diag(torch.cov(z.T)) ** 2).sum() for z in (first, second)) / width
     )
-    expected = invariance + variance + COVARIANCE_WEIGHT * covariance
-    assert losses.shape == (6,)
-    torch.testing.assert_close(losses.mean(), expected, rtol=1e-3, atol=0)
+    terms = torch.stack([invariance, torch.as_tensor(variance), COVARIANCE_WEIGHT * covariance])
+    assert losses.shape == (64,)
+    torch.testing.assert_close(losses.mean(), terms.sum(), rtol=1e-4, atol=0)
+    # Without any of the three it would be another loss.
+    assert (terms > 0.01 * terms.sum()).all(), terms
+
+
+def test_checks_are_of_all_pictures_though_they_are_looked_at_in_parts() -> None:
+    training = prepared(count=80, classifier=Classifier(flat(32), nn.Linear(3 * 32**2, 1), feature_layer="stem"))
+    plan, network = training.plan, training.state.network
+    assert isinstance(plan.train, TwoViews) and isinstance(network, VICReg) and plan.measure is not None
+    found = plan.measure(lambda: None)
+
+    with torch.inference_mode():
+        parts = [
+            plan.train.training_batch(positions, seed=0, epoch=0, step=step).inputs
+            for step, positions in enumerate(np.array_split(np.arange(80), 3))
+        ]
+        losses = [network(plan.normalise(views)) for views in parts]
+        features = network.backbone(plan.normalise(plan.train.batch(np.arange(80)).inputs))
+    assert found.loss == pytest.approx(torch.cat(losses).mean().item())
+    assert found.figures["feature_std"] == pytest.approx(feature_std(features), rel=1e-4)
+    assert len({round(part.mean().item(), 4) for part in losses}) == 3  # each part's terms are its own
+    assert found.figures["feature_std"] > COLLAPSED_STD
 
 
 def test_two_views_of_a_picture_differ_and_follow_from_seed_epoch_and_step() -> None:
@@ -116,6 +160,16 @@ def test_where_there_are_labels_neighbours_are_asked() -> None:
     assert conclusion.metrics["knn_accuracy"] == last.figures["knn_accuracy"]
 
 
+@pytest.mark.parametrize(("count", "validated"), [(33, 0), (24, 1), (50, 17)])
+def test_checks_are_finite_however_many_pictures_they_look_at(count: int, validated: int) -> None:
+    training = prepared(labelled=validated > 0, count=count, validated=validated)
+    assert training.plan.measure is not None
+    found = training.plan.measure(lambda: None)
+    assert np.isfinite([found.loss, *found.figures.values()]).all()
+    assert found.figures["feature_std"] > 0
+    assert ("knn_accuracy" in found.figures) == (validated > 0)
+
+
 def test_labels_change_nothing_of_what_is_learnt() -> None:
     def backbone(labels: list[int]) -> dict[str, torch.Tensor]:
         training = prepared(labelled=True)
@@ -126,7 +180,7 @@ def test_labels_change_nothing_of_what_is_learnt() -> None:
         list(loop.fit(training.state, replace(plan, train=train)))
         return builders.weights(training.classifier.backbone)
 
-    assert builders.same(backbone([0] * 18), backbone(list(range(18))))
+    assert builders.same(backbone([0] * 34), backbone(list(range(34))))
 
 
 def test_a_collapse_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +197,12 @@ def test_a_collapse_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     collapsed = self_supervised.conclude(training).metrics
     assert collapsed["feature_std"] < 1e-3
     assert "collapsed" in collapsed["warning"]
+
+
+def test_no_step_compares_fewer_pictures_than_say_anything() -> None:
+    training = prepared(count=34)  # two batches, and two pictures more
+    (result, _) = loop.fit(training.state, training.plan)
+    assert result.step == 2
 
 
 def test_a_run_left_in_the_middle_ends_as_if_it_had_not_been(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +223,7 @@ def test_a_run_left_in_the_middle_ends_as_if_it_had_not_been(monkeypatch: pytest
     list(loop.fit(whole.state, whole.plan))
     left = prepared()
     with pytest.raises(Killed):
-        list(loop.fit(left.state, left.plan, kill_at(2, left)))
+        list(loop.fit(left.state, left.plan, kill_at(1, left)))
     resumed = prepared()
     resumed.state.restore(left.state.tensors(), left.state.numbers())
     list(loop.fit(resumed.state, resumed.plan))

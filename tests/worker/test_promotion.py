@@ -60,6 +60,7 @@ class Gate:
         always_says: str | None = None,
         classes: Sequence[str] = CLASSES,
         start: str | None = None,
+        shots: Sequence[str] = (),
     ) -> None:
         """The default mdl_1, with stored predictions, or with a network that says the same of every picture."""
         with self.storage.staging() as folder:
@@ -69,7 +70,8 @@ class Gate:
                 with torch.no_grad():
                     classifier.head.weight.zero_()
                     classifier.head.bias.copy_(torch.tensor([float(name == always_says) for name in classes]))
-                artifact.save(folder, Artifact(classifier=classifier, classes=list(classes), preprocessing=SMALL))
+                made = Artifact(classifier, list(classes), SMALL, metadata={"shots": list(shots)})
+                artifact.save(folder, made)
             record = {} if predictions is None else {"predictions": vars(predictions)}
             (folder / "evaluation.json").write_text(json.dumps(record))
             self.storage.publish(folder, "models/mdl_1")
@@ -228,6 +230,17 @@ def test_the_default_sees_pictures_as_it_is_served_them(gate: Gate, monkeypatch:
     gate.decide(candidate(predictions(digests(3, first=10)), dataset_id="ds_new"))
 
     assert seen == [SMALL] * 3
+
+
+def test_pictures_that_a_class_was_added_with_are_left_out(gate: Gate) -> None:
+    images = digests(12)
+    gate.add_dataset("ds_old", train=digests(4, first=60))
+    gate.add_dataset("ds_new", train=digests(4, first=40), val=images)
+    gate.add_incumbent("ds_old", always_says="light", shots=images[:5])
+
+    decision = gate.decide(candidate(predictions(images), dataset_id="ds_new"))
+
+    assert (decision.images, decision.candidate_right_only) == (7, 3)
 
 
 def test_pictures_that_either_was_trained_on_are_left_out(gate: Gate) -> None:

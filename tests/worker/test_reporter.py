@@ -108,6 +108,15 @@ def test_epoch_shows_the_latest_progress_whenever_that_was(
     assert [row.epoch for row in history(database, claim.job_id)] == [1]
 
 
+def test_a_fraction_never_goes_back(reporter: Reporter, database: Database, claim: Claim) -> None:
+    reporter.progress("train", fraction=0.5, epoch=1, epochs=2)
+    reporter.epoch(epoch(1), progress={"stage": "train", "epoch": 1, "epochs": 4, "fraction": 0.25})
+
+    progress = find(database, claim.job_id).progress
+    assert progress is not None
+    assert (progress["fraction"], progress["epochs"]) == (0.5, 4)
+
+
 def test_cancel_ends_the_work_at_the_next_write(
     reporter: Reporter, clock: Clock, database: Database, claim: Claim
 ) -> None:

@@ -3,9 +3,14 @@
 Its competitors start from an earlier model, so that no pretrained weights are needed.
 """
 
+import itertools
 import json
+import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +26,8 @@ from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision.preprocessing import Preprocessing
 from worker.reporter import ShuttingDown
+from worker.training import loop, methods
+from worker.training.checkpoint import Checkpoints
 
 METHODS = ["feature_extraction", "fine_tuning", "full_fine_tuning"]
 VALUES = {"epochs": 4, "image_size": SIZE, "learning_rate": 0.01}
@@ -146,6 +153,40 @@ def test_a_spent_budget_leaves_the_probe(auto: Callable[..., Job], database: Dat
     assert done.row.metrics is not None
     assert done.row.metrics["method"] == "feature_extraction"
     assert {entry["dropped"] for entry in done.row.metrics["candidates"][1:]} == {"budget_seconds is spent"}
+
+
+def test_preparing_a_method_is_paid_from_the_budget_too(
+    auto: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("worker.workbench.Checkpoints", partial(Checkpoints, monotonic=lambda: clock[0]))
+    prepare = methods.prepare
+
+    def slowly(*args: Any, **kwargs: Any) -> methods.Training:
+        clock[0] += 2.0
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(methods, "prepare", slowly)
+    done = auto(budget_seconds=3.0, hyperparameters=VALUES)
+    done.run()
+    assert done.row.metrics is not None
+    table = {entry["method"]: entry for entry in done.row.metrics["candidates"]}
+    assert [table[method]["seconds"] for method in METHODS] == [2.0, 2.0, 0.0]
+    assert table["full_fine_tuning"]["dropped"] == "budget_seconds is spent"
+
+
+def test_a_heat_is_a_part_of_the_epochs_that_the_budget_has_room_for(
+    auto: Callable[..., Job], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each look at the clock takes a second: in a third of the budget about ten epochs find room, not a thousand.
+    monotonic = map(float, itertools.count()).__next__
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=monotonic, perf_counter=time.perf_counter))
+    monkeypatch.setattr("worker.training.competition.survives", lambda _accuracies, _leader: False)
+    done = auto(budget_seconds=180.0, hyperparameters=VALUES | {"epochs": 1000})
+    done.run()
+    trained = Counter(epoch.method for epoch in queue_builders.history(database, done.id))
+    assert 2 <= trained["fine_tuning"] <= 5
+    assert {entry["dropped"] for entry in done.row.metrics["candidates"][1:]} == {"behind in its heat"}
 
 
 @pytest.mark.parametrize("killed_at", [1, 5])

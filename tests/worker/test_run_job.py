@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -239,6 +241,24 @@ def test_a_stopped_job_succeeds_with_its_best_epoch_so_far(
     assert [epoch.epoch for epoch in queue_builders.history(database, stopped.id)] == [1]
     assert stopped.row.metrics is not None
     assert stopped.row.metrics["best_epoch"] == 1
+
+
+def test_progress_is_of_the_epochs_that_the_budget_has_room_for(
+    job: Callable[..., Job], every_step: None, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each look at the clock takes a second.
+    monkeypatch.setattr("worker.training.loop.time", SimpleNamespace(monotonic=map(float, count()).__next__))
+    monkeypatch.setattr("worker.reporter.EVENT_INTERVAL_SECONDS", 0.0)
+    done = job(budget_seconds=100.0, hyperparameters={"epochs": 1000})
+    done.run()
+
+    told = [event.data for event in queue_builders.event_log(database, done.id) if event.event == "progress"]
+    of_training = [progress for progress in told if progress["stage"] == "train"]
+    trained = len(queue_builders.history(database, done.id))
+    assert (of_training[-1]["epoch"], of_training[-1]["epochs"]) == (trained, trained)
+    assert max(progress["epochs"] for progress in of_training[1:]) < 100  # from the first step on
+    fractions = [progress["fraction"] for progress in told]
+    assert fractions == sorted(fractions)
 
 
 def test_a_cancelled_job_leaves_no_model(

@@ -1,9 +1,10 @@
-r"""Trains `graft_small` and writes the file that ships with Graft.
+r"""Trains `graft_small` and writes a file such as the one that ships with Graft.
 
-    graft pretrain-bundle --folder WORK --minutes 60 [--scenes 200000] [--out graft_small.safetensors] [--start FILE]
+    graft pretrain-bundle --folder WORK --minutes 60 [--scenes 200000] [--out FILE] [--start FILE]
 
 Renders the bank of textures and shapes and a pool of scenes into WORK, then trains mobilenet_v3_small to tell each
-scene's shape, texture and ground. What is in WORK is gone on with: a run that was ended, or one with more minutes.
+scene's shape, texture and ground. What is in WORK is gone on with: a run that was ended, or one with more minutes; what
+else was asked for stays as it was.
 --start begins from an earlier graft_small and not from random weights, so that a machine with no WORK can go on, too.
 
 Supervision by formula: Kataoka et al. 2020 and 2022. That it beat contrastive learning at this budget was measured
@@ -13,8 +14,9 @@ Supervision by formula: Kataoka et al. 2020 and 2022. That it beat contrastive l
 import argparse
 import json
 import math
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.vision import backbones
-from app.vision.backbones import BACKBONES, BUNDLED, GRAFT_SMALL
+from app.vision.backbones import BACKBONES, GRAFT_SMALL
 from app.vision.device import resolve_device
 from app.vision.preprocessing import normalise
 from worker.pretraining.scenes import NOT_ASKED, TASKS, Bank, Pool
@@ -41,6 +43,8 @@ LABEL_SMOOTHING, LARGEST_GRADIENT = 0.1, 5.0
 EMA_DECAY = 0.998
 BATCH_NORM_MOMENTUM = 0.05
 CHECKPOINT_SECONDS = 60.0
+# What a work folder's scenes and network follow from.
+_LASTING = ("scenes", "textures", "shapes", "instances", "seed", "start")
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,12 @@ class Run:
                     "images_per_second": round(self.step * BATCH_SIZE / self.seconds),
                 }
                 saved, correct, asked, losses = time.monotonic(), correct * 0, asked * 0, []
+
+    def write_backbone(self) -> None:
+        """The averaged weights, as the file that ships."""
+        prefix = "backbone."
+        averaged = {n.removeprefix(prefix): t for n, t in self.average.items() if n.startswith(prefix)}
+        save_backbone(averaged, self._options.out)
 
     def save(self) -> None:
         """Whole or not at all: written beside the one before, then renamed over it."""
@@ -240,19 +250,36 @@ def load_backbone(backbone: backbones.Backbone, path: Path) -> None:
 
 def main() -> None:
     options = _options()
-    options.folder.mkdir(parents=True, exist_ok=True)
+    for folder in (options.folder, options.out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    if other := begin_or_go_on(options):
+        sys.exit(f"graft pretrain-bundle: {other}")
     print(f"Rendering {options.textures} textures, {options.shapes} shapes and {options.scenes} scenes.", flush=True)
     bank = Bank.render(textures=options.textures, shapes=options.shapes, instances=options.instances, seed=options.seed)
     pool = Pool.rendered(options.folder / "pool", bank, count=options.scenes, side=SCENE_SIDE, seed=options.seed)
     run = Run(options, pool, bank.class_counts)
     if run.resume():
         print(f"Going on from step {run.step}, after {run.seconds / 60:.1f} minutes.", flush=True)
-    prefix = "backbone."
     for figures in run.train():
         print(json.dumps(figures), flush=True)
-        averaged = {n.removeprefix(prefix): t for n, t in run.average.items() if n.startswith(prefix)}
-        save_backbone(averaged, options.out)
+        run.write_backbone()
+    run.write_backbone()  # also where the folder's minutes were over already
     print(f"Wrote {options.out}.", flush=True)
+
+
+def begin_or_go_on(options: Options) -> str | None:
+    """Notes in a new work folder what was asked for. Returns why a folder cannot be gone on with; None if it can."""
+    path = options.folder / "options.json"
+    asked = {name: getattr(options, name) for name in _LASTING} | {"start": options.start and str(options.start)}
+    if not path.exists():
+        path.write_text(json.dumps(asked), encoding="utf-8")
+        return None
+    begun = json.loads(path.read_text("utf-8"))
+    other = [f"--{name} {begun[name]}" if begun[name] is not None else f"no --{name}" for name in _LASTING]
+    differing = [said for name, said in zip(_LASTING, other, strict=True) if begun[name] != asked[name]]
+    if not differing:
+        return None
+    return f"{options.folder} was begun with {', '.join(differing)}. Give the same again, or another --folder."
 
 
 def _parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
@@ -270,12 +297,12 @@ def _options() -> Options:
         prog="graft pretrain-bundle", description="Trains graft_small, the bundled backbone."
     )
     parser.add_argument("--folder", type=Path, required=True, help="where scenes and checkpoints lie")
-    parser.add_argument("--out", type=Path, default=BUNDLED / f"{GRAFT_SMALL}.safetensors", help="the file to write")
-    parser.add_argument("--minutes", type=float, default=60.0, help="of training, over all runs")
-    parser.add_argument("--scenes", type=int, default=200_000)
-    parser.add_argument("--textures", type=int, default=200)
-    parser.add_argument("--shapes", type=int, default=200)
-    parser.add_argument("--instances", type=int, default=8, help="of each texture and shape")
+    parser.add_argument("--out", type=Path, help=f"the file to write; {GRAFT_SMALL}.safetensors in the folder if none")
+    parser.add_argument("--minutes", type=_above(0.0), default=60.0, help="of training, over all runs")
+    parser.add_argument("--scenes", type=_at_least(BATCH_SIZE), default=200_000)
+    parser.add_argument("--textures", type=_at_least(1), default=200)
+    parser.add_argument("--shapes", type=_at_least(1), default=200)
+    parser.add_argument("--instances", type=_at_least(1), default=8, help="of each texture and shape")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0, help="torch's; 0 is its own choice")
@@ -283,7 +310,26 @@ def _options() -> Options:
     asked = vars(parser.parse_args())
     if threads := asked.pop("threads"):
         torch.set_num_threads(threads)
+    asked["out"] = asked["out"] or asked["folder"] / f"{GRAFT_SMALL}.safetensors"
     return Options(**asked | {"device": resolve_device(asked["device"])})
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if (number := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return number
+
+    return integer
+
+
+def _above(limit: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not (found := float(text)) > limit:
+            raise argparse.ArgumentTypeError(f"must be above {limit:g}")
+        return found
+
+    return number
 
 
 if __name__ == "__main__":

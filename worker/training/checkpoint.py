@@ -6,6 +6,7 @@ its successor's. The newest valid one is what a run begins from; two are kept, i
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,11 @@ _DIGESTS = "digests.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """seconds: that the work had taken when this was saved."""
+
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
+    seconds: float
     fence: int
     number: int
 
@@ -37,13 +41,27 @@ class CheckpointDamaged(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one job, written by the run that holds `fence`."""
+    """The checkpoints of one job, written by the run that holds `fence`; and the job's clock, which they carry on."""
 
-    def __init__(self, storage: LocalStorage, *, job_id: str, fence: int) -> None:
+    def __init__(
+        self,
+        storage: LocalStorage,
+        *,
+        job_id: str,
+        fence: int,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._storage = storage
+        self._monotonic = monotonic
+        self._began = monotonic()
         self._key = f"jobs/{job_id}"
         self._fence = fence
         self._number = 0
+
+    @property
+    def seconds(self) -> float:
+        """That the work has taken: since this was made, and in earlier runs until the checkpoint that was found."""
+        return self._monotonic() - self._began
 
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Publishes a checkpoint, durably; then drops all but the newest two."""
@@ -51,7 +69,8 @@ class Checkpoints:
         with self._storage.staging() as folder:
             folder.mkdir()
             save_file(dict(tensors), folder / _TENSORS)
-            (folder / _NUMBERS).write_text(json.dumps({"format_version": FORMAT_VERSION, **numbers}), encoding="utf-8")
+            kept = {"format_version": FORMAT_VERSION, "seconds": self.seconds, **numbers}
+            (folder / _NUMBERS).write_text(json.dumps(kept), encoding="utf-8")
             digests = {name: _sha256(folder / name) for name in (_TENSORS, _NUMBERS)}
             (folder / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
             self._storage.publish(folder, f"{self._key}/{self._fence}/{self._number}")
@@ -59,12 +78,18 @@ class Checkpoints:
             self._storage.delete(f"{self._key}/{fence}/{number}")
 
     def newest(self, *, on_damaged: Callable[[str], None] = lambda _sentence: None) -> Checkpoint | None:
-        """The newest checkpoint that is whole, of this run or of one before; a damaged one is passed over and told."""
+        """The newest checkpoint that is whole, of this run or of one before; a damaged one is passed over and told.
+
+        The clock goes on from it.
+        """
         for fence, number in reversed(self._places()):
             try:
-                return _read(self._storage.path(f"{self._key}/{fence}/{number}"), fence=fence, number=number)
+                found = _read(self._storage.path(f"{self._key}/{fence}/{number}"), fence=fence, number=number)
             except CheckpointDamaged as error:
                 on_damaged(f"Checkpoint {fence}/{number} is damaged ({error}); going on from the one before.")
+            else:
+                self._began -= found.seconds
+                return found
         return None
 
     def drop_all(self) -> None:
@@ -90,7 +115,8 @@ def _read(folder: Path, *, fence: int, number: int) -> Checkpoint:
         numbers = json.loads((folder / _NUMBERS).read_bytes())
         if numbers.pop("format_version") != FORMAT_VERSION:
             raise CheckpointDamaged("of another version")
-        return Checkpoint(load_file(folder / _TENSORS), numbers, fence, number)
+        seconds = float(numbers.pop("seconds", 0.0))  # none of an earlier version
+        return Checkpoint(load_file(folder / _TENSORS), numbers, seconds, fence, number)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointDamaged(type(error).__name__) from error
 

@@ -45,7 +45,7 @@ CHECKPOINT_SECONDS = 60.0
 # bf16 must be this much faster to be chosen: less is within the noise of a few steps, and fp32 is exact.
 BF16_MIN_GAIN = 1.2
 _PROBE_STEPS = 3
-# Share of a budget that is planned with; the rest is for epochs that take longer than the first one.
+# Share of a budget that is planned with; the rest is for epochs that take longer than the one before.
 _USABLE_BUDGET = 0.95
 
 
@@ -63,9 +63,10 @@ class Plan:
     """What stays the same over the whole run.
 
     normalise: a batch's inputs on the device -> what the network takes: for pixels float32, as serving does it.
-    class_weights: one per output, or None. start_counts: the weights at the start are a candidate too, as epoch 0.
-    measure: validation, where it is not cross-entropy and accuracy on `val`; then the network gives each image's loss
-    and no logits, labels are not looked at, and the last epoch counts as the best: no figure would say which is.
+    class_weights: one per output, or None. fewest: images that a step needs, as batch_positions has it.
+    start_counts: the weights at the start are a candidate too, as epoch 0. measure: validation, where it is not
+    cross-entropy and accuracy on `val`; then the network gives each image's loss and no logits, labels are not looked
+    at, and the last epoch counts as the best: no figure would say which is.
     """
 
     train: Source
@@ -82,7 +83,7 @@ class Plan:
     cutmix: float = 0.0
     early_stopping_patience: int | None = None
     budget_seconds: float | None = None
-    merge_single: bool = False
+    fewest: int = 1
     start_counts: bool = False
     measure: Callable[[Callable[[], None]], Measured] | None = None
 
@@ -171,7 +172,7 @@ class LoopState:
     epochs_without_gain: int = 0
     reached_accuracy: float = -1.0  # the last gain that chance does not explain; below all before the first epoch
     epoch_seconds: float = 0.0  # training time of the running epoch, over all attempts
-    elapsed_seconds: float = 0.0  # of all done epochs
+    elapsed_seconds: float = 0.0  # of all done epochs, and of validating the start
     is_finished: bool = False
     val_accuracies: list[float] = field(default_factory=list)  # one per done epoch
     best: Best | None = None
@@ -301,8 +302,8 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
     """Trains from wherever `state` is to the end; after each epoch's validation yields its result.
 
     Ends early on hooks.on_progress's word, by patience or by budget; then state.is_finished is true and state.best set.
-    A budget that has no room for all epochs shortens the schedule as soon as that can be told, so that the learning
-    rate still comes down to its end, where most is gained.
+    A budget that has no room for all epochs shortens the schedule as soon as that can be told, and each epoch says anew
+    how many there is room for: so the learning rate still comes down to its end, where most is gained.
     Raises JobFailed: `diverged` for a loss that is no number any more, `out_of_memory` where smaller batches did not
     help.
     """
@@ -311,6 +312,7 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
     if plan.start_counts and state.best is None and state.total_steps == 0:
         start = _validate(state, plan, pace)
         state.keep_if_best(0, val_accuracy=start.accuracy, val_loss=start.loss)
+        pace.end_start()
     while not state.is_finished:
         stop = _train_epoch(state, plan, pace)
         if stop and state.epoch > 0 and not pace.is_budget_spent():
@@ -339,7 +341,7 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
         seed=plan.seed,
         epoch=state.epoch,
         first_step=state.step,
-        merge_single=plan.merge_single,
+        fewest=plan.fewest,
         device=state.device,
     )
     state.network.train()
@@ -464,22 +466,29 @@ def _averaged(state: LoopState) -> Iterator[None]:
 
 
 def _validate(state: LoopState, plan: Plan, pace: "_Pace") -> Measured:
-    """Mean loss and accuracy on the validation images, or what the plan measures in their place."""
-    if plan.measure is not None:
-        return plan.measure(pace.during_validation)
+    """Mean loss and accuracy on the validation images, or what the plan measures in their place.
+
+    Raises JobFailed where the loss is no number.
+    """
+    measure = plan.measure or (lambda on_batch: _accuracy(state, plan, on_batch))
+    found = measure(pace.during_validation)
+    if not math.isfinite(found.loss):
+        raise _diverged()
+    return found
+
+
+def _accuracy(state: LoopState, plan: Plan, on_batch: Callable[[], None]) -> Measured:
     logits = predict_logits(
         state.network,
         plan.val,
         normalise=plan.normalise,
         device=state.device,
         precision=state.precision,
-        on_batch=pace.during_validation,
+        on_batch=on_batch,
     )
     labels = torch.from_numpy(plan.val.labels)
     loss = plan.tasks.mean_loss(logits, labels).item()
     accuracy = plan.tasks.right(logits, labels).double().mean().item()
-    if not math.isfinite(loss):
-        raise _diverged()
     figures = {f"val_accuracy:{name}": value for name, value in plan.tasks.accuracies(logits, labels).items()}
     return Measured(loss, accuracy, figures)
 
@@ -567,7 +576,7 @@ class _Pace:
         self._state = state
         self._whole_plan = plan
         self.plan = plan.shortened(state.epochs)
-        self._steps = steps_per_epoch(len(plan.train), plan.batch_size, merge_single=plan.merge_single)
+        self._steps = steps_per_epoch(len(plan.train), plan.batch_size, fewest=plan.fewest)
         now = time.monotonic()
         self._mark = self._window_start = self._reported = self._saved = now
         self._window_images = 0
@@ -591,7 +600,7 @@ class _Pace:
                 # Looking costs a third of training: one pass of three.
                 looking = len(self.plan.val) / (3 * len(self.plan.train))
                 training = self._state.epoch_seconds * self._steps / self._state.step
-                self._fit_into_budget(training * (1 + looking))
+                self._fit_into_budget(training * (1 + looking), done=0)
         if now - self._saved >= self.hooks.checkpoint_seconds:
             self.save()
         return self._report(now) or self.is_budget_spent()
@@ -606,34 +615,41 @@ class _Pace:
         self.hooks.save(self._state)
         self._saved = time.monotonic()
 
+    def end_start(self) -> None:
+        """What came before the first epoch has taken its time, and says nothing of how long an epoch takes."""
+        self._end_span()
+
     def end_epoch(self) -> float:
         """Seconds of the epoch that ends now, training and validation, over all attempts."""
-        self._count_time()
-        seconds = self._state.epoch_seconds
-        self._state.elapsed_seconds += seconds
-        self._state.epoch_seconds = 0.0
-        if self._state.epoch == 0:
-            self._fit_into_budget(seconds)
-            if self.plan.epochs < self._whole_plan.epochs:
-                self.hooks.log(
-                    f"budget_seconds has room for {self.plan.epochs} of {self._whole_plan.epochs} epochs: the learning "
-                    "rate comes down to its end within these.",
-                    {"epochs": self.plan.epochs},
-                )
+        seconds = self._end_span()
+        self._fit_into_budget(seconds, done=self._state.epoch + 1)
+        if self._state.epoch == 0 and self.plan.epochs < self._whole_plan.epochs:
+            self.hooks.log(
+                f"budget_seconds has room for about {self.plan.epochs} of {self._whole_plan.epochs} epochs: the "
+                "learning rate comes down to its end within these.",
+                {"epochs": self.plan.epochs},
+            )
         return seconds
 
     def is_budget_spent(self) -> bool:
         budget = self._whole_plan.budget_seconds
         return budget is not None and self._state.elapsed_seconds + self._state.epoch_seconds >= budget
 
-    def _fit_into_budget(self, epoch_seconds: float) -> None:
-        """Shortens the schedule to what the budget has room for, at so many seconds an epoch."""
+    def _fit_into_budget(self, epoch_seconds: float, *, done: int) -> None:
+        """Shortens the schedule to the epochs that are done, and those that there is time for at so many seconds."""
         budget = self._whole_plan.budget_seconds
         if budget is None:
             return
-        room = max(1, math.floor(_USABLE_BUDGET * budget / max(epoch_seconds, 1e-9)))
+        left = max(0.0, _USABLE_BUDGET * budget - self._state.elapsed_seconds)
+        room = max(1, done + math.floor(left / max(epoch_seconds, 1e-9)))
         self._state.epochs = min(room, self._whole_plan.epochs)
         self.plan = self._whole_plan.shortened(self._state.epochs)
+
+    def _end_span(self) -> float:
+        self._count_time()
+        seconds, self._state.epoch_seconds = self._state.epoch_seconds, 0.0
+        self._state.elapsed_seconds += seconds
+        return seconds
 
     def _count_time(self) -> None:
         now = time.monotonic()

@@ -50,7 +50,7 @@ from worker.training.tasks import Tasks, of_task
 
 # torch's own default, which most of torchvision's networks were trained with.
 MIN_BATCH_NORM_MOMENTUM = 0.1
-# Validation images that a few-shot model keeps the features of: 8 MB of the usual 1,024 numbers each.
+# Validation images that a few-shot model keeps the features of: 8 MB of 1,024 numbers each, 33 MB of vgg16's 4,096.
 MAX_SUPPORT_IMAGES = 2000
 
 
@@ -72,6 +72,11 @@ class Training:
     solved: EpochResult | None = None
     support: Support | None = None
     forecast: Callable[[], Forecast | None] | None = None
+
+    @property
+    def epochs(self) -> int:
+        """How many it takes in all, as far as that is known: a budget may have room for fewer than planned."""
+        return self.state.epochs or self.plan.epochs
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ def prepare(
     surroundings: Surroundings | None = None,
 ) -> Training:
     """images: packed at preprocessing.side or more. precision: as an earlier attempt chose it; None chooses now."""
+    assert spec.method != "self_supervised", "is prepared by self_supervised.py"
     values, surroundings = spec.hyperparameters, surroundings or Surroundings()
     place(classifier, device)
     if spec.recipe == "modern":
@@ -171,7 +177,7 @@ def prepare(
     to_input = normaliser(spec.preprocessing)
     if sources is not None:
         network, to_input = Suffix(classifier), Tensor.float
-    merge_single = trains_batch_norm(classifier)
+    fewest = 2 if trains_batch_norm(classifier) else 1
     plan = Plan(
         train=sources[0] if sources else train,
         val=sources[1] if sources else val,
@@ -179,7 +185,7 @@ def prepare(
         epochs=values.epochs,
         batch_size=values.batch_size,
         seed=spec.seed,
-        schedule=schedule_for(values, images=len(train), merge_single=merge_single),
+        schedule=schedule_for(values, images=len(train), fewest=fewest),
         normalise=to_input,
         label_smoothing=values.label_smoothing,
         class_weights=_class_weights(spec, train, manifest),
@@ -187,7 +193,7 @@ def prepare(
         cutmix=values.cutmix,
         early_stopping_patience=values.early_stopping_patience,
         budget_seconds=spec.budget_seconds,
-        merge_single=merge_single,
+        fewest=fewest,
         start_counts=starts_as_probe,
     )
     optimizer = build_optimizer(
@@ -435,11 +441,11 @@ class _Frozen:
         )
 
 
-def schedule_for(values: ResolvedHyperparameters, *, images: int, merge_single: bool) -> Schedule:
+def schedule_for(values: ResolvedHyperparameters, *, images: int, fewest: int) -> Schedule:
     return Schedule(
         scheduler=values.scheduler,
         epochs=values.epochs,
-        steps_per_epoch=steps_per_epoch(images, values.batch_size, merge_single=merge_single),
+        steps_per_epoch=steps_per_epoch(images, values.batch_size, fewest=fewest),
         warmup_epochs=values.warmup_epochs,
         step_size=values.step_size,
         gamma=values.gamma,

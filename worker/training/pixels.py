@@ -124,25 +124,20 @@ def torch_seed(seed: int, purpose: int, *position: int) -> int:
     return int(np.random.SeedSequence([seed, purpose, *position]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def batch_positions(
-    count: int, batch_size: int, *, seed: int, epoch: int, merge_single: bool = False
-) -> list[NDArray[np.int64]]:
+def batch_positions(count: int, batch_size: int, *, seed: int, epoch: int, fewest: int = 1) -> list[NDArray[np.int64]]:
     """The epoch's batches as positions within a split, shuffled; every position once, the last batch smaller.
 
-    merge_single: a last batch of one image joins the batch before it, since batch-norm cannot train on one value.
+    fewest: a last batch of fewer images joins the batch before it.
     """
     order = random_stream(seed, ORDER, epoch).permutation(count)
-    batches = [order[start : start + batch_size] for start in range(0, count, batch_size)]
-    if merge_single and batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [np.concatenate(batches[-2:])]
-    return batches
+    ends = [batch_size * step for step in range(1, steps_per_epoch(count, batch_size, fewest=fewest))]
+    return np.split(order, ends)
 
 
-def steps_per_epoch(count: int, batch_size: int, *, merge_single: bool = False) -> int:
+def steps_per_epoch(count: int, batch_size: int, *, fewest: int = 1) -> int:
     """len(batch_positions(...)) without making them."""
-    steps = -(-count // batch_size)
-    # Never so for batches of one, where the remainder is 0.
-    return steps - 1 if merge_single and steps > 1 and count % batch_size == 1 else steps
+    whole, left = divmod(count, batch_size)
+    return whole + 1 if left > 0 and (left >= fewest or whole == 0) else whole
 
 
 def training_batches(
@@ -152,11 +147,11 @@ def training_batches(
     seed: int,
     epoch: int,
     first_step: int,
-    merge_single: bool,
+    fewest: int = 1,
     device: torch.device = CPU,
 ) -> Iterator[Batch]:
     """The epoch's batches from `first_step` on, made for training on `device`."""
-    positions = batch_positions(len(source), batch_size, seed=seed, epoch=epoch, merge_single=merge_single)
+    positions = batch_positions(len(source), batch_size, seed=seed, epoch=epoch, fewest=fewest)
     for step in range(first_step, len(positions)):
         yield source.training_batch(positions[step], seed=seed, epoch=epoch, step=step, device=device)
 

@@ -8,6 +8,7 @@ Measured on four sets with MobileNetV3's features (docs/benchmarks.md): as good 
 class and beyond, without anything to choose.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,7 @@ SHRINKAGE = 1.0
 # class and for two.
 SCALES = tuple(10 ** (exponent / 4) for exponent in range(-12, 3))
 SCALE_FOR_ONE, SCALE_FOR_TWO = 0.3, 0.01
+_AT_ONCE = 4096
 
 
 def fit_prototypes(features: Tensor, labels: NDArray[np.int64], class_count: int, *, seed: int) -> Prototypes:
@@ -36,24 +38,37 @@ def fit_prototypes(features: Tensor, labels: NDArray[np.int64], class_count: int
 
 
 def _fitted(features: Tensor, labels: NDArray[np.int64], class_count: int) -> Prototypes:
-    exact, truth = features.double(), torch.from_numpy(labels)
-    counts = torch.bincount(truth, minlength=class_count).clamp(min=1).unsqueeze(1)
-    sums = torch.zeros(class_count, features.shape[1], dtype=torch.float64).index_add_(0, truth, exact)
-    means = sums / counts
-    around_all = exact - exact.mean(0)
-    around_own = exact - means[truth]
+    truth, (count, width) = torch.from_numpy(labels), features.shape
+    # In parts, since in double precision all of them may be more than memory holds.
+    parts = list(zip(torch.split(features, _AT_ONCE), torch.split(truth, _AT_ONCE), strict=True))
+    sums = torch.zeros(class_count, width, dtype=torch.float64)
+    for some, own in parts:
+        sums.index_add_(0, own, some.double())
+    means = sums / torch.bincount(truth, minlength=class_count).clamp(min=1).unsqueeze(1)
+    centre = sums.sum(0) / count
+    variance = sum(float((some.double() - centre).square().sum()) for some, _ in parts) / (count * width)
     # Without scatter within classes, what all images vary in is the better guess.
-    scatter = around_own if _has_pairs(labels) else around_all
-    spread = max(float(around_all.square().mean()), 1e-12)
-    return Prototypes(means.float(), _inverse(scatter, len(labels), SHRINKAGE * spread).float())
+    centres = means if _has_pairs(labels) else centre.expand_as(means)
+    scatter = (some.double() - centres[own] for some, own in parts)
+    return Prototypes(means.float(), _inverse(scatter, features.shape, SHRINKAGE * max(variance, 1e-12)).float())
 
 
-def _inverse(scatter: Tensor, count: int, ridge: float) -> Tensor:
-    """(scatterᵀ scatter / count + ridge)⁻¹, by Woodbury's identity: only a matrix of the images' number is solved."""
-    inner = scatter @ scatter.T + count * ridge * torch.eye(len(scatter), dtype=scatter.dtype)
-    correction = scatter.T @ torch.linalg.solve(inner, scatter)
-    identity = torch.eye(scatter.shape[1], dtype=scatter.dtype)
-    return torch.sub(identity, correction) / ridge
+def _inverse(scatter: Iterable[Tensor], shape: Sequence[int], ridge: float) -> Tensor:
+    """(scatterᵀ scatter / N + ridge)⁻¹, float64 (D, D). scatter: the rows of a matrix (N, D), some at a time.
+
+    Solves a system of D numbers or, by Woodbury's identity, of N: whichever are fewer.
+    """
+    count, width = shape
+    if count > width:
+        inner = count * ridge * torch.eye(width, dtype=torch.float64)
+        for some in scatter:
+            inner.addmm_(some.T, some)
+        inverse: Tensor = count * torch.cholesky_inverse(torch.linalg.cholesky(inner))
+        return inverse
+    rows = torch.cat(list(scatter))
+    inner = rows @ rows.T + count * ridge * torch.eye(count, dtype=torch.float64)
+    correction = rows.T @ torch.linalg.solve(inner, rows)
+    return torch.sub(torch.eye(width, dtype=torch.float64), correction) / ridge
 
 
 def _scale(features: Tensor, labels: NDArray[np.int64], class_count: int, seed: int) -> float:

@@ -7,6 +7,7 @@ by measurement: on two sets it was the one of three that did not lose what the w
 neighbours.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.datasets.manifest import Manifest
+from app.jobs.request import FEWEST_TOGETHER, MAX_CHECKED
 from app.jobs.spec import TrainingSpec
 from app.vision.backbones import Backbone
 from app.vision.classifier import Classifier
@@ -47,8 +49,6 @@ from worker.training.tasks import Tasks, of_task
 EXPANDED_WIDTH = 512
 # The paper's 25, 25 and 1, over 25.
 COVARIANCE_WEIGHT = 0.04
-# Pictures that the checks look at, of each split at most.
-MAX_CHECKED = 2000
 NEIGHBOURS, NEIGHBOUR_TEMPERATURE = 20, 0.07  # Wu et al. 2018
 # Below this share of an even spread, features have collapsed to a few directions.
 COLLAPSED_STD = 0.1
@@ -176,10 +176,10 @@ def prepare(
         epochs=values.epochs,
         batch_size=values.batch_size,
         seed=spec.seed,
-        schedule=schedule_for(values, images=len(train), merge_single=True),
+        schedule=schedule_for(values, images=len(train), fewest=FEWEST_TOGETHER),
         normalise=normaliser(spec.preprocessing),
         budget_seconds=spec.budget_seconds,
-        merge_single=True,
+        fewest=FEWEST_TOGETHER,
         measure=checks.measure,
     )
     return Training(classifier, plan, state, val, None, spec.preprocessing)
@@ -207,7 +207,7 @@ _COLLAPSE = (
 
 @dataclass(frozen=True)
 class _Checks:
-    """What is looked at after each epoch: a fixed part of the pictures, validation's where there are some."""
+    """What is looked at after each epoch: a fixed part of the pictures, validation's where there are enough."""
 
     state: LoopState
     train: PixelSource
@@ -219,15 +219,17 @@ class _Checks:
         network = self.state.network
         assert isinstance(network, VICReg)
         network.eval()
-        train = self._features(_part(self.train), on_batch)
-        held_out = _part(self.val) if len(self.val) else None
-        val = self._features(held_out, on_batch) if held_out else train
-        figures = {"feature_std": feature_std(val)}
+        trained_on, held_out = _part(self.train), _part(self.val)
+        train = self._features(trained_on, on_batch)
+        val = self._features(held_out, on_batch) if len(held_out) else train
+        # The loss and the spread are of pictures together, and a few say nothing of either.
+        is_enough = len(held_out) >= FEWEST_TOGETHER
+        figures = {"feature_std": feature_std(val if is_enough else train)}
         # By the first of several tasks, where all are labelled.
-        known, truth = of_task(_part(self.train).labels, 0), of_task(held_out.labels, 0) if held_out else None
-        if truth is not None and (known >= 0).all() and (truth >= 0).all():
+        known, truth = of_task(trained_on.labels, 0), of_task(held_out.labels, 0)
+        if len(truth) and (known >= 0).all() and (truth >= 0).all():
             figures["knn_accuracy"] = knn_accuracy(train, known, val, truth, int(known.max()) + 1)
-        return Measured(self._loss(held_out or _part(self.train), on_batch), None, figures)
+        return Measured(self._loss(held_out if is_enough else trained_on, on_batch), None, figures)
 
     def _features(self, source: PixelSource, on_batch: Callable[[], None]) -> Tensor:
         network = self.state.network
@@ -243,10 +245,11 @@ class _Checks:
     def _loss(self, source: PixelSource, on_batch: Callable[[], None]) -> float:
         """Of two views of each picture, the same ones every time."""
         views, total = TwoViews(source), 0.0
+        # In even parts: one of a single picture would have no variance.
+        parts = np.array_split(np.arange(len(source)), math.ceil(len(source) / _BATCH))
         with torch.inference_mode():
-            for start in range(0, len(source), _BATCH):
-                positions = np.arange(start, min(start + _BATCH, len(source)))
-                batch = views.training_batch(positions, seed=self.seed, epoch=0, step=start, device=self.state.device)
+            for step, positions in enumerate(parts):
+                batch = views.training_batch(positions, seed=self.seed, epoch=0, step=step, device=self.state.device)
                 total += float(self.state.network(self.normalise(batch.inputs)).sum())
                 on_batch()
         return total / len(source)
