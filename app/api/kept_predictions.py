@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+from sqlalchemy.orm import Session
+
 from app import predictions
 from app.api.schemas import Prediction
 from app.db.engine import Database
@@ -46,6 +48,7 @@ class Shelf:
         self.storage.check_room(size_bytes)
         kept = [_kept(picture, prediction) for picture, prediction in answered]
         keys = [picture_key(one.id) for one in kept]
+        gone: list[str] = []
         for key in keys:
             self.storage.announce(key)
         try:
@@ -55,23 +58,30 @@ class Shelf:
                     self.storage.publish(staged, key)
             with self.database.write() as session:
                 predictions.add(session, kept, model_id=model_id, alias=alias)
+                gone = self._forget_old(session)
         finally:
             # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
             with self.database.read() as session:
                 is_kept = bool(kept) and predictions.exists(session, kept[0].id)
             for key in keys:
                 self.storage.settle(key, is_wanted=is_kept)
-        self.expire()
+        self._delete_pictures(gone)
         return [
             prediction.model_copy(update={"id": one.id}) for one, (_, prediction) in zip(kept, answered, strict=True)
         ]
 
     def expire(self) -> None:
         """Deletes what is too old, and the oldest of what is too much."""
-        before = utc_now() - timedelta(days=self.settings.max_stored_prediction_days)
         with self.database.write() as session:
-            gone = predictions.expire(session, max_bytes=self.settings.max_stored_prediction_bytes, before=before)
-        for prediction_id in gone:
+            gone = self._forget_old(session)
+        self._delete_pictures(gone)
+
+    def _forget_old(self, session: Session) -> list[str]:
+        before = utc_now() - timedelta(days=self.settings.max_stored_prediction_days)
+        return predictions.expire(session, max_bytes=self.settings.max_stored_prediction_bytes, before=before)
+
+    def _delete_pictures(self, prediction_ids: Sequence[str]) -> None:
+        for prediction_id in prediction_ids:
             self.storage.delete(picture_key(prediction_id))
 
 
