@@ -18,6 +18,7 @@ from app.api import (
     fine_tuning,
     huggingface,
     jobs,
+    model_files,
     models,
     open_inference,
     openapi,
@@ -61,7 +62,19 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # a redirected POST loses its body with many clients; a 404 says what is wrong
     )
-    for part in (datasets, jobs, models, classes, predict, open_inference, huggingface, files, fine_tuning, system):
+    for part in (
+        datasets,
+        jobs,
+        models,
+        model_files,
+        classes,
+        predict,
+        open_inference,
+        huggingface,
+        files,
+        fine_tuning,
+        system,
+    ):
         app.include_router(part.router)
     handle_failures(app)
     app.openapi = openapi.describe(app)  # type: ignore[method-assign]
