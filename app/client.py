@@ -7,6 +7,7 @@ import mimetypes
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 LONGEST_WAIT_SECONDS = 60  # the most that `?wait=` takes
 LARGEST_PREDICT_BATCH = 64  # pictures in one /predict request
 UPLOAD_CHUNK_BYTES = 1024**2
+EXPORT_SECONDS = 900.0  # the first of a large network, on a busy server
 
 # A server that is being restarted is back within seconds; a watcher that gave up at once would be a nuisance.
 RECONNECT_FOR_SECONDS = 30.0
@@ -234,6 +236,23 @@ class GraftClient:
 
     # Any list, and the server itself
 
+    def export_model(self, model: str, file_format: str, target: Path) -> None:
+        """Writes the file; nothing is at `target` before it is whole."""
+        path = f"/v1/models/{model}/export"
+        asked = self._http.stream("GET", path, params={"format": file_format}, timeout=EXPORT_SECONDS)
+        with self._reached(), asked as response:
+            if response.is_error:
+                response.read()
+            _raise_for_problem(response)
+            partial = target.with_name(f"{target.name}.part")
+            with partial.open("wb") as file:
+                for piece in response.iter_bytes():
+                    file.write(piece)
+            partial.replace(target)
+
+    def model_card(self, model: str) -> str:
+        return self._request("GET", f"/v1/models/{model}/card").text
+
     def list(self, collection: str, *, limit: int = 50, **filters: str | None) -> list[JsonObject]:
         """The newest entries of "datasets", "jobs", "models" or "batches"; filters that are None are left out."""
         params = {"limit": limit} | {name: value for name, value in filters.items() if value is not None}
@@ -252,14 +271,19 @@ class GraftClient:
         return body
 
     def _request(self, method: str, path: str, **request: Any) -> httpx.Response:
-        try:
+        with self._reached():
             response = self._http.request(method, path, **request)
+        _raise_for_problem(response)
+        return response
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
         except httpx.TimeoutException as error:
             raise ServerUnreachable(self.url, "it took too long to answer") from error
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise ServerUnreachable(self.url, str(error)) from error
-        _raise_for_problem(response)
-        return response
 
 
 def _pieces(path: Path, on_sent: Callable[[int], None]) -> Iterable[bytes]:

@@ -20,6 +20,7 @@ problem's `type`; also a failed job's `error.code`), an HTTP `status`, a `title`
     ├── TooManyRequests            429
     ├── Overloaded                 503   waiting helps: `retry_after_seconds`
     ├── ModelUnavailable           503   a registered model whose files are missing or damaged
+    ├── ExportUnavailable          503   a model of which this file cannot be made
     ├── StorageFull                507
     ├── DatabaseMismatch           503   the database is older or newer than this code
     └── JobFailed                  500   why a job ended; never the answer to a request
@@ -166,6 +167,12 @@ class ModelUnavailable(GraftError):
     status = 503
     code = "model-unavailable"
     title = "The model cannot be loaded"
+
+
+class ExportUnavailable(GraftError):
+    status = 503
+    code = "export-unavailable"
+    title = "The file cannot be made"
 
 
 class StorageFull(GraftError):

@@ -13,13 +13,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
 from app import registry
+from app.api.exports import Exports
 from app.api.kept_predictions import Shelf
 from app.api.metrics import Metrics
 from app.api.pictures import Pictures
 from app.api.remembered import Remembered
 from app.datasets.ingest import PACKED_SIDE, manifest_key, packed_key
 from app.datasets.manifest import Manifest
-from app.datasets.packed import PackedPixels
+from app.datasets.packed import PackedPixels, Pixels
 from app.db.engine import Database
 from app.errors import GraftError
 from app.serving.predictor import Predictor
@@ -36,8 +37,9 @@ FOLLOW_INTERVAL_SECONDS = 0.5
 # Between two tries of a default model that cannot be loaded, or of a database that does not answer.
 RETRY_INTERVAL_SECONDS = 5.0
 SWEEP_INTERVAL_SECONDS = 3600.0
-# Validation pictures that a faster engine is compared with torch on; more take longer and show the same.
-MOST_CHECKED = 128
+# Validation pictures that a faster engine, or an exported file, is compared with the model on; more take longer and
+# show the same.
+MOST_CHECKED, MOST_EXPORTED = 128, 32
 # Archives read through at once, at upload; each keeps a core busy.
 PARALLEL_INSPECTIONS = 4
 
@@ -54,6 +56,7 @@ class Services:
     weights: WeightStore
     predictor: Predictor
     remembered: Remembered
+    exports: Exports
     pictures: Pictures
     metrics: Metrics
     shelf: Shelf
@@ -92,6 +95,7 @@ def open_services(settings: Settings) -> Services:
         weights=WeightStore.from_settings(settings),
         predictor=predictor,
         remembered=Remembered(database),
+        exports=Exports(storage, lambda model_id: validation_pictures(model_id, storage, most=MOST_EXPORTED)),
         pictures=Pictures(storage),
         metrics=metrics,
         shelf=Shelf(database, storage, settings),
@@ -143,15 +147,19 @@ def _aliases(services: Services) -> dict[str, str]:
 
 def _check_pixels(model_id: str, preprocessing: Preprocessing, storage: LocalStorage) -> Tensor | None:
     """Validation pictures of the model's data set, as it sees them; None where the data set is gone."""
+    pictures = validation_pictures(model_id, storage, most=MOST_CHECKED)
+    return torch.stack([eval_pixels(picture, preprocessing) for picture in pictures]) if pictures else None
+
+
+def validation_pictures(model_id: str, storage: LocalStorage, *, most: int) -> list[Pixels]:
+    """Of the model's data set, uint8 (H, W, 3), spread over all of them; none where the data set is gone."""
     try:
         description = json.loads(storage.path(f"models/{model_id}/{MODEL_FILE}").read_bytes())
         dataset = description["metadata"]["dataset"]
         manifest = Manifest.read(storage.path(manifest_key(dataset)))
         pictures = PackedPixels(storage.path(packed_key(dataset, PACKED_SIDE)))
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    chosen = manifest.indices("val")
-    if len(chosen) == 0:
-        return None
-    chosen = chosen[np.linspace(0, len(chosen) - 1, min(MOST_CHECKED, len(chosen))).round().astype(np.int64)]
-    return torch.stack([eval_pixels(pictures[i], preprocessing) for i in chosen.tolist()])
+        return []
+    of_validation = manifest.indices("val")
+    places = np.linspace(0, len(of_validation) - 1, min(most, len(of_validation))).round().astype(np.int64)
+    return [pictures[i] for i in of_validation[places].tolist()]

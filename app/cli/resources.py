@@ -1,5 +1,6 @@
 """The client commands beside `train`: predict, jobs, datasets, models."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,11 +24,21 @@ from app.client import DEFAULT_URL, JsonObject
 
 jobs = typer.Typer(help="Training jobs: list, show, watch, cancel, stop.", no_args_is_help=True)
 datasets = typer.Typer(help="Data sets: list, show, upload, delete.", no_args_is_help=True)
-models = typer.Typer(help="Trained models: list, show, extend, promote, rollback, delete.", no_args_is_help=True)
+models = typer.Typer(
+    help="Trained models: list, show, card, export, extend, promote, rollback, delete.", no_args_is_help=True
+)
 
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET")]
 ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id, or an alias such as default.")]
+
+
+class ExportFormat(StrEnum):
+    onnx = "onnx"
+    pt2 = "pt2"
+    safetensors = "safetensors"
+
+
 Limit = Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")]
 
 
@@ -271,6 +282,28 @@ def extend_model(
             print_json(model)
         else:
             describe_model(client, model)
+
+
+@models.command("export")
+def export_model(
+    model_id: ModelId,
+    file_format: Annotated[ExportFormat, typer.Option("--format", help="What the file is for.")] = ExportFormat.onnx,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The model's id in this folder.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+) -> None:
+    """Write a model to a file that runs outside Graft."""
+    target = output or Path(f"{model_id}.{file_format.value}")
+    with connect(url, api_key) as client:
+        client.export_model(model_id, file_format.value, target)
+    print_line(f"Wrote {target}.")
+
+
+@models.command("card")
+def show_card(model_id: ModelId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
+    """Print a model's card: data, training, figures and limits, in Markdown."""
+    with connect(url, api_key) as client:
+        print_line(client.model_card(model_id))
 
 
 @models.command("delete")
