@@ -27,6 +27,7 @@ from app.vision import artifact
 from app.vision.artifact import Artifact, Support
 from app.vision.classifier import Classifier
 from app.vision.preprocessing import Preprocessing
+from app.vision.reference import Reference
 
 CLASSES = ("cat", "dog")
 # Small enough for a forward pass of milliseconds.
@@ -134,6 +135,7 @@ def register_model(
     promotion: Mapping[str, Any] | None = None,
     support: Support | None = None,
     method: str = "fine_tuning",
+    reference: Reference | None = None,
 ) -> str:
     """A model with random weights, published and registered as a worker does it. Returns its id."""
     model_id = new_id("mdl")
@@ -146,6 +148,8 @@ def register_model(
                 preprocessing=SMALL,
                 temperature=1.5,
                 support=support,
+                reference=reference,
+                metadata={"dataset": dataset_id},
             ),
         )
         if evaluation is not None:

@@ -19,6 +19,7 @@ from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.artifact import Artifact
+from app.vision.reference import Reference
 from worker import promotion
 from worker.promotion import Candidate, Decision
 from worker.reporter import Reporter
@@ -50,12 +51,14 @@ class Publisher:
         spec: TrainingSpec,
         *,
         role: Role,
+        reference: Reference | None,
         job_metrics: dict[str, Any] | None = None,
     ) -> None:
         """Files first, whole and synced; then the model, the alias and the job's success in one transaction.
 
         The comparison with the default, which may run it, comes before the transaction; should the default be another
-        by then, the new model is compared with that one. job_metrics: shown with the job, beside the model's.
+        by then, the new model is compared with that one. reference: what its answers are held against; none for a
+        backbone. job_metrics: shown with the job, beside the model's.
         """
         claim, database, storage, reporter = self.claim, self.database, self.storage, self.reporter
         outputs = [task.output for task in conclusion.tasks]
@@ -69,6 +72,7 @@ class Publisher:
             temperature=outputs[0].temperature if outputs else 1.0,
             tasks=outputs if len(outputs) > 1 else [],
             support=training.support,
+            reference=reference,
             metadata={
                 "model": model_id,
                 "job": claim.job_id,

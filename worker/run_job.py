@@ -40,13 +40,15 @@ def _run_one(spec: TrainingSpec, workbench: Workbench, publisher: Publisher) -> 
         conclusion = self_supervised.conclude(training, on_batch=workbench.reporter.tick)
     else:
         conclusion = methods.conclude(training, workbench.manifest, on_batch=workbench.reporter.tick)
-    publisher.publish(training, conclusion, spec, role="final")
+    reference = workbench.reference(training, conclusion)
+    publisher.publish(training, conclusion, spec, role="final", reference=reference)
 
 
 def _run_auto(spec: TrainingSpec, workbench: Workbench, publisher: Publisher) -> None:
     def serve_probe(entry: Entry) -> None:
         if publisher.find("probe") is None:
-            publisher.publish(entry.training, entry.conclusion, entry.spec, role="probe")
+            reference = workbench.reference(entry.training, entry.conclusion)
+            publisher.publish(entry.training, entry.conclusion, entry.spec, role="probe", reference=reference)
 
     outcome = compete(spec, workbench, serve_probe=serve_probe)
     won, reporter = outcome.winner, workbench.reporter
@@ -56,4 +58,5 @@ def _run_auto(spec: TrainingSpec, workbench: Workbench, publisher: Publisher) ->
     conclusion = methods.conclude(won.training, workbench.manifest, on_batch=reporter.tick)
     reporter.log(outcome.reason, candidates=outcome.table)
     chosen = {"method": won.spec.method, "reason": outcome.reason, "candidates": outcome.table}
-    publisher.publish(won.training, conclusion, won.spec, role="final", job_metrics=chosen)
+    reference = workbench.reference(won.training, conclusion)
+    publisher.publish(won.training, conclusion, won.spec, role="final", reference=reference, job_metrics=chosen)

@@ -21,14 +21,16 @@ from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.classifier import Classifier
 from app.vision.device import resolve_device
+from app.vision.reference import Reference
 from app.vision.weights import WeightStore
 from worker.reporter import Reporter, ShuttingDown
 from worker.training import loop, methods, self_supervised
 from worker.training.checkpoint import Checkpoint, Checkpoints
 from worker.training.features import FeatureCache
 from worker.training.loop import EpochResult, Hooks, LoopState, Precision, StepProgress
-from worker.training.methods import Surroundings, Training
+from worker.training.methods import Conclusion, Surroundings, Training
 from worker.training.pixels import Images
+from worker.training.reference import fit_reference
 
 _DOWNLOAD_EVENT_SECONDS = 2.0
 # How a training's progress is shared out: passes through frozen stages are all that a head which is solved for takes.
@@ -170,6 +172,10 @@ class Workbench:
                     training.state.is_finished = True
                     save(training.state)
                     return
+
+    def reference(self, training: Training, conclusion: Conclusion) -> Reference | None:
+        """What the model's answers are held against; None for a backbone, which gives none."""
+        return fit_reference(training, conclusion, self.manifest, on_batch=self.reporter.tick)
 
     def _build(self, spec: TrainingSpec) -> Classifier:
         """The network before training; weights not on this machine are downloaded, which is told as events."""

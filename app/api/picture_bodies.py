@@ -130,7 +130,7 @@ def _decoded(text: str, index: int) -> bytes | ImageRefused:
 
 
 # Options of the contract that this version does not have yet: asked for, they must not be passed over in silence.
-LATER_OPTIONS = ("explain", "coverage", "neighbors", "adapt")
+LATER_OPTIONS = ("adapt",)
 
 
 def refuse_later_options(fields: Any) -> None:

@@ -1,23 +1,23 @@
 """POST /predict: pictures in any of three bodies, told apart by their first bytes, answered by a trained model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app import registry
+from app.api.answers import DEFAULT_TOP_K, answer, check_has_reference, coverage_of
 from app.api.classifiers import model_id_of
 from app.api.deps import ServicesDep, unless_disconnected
 from app.api.openapi import problems
 from app.api.picture_bodies import Picture, form_content, read_pictures
 from app.api.problems import Problem, pointer_to
-from app.api.schemas import ClassScore, FailedPrediction, Prediction, Predictions, PredictRequest, TaskPrediction
+from app.api.schemas import FailedPrediction, Prediction, Predictions, PredictOptions, PredictRequest
 from app.api.services import Services
+from app.api.strict_json import parse_as
 from app.errors import FieldError, ImageRefused, InvalidRequest, TooLarge
-from app.serving.predictor import Scores
-
-DEFAULT_TOP_K = 5
+from app.serving.predictor import LoadedModel, Scores
 
 router = APIRouter(tags=["prediction"])
 
@@ -37,6 +37,9 @@ router = APIRouter(tags=["prediction"])
                         "model": {"type": "string"},
                         "top_k": {"type": "integer", "minimum": 1, "maximum": 1000},
                         "store": {"type": "boolean"},
+                        "explain": {"type": "boolean"},
+                        "coverage": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                        "neighbors": {"type": "integer", "minimum": 1, "maximum": 50},
                     },
                     required=[],
                 ),
@@ -63,11 +66,20 @@ async def predict(
     store: Annotated[
         bool | None, Query(description="Keep each picture and its prediction, under the `id` that is answered.")
     ] = None,
+    explain: Annotated[bool | None, Query(description="Show where in the picture the label was seen.")] = None,
+    coverage: Annotated[
+        float | None,
+        Query(gt=0, lt=1, description="Add a set of classes that holds the true one with this probability."),
+    ] = None,
+    neighbors: Annotated[
+        int | None, Query(ge=1, le=50, description="Add so many of the training pictures that are most like it.")
+    ] = None,
 ) -> Response:
     asked = await read_pictures(request, schema=PredictRequest, max_bytes=services.settings.max_predict_bytes)
-    asked_top_k = _top_k(asked.fields.get("top_k"))
-    is_to_store = _flag("store", asked.fields.get("store")) if store is None else store
-    if is_to_store:
+    in_query: dict[str, Any] = {"model": model, "top_k": top_k, "store": store}
+    in_query |= {"explain": explain, "coverage": coverage, "neighbors": neighbors}
+    options = _options(in_query, asked.fields)
+    if options.store:
         services.shelf.check_is_open()
     if len(asked.pictures) > services.settings.max_predict_images:
         raise InvalidRequest(
@@ -76,8 +88,10 @@ async def predict(
             errors=[FieldError(pointer_to("images"), "too many")],
         )
     _refuse_large_single(asked.pictures, services.settings.max_image_bytes)
-    name = model or asked.fields.get("model") or registry.DEFAULT_ALIAS
+    name = options.model or registry.DEFAULT_ALIAS
     model_id = await model_id_of(services, name)
+    loaded = await services.predictor.load(model_id)
+    check_has_reference(loaded, options)
     encoded = [picture.encoded for picture in asked.pictures if isinstance(picture.encoded, bytes)]
     outcomes = iter(await unless_disconnected(request, services.predictor.predict(model_id, encoded)))
     results = [
@@ -88,8 +102,10 @@ async def predict(
     services.metrics.count_predictions(answered=len(results) - len(refused), refused=len(refused))
     if len(refused) == len(results):
         raise _nothing_readable(refused)
+    explained = await unless_disconnected(request, _explanations(services, model_id, results, options))
+    answers = iter(_answers(loaded, results, explained, options))
     predictions = [
-        _prediction(picture, outcome, top_k=top_k or asked_top_k or DEFAULT_TOP_K)
+        next(answers)
         if isinstance(outcome, Scores)
         else FailedPrediction(
             filename=picture.filename,
@@ -99,17 +115,43 @@ async def predict(
         )
         for picture, outcome in results
     ]
-    if is_to_store:
+    if options.store:
         alias = None if name == model_id else name
         predictions = await run_in_threadpool(_kept, services, model_id, alias, asked.pictures, predictions)
-    answer = Predictions(model=model_id, predictions=predictions)
+    whole = Predictions(model=model_id, coverage=coverage_of(loaded, options), predictions=predictions)
     # Written as it is: FastAPI would check once more what was just made, for a quarter of the event loop's time.
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return Response(whole.model_dump_json(), media_type="application/json")
 
 
-def _prediction(picture: Picture, scores: Scores, *, top_k: int) -> Prediction:
-    tasks = {task: TaskPrediction(**_best(of_task, top_k)) for task, of_task in scores.tasks.items()}
-    return Prediction(filename=picture.filename, tasks=tasks or None, **_best(scores, top_k))
+Results = Sequence[tuple[Picture, Scores | ImageRefused]]
+
+
+def _options(in_query: Mapping[str, Any], in_body: Mapping[str, Any]) -> PredictOptions:
+    """The query goes before the body; a form's fields are text, and empty ones count as left out."""
+    given = {name: value for name, value in in_body.items() if value != ""}
+    return parse_as(PredictOptions, given | {name: value for name, value in in_query.items() if value is not None})
+
+
+async def _explanations(
+    services: Services, model_id: str, results: Results, options: PredictOptions
+) -> Sequence[bytes | None]:
+    """A PNG for each picture that could be read, where they are asked for."""
+    read = [(picture.encoded, scores) for picture, scores in results if isinstance(scores, Scores)]
+    if not options.explain:
+        return [None] * len(read)
+    encoded = [picture for picture, _ in read if isinstance(picture, bytes)]
+    return await services.predictor.explain(model_id, encoded, [scores.best for _, scores in read])
+
+
+def _answers(
+    loaded: LoadedModel, results: Results, explanations: Sequence[bytes | None], options: PredictOptions
+) -> list[Prediction]:
+    """What is said of each picture that could be read."""
+    read = [(picture, scores) for picture, scores in results if isinstance(scores, Scores)]
+    return [
+        answer(scores, loaded, options, filename=picture.filename, explanation=explanation)
+        for (picture, scores), explanation in zip(read, explanations, strict=True)
+    ]
 
 
 def _kept(
@@ -127,11 +169,6 @@ def _kept(
     ]
     kept = iter(services.shelf.keep(model_id, alias, answered))
     return [next(kept) if isinstance(prediction, Prediction) else prediction for prediction in predictions]
-
-
-def _best(scores: Scores, top_k: int) -> dict[str, Any]:
-    top = [ClassScore(label=label, score=score) for label, score in scores.top(top_k)]
-    return {"label": top[0].label, "score": top[0].score, "top": top}
 
 
 def _explained(picture: Picture, refusal: ImageRefused) -> ImageRefused:
@@ -153,22 +190,3 @@ def _refuse_large_single(pictures: list[Picture], max_bytes: int) -> None:
     encoded = pictures[0].encoded if len(pictures) == 1 else b""
     if isinstance(encoded, bytes) and len(encoded) > max_bytes:
         raise TooLarge(f"The picture is larger than the {max_bytes:,} bytes that are read here; send a smaller one.")
-
-
-def _flag(name: str, asked: str | bool | None) -> bool:
-    """From a form as text, from JSON as it is."""
-    if isinstance(asked, bool) or not asked:
-        return bool(asked)
-    if asked.lower() not in ("true", "false", "1", "0"):
-        raise InvalidRequest(f"{name}: must be true or false", errors=[FieldError(pointer_to(name), "not a boolean")])
-    return asked.lower() in ("true", "1")
-
-
-def _top_k(asked: str | int | None) -> int | None:
-    """From a form as text, from JSON as a checked number."""
-    if isinstance(asked, int) or not asked:
-        return asked or None
-    text = asked
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= 1000):
-        raise InvalidRequest("top_k: must be an integer from 1 to 1000", errors=[FieldError("#/top_k", "out of range")])
-    return int(text)

@@ -488,12 +488,21 @@ class PicturesRequest(BaseModel):
     images: Annotated[list[EncodedPicture], Field(min_length=1)]
 
 
-class PredictRequest(PicturesRequest):
-    """The JSON form of POST /predict."""
+class PredictOptions(BaseModel):
+    """What may be asked of POST /predict besides the pictures: in the query, as a form's fields, or in JSON."""
 
     model: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
     store: bool | None = None
+    explain: bool | None = None
+    coverage: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    neighbors: Annotated[int, Field(ge=1, le=50)] | None = None
+
+
+class PredictRequest(PredictOptions, PicturesRequest):
+    """The JSON form of POST /predict."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ClassRequest(PicturesRequest):
@@ -507,10 +516,29 @@ class ClassScore(Schema):
     score: float
 
 
+def _unless_none(description: str) -> Any:
+    """A member that is there only where it was asked for, or where the model has it."""
+    return Field(None, exclude_if=lambda value: value is None, description=description)
+
+
 class TaskPrediction(Schema):
     label: str
     score: float
     top: list[ClassScore] = Field(description="min(top_k, classes) rows, best first.")
+    prediction_set: list[str] | None = _unless_none(
+        "With `coverage`: classes, most probable first, that hold the true one with that probability. Never empty."
+    )
+
+
+class Neighbor(Schema):
+    """A training picture that is like the one asked about."""
+
+    id: str | None = Field(description="Of the image in its data set; null for one that was given to add a class.")
+    path: str | None = Field(description="Within the archive.")
+    label: str | None = Field(description="Its class; of several tasks, the first one's; null where it has none.")
+    tasks: dict[str, str | None] | None = _unless_none("Its classes by task, where the model tells several things.")
+    similarity: float = Field(description="Cosine of what the head sees of both; 1 for the same picture.")
+    thumbnail: str | None = Field(description="Where a small JPEG of it can be had, while there is the data set.")
 
 
 class Prediction(TaskPrediction):
@@ -520,8 +548,19 @@ class Prediction(TaskPrediction):
         None, exclude_if=lambda id: id is None, description="Under which it is kept, where store=true asked for that."
     )
     filename: str | None
-    tasks: dict[str, TaskPrediction] | None = Field(
-        None, exclude_if=lambda tasks: tasks is None, description="By name, where the model tells several things."
+    tasks: dict[str, TaskPrediction] | None = _unless_none("By name, where the model tells several things.")
+    in_distribution: bool | None = _unless_none(
+        "Whether the picture is of the kind that the model was trained on: false beyond what 95 % of validation "
+        "pictures keep to. Then the label says little, however high its score."
+    )
+    ood_score: float | None = _unless_none(
+        "How strange the picture is, 0 to 1: by its nearest training picture. Half of the validation pictures are at "
+        "0.1 or below, and 0.5 is where in_distribution ends."
+    )
+    neighbors: list[Neighbor] | None = _unless_none("With `neighbors`: the training pictures most like it.")
+    explanation: str | None = _unless_none(
+        "With `explain`: a PNG as data URL, the picture in grey and over it in colours what speaks for `label`; "
+        "whitened where the network does not look."
     )
 
 
@@ -530,8 +569,17 @@ class FailedPrediction(Schema):
     error: ProblemDocument
 
 
+class Coverage(Schema):
+    """What the prediction sets were calibrated by."""
+
+    asked: float
+    images: int = Field(description="Validation pictures; of several tasks, of the one that has fewest.")
+    largest: float = Field(description="So many pictures promise this much; beyond it a set holds all classes.")
+
+
 class Predictions(Schema):
     model: str
+    coverage: Coverage | None = _unless_none("With `coverage`.")
     predictions: list[Prediction | FailedPrediction]
 
 

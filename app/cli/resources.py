@@ -318,4 +318,6 @@ def _prediction_row(path: Path, found: JsonObject) -> list[str]:
     if "error" in found:
         return [str(path), "–", "", found["error"]["detail"]]
     rest = ", ".join(f"{other['label']} {percent(other['score'])}" for other in found["top"][1:])
+    if found.get("in_distribution") is False:
+        rest = f"{rest} (unlike what it was trained on)"
     return [str(path), found["label"], percent(found["score"]), rest]

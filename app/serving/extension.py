@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from app.vision import evaluate
 from app.vision.artifact import Artifact, Support
+from app.vision.evaluate import Evaluation
 from app.vision.prototypes import Prototypes
 
 
@@ -45,11 +46,14 @@ def extend(parent: Artifact, support: Support, name: str, features: Tensor) -> E
         images=[*support.images, *[None] * count],
     )
     artifact = replace(parent, classifier=classifier.eval(), classes=[*parent.classes, name], support=longer)
-    metrics, evaluation = _measured(artifact, longer)
+    found, metrics, evaluation = _measured(artifact, longer)
+    artifact.reference = parent.reference and parent.reference.extended(
+        features.numpy(), label=old.out_features, probability_of_true=found.probability_of_true
+    )
     return Extension(artifact, metrics, evaluation)
 
 
-def _measured(artifact: Artifact, support: Support) -> tuple[dict[str, Any], dict[str, Any]]:
+def _measured(artifact: Artifact, support: Support) -> tuple[Evaluation, dict[str, Any], dict[str, Any]]:
     """By the images that the first model was validated on, and by each shot with a prototype of the others."""
     logits, can_be_asked = _logits(artifact, support)
     asked = torch.nonzero(can_be_asked).flatten()
@@ -60,7 +64,7 @@ def _measured(artifact: Artifact, support: Support) -> tuple[dict[str, Any], dic
         "temperature": artifact.temperature,
         "left_out_one_by_one": int((support.is_shot & can_be_asked).sum()),
     }
-    return metrics, evaluate.as_record(found, [support.images[i] for i in asked.tolist()])
+    return found, metrics, evaluate.as_record(found, [support.images[i] for i in asked.tolist()])
 
 
 def _logits(artifact: Artifact, support: Support) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,10 @@ from app.vision import artifact, images
 from app.vision.artifact import Artifact
 from app.vision.classifier import Classifier
 from app.vision.device import usable_cores
-from app.vision.images import ImageLimits
+from app.vision.heatmaps import Heat, HeatMaps, drawn, log_odds
+from app.vision.images import ImageLimits, Pixels
 from app.vision.outputs import Output, probabilities
-from app.vision.preprocessing import Preprocessing, eval_pixels
+from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 
 # Pictures in one forward pass. More gain nothing on a CPU, and on a GPU only memory is left to lose.
 FORWARD_BATCH_SIZE = 32
@@ -73,6 +74,11 @@ class Scores:
         tasks = {output.name: scores for output, scores in zip(outputs, found, strict=True)} if found[1:] else {}
         return replace(found[0], tasks=tasks, features=features)
 
+    @property
+    def best(self) -> int:
+        """The most probable class's place; of equals the first one's."""
+        return max(range(len(self.values)), key=lambda i: self.values[i])
+
     def top(self, k: int) -> list[tuple[str, float]]:
         """The min(k, classes) most probable classes, best first; equals in the model's order."""
         best = heapq.nlargest(k, range(len(self.values)), key=self.values.__getitem__)
@@ -88,6 +94,7 @@ class Network:
         self.preprocessing = preprocessing
         self.size_bytes = sum(tensor.nbytes for tensor in classifier.backbone.state_dict().values())
         self.torch = TorchEngine(classifier.backbone, preprocessing, device)
+        self._heat_maps, self._device = HeatMaps(classifier.backbone, preprocessing.crop), device
         self.engine: Engine = self.torch
         self.answered = 0
         # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
@@ -98,9 +105,23 @@ class Network:
         engine = self.engine if pixels.dtype == torch.uint8 else self.torch
         return engine.features(pixels)
 
+    def evidence(self, pixels: Tensor, score: Callable[[Tensor], Tensor]) -> Heat:
+        """Where in one picture, uint8 (3, S, S), is what raises the score of its features: (S, S), 0 to 1.
+
+        Raises Overloaded if the device has no memory left for it.
+        """
+        try:
+            image = normalise(pixels.unsqueeze(0).to(self._device), self.preprocessing, torch.float32)
+            return self._heat_maps.evidence(image, score)
+        except torch.OutOfMemoryError:
+            raise Overloaded("The device is out of memory; try again soon.", retry_after_seconds=5) from None
+
 
 class LoadedModel:
-    """A model that is ready: a network, maybe shared, and a head of its own."""
+    """A model that is ready: a network, maybe shared, and a head of its own.
+
+    dataset_id: what it was trained on. reference: what its answers are held against; old models have none.
+    """
 
     def __init__(self, model_id: str, loaded: Artifact, network: Network) -> None:
         self.id = model_id
@@ -108,13 +129,27 @@ class LoadedModel:
         self.outputs = loaded.outputs
         self.classes: Sequence[str] = loaded.classes
         self.preprocessing = loaded.preprocessing
+        self.dataset_id: str | None = loaded.metadata.get("dataset")
+        self.reference = loaded.reference
         head = loaded.classifier.head
         self._weight, self._bias = head.weight.detach().T.contiguous(), head.bias.detach()
         self.size_bytes = self._weight.nbytes + self._bias.nbytes
+        self.size_bytes += self.reference.size_bytes if self.reference else 0
 
     def probabilities(self, features: Tensor) -> Tensor:
         """features: float32 (N, D). Returns float32 (N, C), calibrated, of all outputs."""
         return probabilities(features @ self._weight + self._bias, self.outputs)
+
+    def evidence(self, pixels: Tensor, label: int) -> Heat:
+        """Where in one picture, uint8 (3, S, S), is what speaks for a label of the first task: (S, S), 0 to 1."""
+        count = len(self.outputs[0].classes)
+
+        def score(features: Tensor) -> Tensor:
+            device = features.device
+            logits = features @ self._weight[:, :count].to(device) + self._bias[:count].to(device)
+            return log_odds(logits, label)
+
+        return self.network.evidence(pixels, score)
 
 
 @dataclass(frozen=True)
@@ -218,6 +253,17 @@ class Predictor:
             ]
             return torch.cat(parts)
 
+    async def explain(self, model_id: str, pictures: Sequence[bytes], labels: Sequence[int]) -> list[bytes]:
+        """PNGs of the pictures, with a heat map of what speaks for these labels of the first task.
+
+        One picture at a time, so that other forward passes come in between and memory holds one backward pass.
+        Raises ImageRefused for a picture that cannot be read, and what `predict` raises.
+        """
+        with self._place_for(len(pictures)):
+            model = await self.load(model_id)
+            asked = zip(pictures, labels, strict=True)
+            return await asyncio.gather(*(self._explain(model, picture, label) for picture, label in asked))
+
     async def load(self, model_id: str) -> LoadedModel:
         """The model, ready for use; loaded first if need be, once however many ask. Raises ModelUnavailable."""
         model = self._loaded.get(model_id)
@@ -297,6 +343,18 @@ class Predictor:
 
     def _pixels(self, picture: bytes, preprocessing: Preprocessing) -> Tensor:
         return eval_pixels(images.decode(picture, side=preprocessing.side, limits=self._limits), preprocessing)
+
+    async def _explain(self, model: LoadedModel, picture: bytes, label: int) -> bytes:
+        loop, preprocessing = asyncio.get_running_loop(), model.preprocessing
+        side = preprocessing.side
+
+        def seen_and_prepared() -> tuple[Pixels, Tensor]:
+            seen = images.decode(picture, side=side, limits=self._limits)
+            return seen, eval_pixels(seen, preprocessing)
+
+        seen, pixels = await loop.run_in_executor(self._decoders, seen_and_prepared)
+        heat = await self._batcher.alone(model.evidence, pixels, label)
+        return await loop.run_in_executor(self._decoders, drawn, seen, heat, preprocessing)
 
     async def _run(self, model: LoadedModel, pixels: Tensor) -> Scores:
         network = model.network

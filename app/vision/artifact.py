@@ -1,4 +1,5 @@
-"""A trained model as files: `weights.safetensors` and `model.json`. Saved by the worker, loaded by the API.
+"""A trained model as files: `weights.safetensors` and `model.json`, and others beside them. Saved by the worker, loaded
+by the API.
 
 No pickle: loading runs no code of the file. Nothing is believed unchecked: digest, names, shapes, finiteness. Knows a
 folder; not where folders lie, nor who registers them.
@@ -24,10 +25,12 @@ from app.vision.backbones import ALL_LAYERS, BACKBONES
 from app.vision.classifier import Classifier
 from app.vision.outputs import Output
 from app.vision.preprocessing import Preprocessing
+from app.vision.reference import Novelty, Reference
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "weights.safetensors"
 SUPPORT_FILE = "support.safetensors"
+REFERENCE_FILE = "reference.safetensors"
 MODEL_FILE = "model.json"
 
 
@@ -61,6 +64,7 @@ class Artifact:
     temperature: float = 1.0  # that logits are divided by before softmax
     tasks: Sequence[Output] = ()  # all of several; the first one's classes and temperature are those above
     support: Support | None = None  # written by `save`; read by `load_support`, since prediction does not need it
+    reference: Reference | None = None  # what answers are held against; models of earlier versions have none
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -87,6 +91,12 @@ class _SupportRecord(_WeightsRecord):
     images: list[tuple[str, str] | None]
 
 
+class _ReferenceRecord(_WeightsRecord):
+    images: list[tuple[str, str] | None]
+    typical_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    limit_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class _TaskRecord(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -111,6 +121,7 @@ class _ModelFile(BaseModel):
     metadata: dict[str, Any]
     weights: _WeightsRecord
     support: _SupportRecord | None = None
+    reference: _ReferenceRecord | None = None
 
 
 def save(folder: Path, artifact: Artifact) -> Saved:
@@ -143,6 +154,7 @@ def save(folder: Path, artifact: Artifact) -> Saved:
         metadata=artifact.metadata,
         weights=_WeightsRecord(sha256=saved.sha256, size_bytes=saved.size_bytes),
         support=None if artifact.support is None else _save_support(folder / SUPPORT_FILE, artifact.support),
+        reference=None if artifact.reference is None else _save_reference(folder / REFERENCE_FILE, artifact.reference),
     )
     (folder / MODEL_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return saved
@@ -177,6 +189,7 @@ def load(folder: Path) -> Artifact:
         preprocessing=preprocessing,
         temperature=record.temperature,
         tasks=[Output(task.name, task.classes, task.temperature) for task in record.tasks],
+        reference=_load_reference(folder / REFERENCE_FILE, record, feature_width=classifier.head.in_features),
         metadata=record.metadata,
     )
 
@@ -194,14 +207,8 @@ def load_support(folder: Path) -> Support | None:
     record = _read_model_file(folder / MODEL_FILE).support
     if record is None:
         return None
-    try:
-        encoded = (folder / SUPPORT_FILE).read_bytes()
-        if hashlib.sha256(encoded).hexdigest() != record.sha256:
-            raise _damaged("what it can be extended with differs from what was saved")
-        tensors = safetensors.torch.load(encoded)
-        return Support(**{name: tensors[name] for name in _SUPPORT_TENSORS}, images=record.images)
-    except (OSError, SafetensorError, KeyError) as error:
-        raise _damaged("what it can be extended with is missing or damaged") from error
+    tensors = _read_beside(folder / SUPPORT_FILE, record, names=_SUPPORT_TENSORS, what="what it can be extended with")
+    return Support(**tensors, images=record.images)
 
 
 _SUPPORT_TENSORS = ("metric", "features", "labels", "is_shot")
@@ -211,6 +218,53 @@ def _save_support(path: Path, support: Support) -> _SupportRecord:
     tensors = {name: getattr(support, name).contiguous() for name in _SUPPORT_TENSORS}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     return _SupportRecord(sha256=_file_sha256(path), size_bytes=path.stat().st_size, images=support.images)
+
+
+def _save_reference(path: Path, reference: Reference) -> _ReferenceRecord:
+    tensors = {
+        "features": torch.from_numpy(reference.features).half(),
+        "labels": torch.from_numpy(reference.labels),
+        **{f"errors.{task}": torch.from_numpy(errors) for task, errors in enumerate(reference.errors)},
+    }
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    return _ReferenceRecord(
+        sha256=_file_sha256(path),
+        size_bytes=path.stat().st_size,
+        images=list(reference.images),
+        typical_distance=reference.novelty.typical,
+        limit_distance=reference.novelty.limit,
+    )
+
+
+def _load_reference(path: Path, model: _ModelFile, *, feature_width: int) -> Reference | None:
+    record, task_count = model.reference, len(model.tasks) or 1
+    if record is None:
+        return None
+    errors = [f"errors.{task}" for task in range(task_count)]
+    what = "what its answers are held against"
+    tensors = _read_beside(path, record, names=["features", "labels", *errors], what=what)
+    count = len(record.images)
+    if tensors["features"].shape != (count, feature_width) or tensors["labels"].shape != (count, task_count):
+        raise _damaged(f"{what} belongs to another model")
+    return Reference(
+        features=tensors["features"].float().numpy(),
+        labels=tensors["labels"].numpy(),
+        images=record.images,
+        novelty=Novelty(record.typical_distance, record.limit_distance),
+        errors=[tensors[name].numpy() for name in errors],
+    )
+
+
+def _read_beside(path: Path, record: _WeightsRecord, *, names: Sequence[str], what: str) -> dict[str, Tensor]:
+    """These tensors of a file beside the weights; what: it is, as the refusal of a damaged one calls it."""
+    try:
+        encoded = path.read_bytes()
+        if hashlib.sha256(encoded).hexdigest() != record.sha256:
+            raise _damaged(f"{what} differs from what was saved")
+        tensors = safetensors.torch.load(encoded)
+        return {name: tensors[name] for name in names}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise _damaged(f"{what} is missing or damaged") from error
 
 
 def _read_model_file(path: Path) -> _ModelFile:

@@ -248,7 +248,7 @@ def _modules(network: nn.Module, notation: str) -> list[nn.Module]:
     return modules
 
 
-class _GlobalAverage(nn.Module):
+class GlobalAverage(nn.Module):
     def forward(self, activations: Tensor) -> Tensor:
         return activations.mean((2, 3))
 
@@ -271,7 +271,7 @@ class _TokenStem(nn.Module):
         return embedded
 
 
-class _ClassToken(nn.Module):
+class ClassToken(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0]
 
@@ -279,10 +279,10 @@ class _ClassToken(nn.Module):
 # What torchvision's forward methods do between modules, as modules.
 _MADE_HERE: dict[str, Callable[[nn.Module], nn.Module]] = {
     "@relu": lambda _: nn.ReLU(inplace=True),
-    "@average": lambda _: _GlobalAverage(),
+    "@average": lambda _: GlobalAverage(),
     "@flatten": lambda _: nn.Flatten(1),
     "@token_stem": _TokenStem,
-    "@class_token": lambda _: _ClassToken(),
+    "@class_token": lambda _: ClassToken(),
 }
 
 

@@ -158,7 +158,7 @@ def test_top_k_out_of_range_is_pointed_at(client: httpx.Client, model: str, top_
         assert problem["errors"][0]["pointer"] == "#/top_k"
 
 
-@pytest.mark.parametrize("option", ["explain", "coverage", "neighbors", "adapt"])
+@pytest.mark.parametrize("option", ["adapt"])
 def test_options_of_later_versions_are_refused(client: httpx.Client, model: str, option: str) -> None:
     in_query = client.post(f"/predict?{option}=1", content=PICTURE)
     in_json = client.post("/predict", json={"images": [{"b64": b64(PICTURE)}], option: 1})

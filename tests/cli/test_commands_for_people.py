@@ -219,27 +219,29 @@ def test_wrong_usage_is_told_before_anything_is_sent(
 
 
 def test_predict_prints_a_row_for_each_picture(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
-    good, broken = tmp_path / "good.jpg", tmp_path / "broken.jpg"
-    good.write_bytes(b"1")
-    broken.write_bytes(b"2")
+    good, strange, broken = (tmp_path / f"{name}.jpg" for name in ("good", "strange", "broken"))
+    for path in (good, strange, broken):
+        path.write_bytes(b"1")
     top = [{"label": "cat", "score": 0.97}, {"label": "dog", "score": 0.03}]
     server.answers["POST", "/predict"] = (
         200,
         {
             "model": "mdl_1",
             "predictions": [
-                {"filename": "good.jpg", "label": "cat", "score": 0.97, "top": top},
+                {"filename": "good.jpg", "label": "cat", "score": 0.97, "top": top, "in_distribution": True},
+                {"filename": "strange.jpg", "label": "cat", "score": 0.97, "top": top, "in_distribution": False},
                 {"filename": "broken.jpg", "error": {"detail": "truncated JPEG"}},
             ],
         },
     )
 
-    result = graft("predict", str(good), str(broken), "--model", "mdl_1", "--top-k", "2")
+    result = graft("predict", str(good), str(strange), str(broken), "--model", "mdl_1", "--top-k", "2")
 
     assert result.exit_code == 1
     assert [line.split() for line in result.output.splitlines()] == [
         ["picture", "label", "score", "next"],
         [str(good), "cat", "97.0%", "dog", "3.0%"],
+        [str(strange), "cat", "97.0%", "dog", "3.0%", "(unlike", "what", "it", "was", "trained", "on)"],
         [str(broken), "–", "truncated", "JPEG"],
     ]
     assert server.requests[0].path == "/predict?top_k=2&model=mdl_1"

@@ -5,15 +5,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from app.errors import JobFailed, ModelUnavailable
 from app.vision import artifact
-from app.vision.artifact import MODEL_FILE, WEIGHTS_FILE, Artifact
+from app.vision.artifact import MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, Artifact
 from app.vision.backbones import BACKBONES
 from app.vision.classifier import Classifier
+from app.vision.reference import Reference
 
 CLASSES = ["daisy", "Rose/red", "千日紅"]
 
@@ -202,4 +204,76 @@ def test_a_model_of_a_later_format_says_so(tmp_path: Path) -> None:
     edit_description(tmp_path, format_version=2)
 
     with pytest.raises(ModelUnavailable, match="later version of Graft"):
+        artifact.load(tmp_path)
+
+
+def with_reference(*, width: int = 1024) -> Artifact:
+    random = np.random.default_rng(0)
+    model = trained()
+    model.reference = Reference.fit(
+        random.random((5, width)),
+        np.array([0, 1, 2, 0, 1]),
+        [("img_0", "Rose/red/0.jpg"), None, *[(f"img_{i}", f"千日紅/{i}.jpg") for i in range(2, 5)]],
+        held_out=random.random((30, width)),
+        probability_of_true=[random.random(30)],
+    )
+    return model
+
+
+def test_what_answers_are_held_against_comes_back_to_the_bit(tmp_path: Path) -> None:
+    saved = with_reference()
+
+    artifact.save(tmp_path, saved)
+    loaded = artifact.load(tmp_path)
+
+    before, after = saved.reference, loaded.reference
+    assert before is not None
+    assert after is not None
+    assert np.array_equal(before.features, after.features)
+    assert np.array_equal(before.labels, after.labels)
+    assert (before.novelty, list(before.images)) == (after.novelty, after.images)
+    assert [errors.tolist() for errors in before.errors] == [errors.tolist() for errors in after.errors]
+    record = json.loads((tmp_path / MODEL_FILE).read_bytes())["reference"]
+    encoded = (tmp_path / REFERENCE_FILE).read_bytes()
+    assert (record["size_bytes"], record["sha256"]) == (len(encoded), hashlib.sha256(encoded).hexdigest())
+
+
+def test_a_model_of_an_earlier_version_has_none(tmp_path: Path) -> None:
+    artifact.save(tmp_path, trained())
+    record = json.loads((tmp_path / MODEL_FILE).read_bytes())
+    del record["reference"]
+    (tmp_path / MODEL_FILE).write_text(json.dumps(record))
+
+    assert artifact.load(tmp_path).reference is None
+
+
+def without_the_file(folder: Path) -> None:
+    (folder / REFERENCE_FILE).unlink()
+
+
+def with_the_file_changed(folder: Path) -> None:
+    encoded = bytearray((folder / REFERENCE_FILE).read_bytes())
+    encoded[-1] ^= 1
+    (folder / REFERENCE_FILE).write_bytes(encoded)
+
+
+def of_fewer_images(folder: Path) -> None:
+    record = json.loads((folder / MODEL_FILE).read_bytes())
+    record["reference"]["images"].pop()
+    (folder / MODEL_FILE).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("damage", [without_the_file, with_the_file_changed, of_fewer_images])
+def test_a_model_with_a_damaged_reference_is_unavailable(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    artifact.save(tmp_path, with_reference())
+    damage(tmp_path)
+
+    with pytest.raises(ModelUnavailable, match="what its answers are held against"):
+        artifact.load(tmp_path)
+
+
+def test_a_reference_of_another_width_is_not_believed(tmp_path: Path) -> None:
+    artifact.save(tmp_path, with_reference(width=512))
+
+    with pytest.raises(ModelUnavailable, match="belongs to another model"):
         artifact.load(tmp_path)

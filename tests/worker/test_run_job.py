@@ -94,7 +94,12 @@ def test_a_job_ends_with_a_registered_model_its_history_and_no_checkpoints(
     assert row.metrics["val_accuracy"] == max(epoch.val_accuracy for epoch in history)
     assert not storage.exists(f"jobs/{done.id}")
     folder = storage.path(f"models/{row.model_id}")
-    assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "model.json", "weights.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "evaluation.json",
+        "model.json",
+        "reference.safetensors",
+        "weights.safetensors",
+    ]
 
 
 def test_the_evaluation_agrees_with_the_model_that_was_saved(

@@ -502,7 +502,10 @@ def predict_logits(
     precision: Precision = "fp32",
     on_batch: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Logits of the whole source in its own order: float32 (N, C) on the CPU. Leaves the network in eval mode."""
+    """Logits, or whatever the network gives, of the whole source in its own order: float32 (N, C) on the CPU.
+
+    Leaves the network in eval mode.
+    """
     network.eval()
     batch_size = pass_batch_size(device.type)
     found: list[Tensor] = []

@@ -58,20 +58,23 @@ MAX_SUPPORT_IMAGES = 2000
 class Training:
     """A training ready to run: the network, what stays the same, and what changes.
 
-    val, test: as pixels, for the conclusion; test is used once, there. solved: the one epoch of a head that was solved
-    for. support: what prototypes can be extended with. forecast: what more pictures would bring, by probes on fewer;
-    None for a training without a probe.
+    train, val, test: as pixels, for the conclusion; test is used once, there. solved: the one epoch of a head that was
+    solved for. support: what prototypes can be extended with. forecast: what more pictures would bring, by probes on
+    fewer; None for a training without a probe. frozen_features: what the head sees of these images of the data set;
+    None where the backbone is trained, and what was seen before the training is no more.
     """
 
     classifier: Classifier
     plan: Plan
     state: LoopState
+    train: PixelSource
     val: PixelSource
     test: PixelSource | None
     preprocessing: Preprocessing
     solved: EpochResult | None = None
     support: Support | None = None
     forecast: Callable[[], Forecast | None] | None = None
+    frozen_features: Callable[[NDArray[np.int64]], Tensor] | None = None
 
     @property
     def epochs(self) -> int:
@@ -109,12 +112,13 @@ class Conclusion:
     """What a training came to. evaluation: the record that is published with the model, as JSON.
 
     tasks: one for each; none for a backbone, which predicts nothing. metrics and evaluation are the first one's, with
-    those of all of several as `tasks`.
+    those of all of several as `tasks`. val_features: float32 (N, D), what the head sees of the validation images.
     """
 
     metrics: dict[str, Any]
     evaluation: dict[str, Any]
     tasks: Sequence[TaskConclusion] = ()
+    val_features: Tensor | None = None
 
 
 def build_classifier(
@@ -211,11 +215,13 @@ def prepare(
         classifier,
         plan,
         state,
+        train,
         val,
         test if len(test) else None,
         spec.preprocessing,
         support=frozen.support(),
         forecast=frozen.forecast if starts_as_probe else None,
+        frozen_features=frozen.features if spec.method in FROZEN_METHODS else None,
     )
     if values.is_solved:
         training.solved = _solved(training, seconds=time.monotonic() - began)
@@ -371,6 +377,11 @@ class _Frozen:
         indices, labels = self.pixels.indices(split), self.pixels.manifest.labels
         return np.array([i for i in indices.tolist() if labels[i] != UNLABELLED], dtype=np.int64)
 
+    def features(self, indices: NDArray[np.int64]) -> Tensor:
+        """What the head sees of these images of the data set, in full precision. The whole backbone is frozen."""
+        seen = self._seen[0].features if self._seen else self._head_features()
+        return seen.rows(0, indices)
+
     @property
     def _class_count(self) -> int:
         return len(self.pixels.manifest.classes)
@@ -490,19 +501,11 @@ def conclude(
     """
     training.state.load_best()
     assert training.state.best is not None
-
-    def logits_of(source: PixelSource) -> Tensor:
-        return predict_logits(
-            training.classifier,
-            source,
-            normalise=normaliser(training.preprocessing),
-            device=training.state.device,
-            on_batch=on_batch,
-        )
-
-    answered = [_Answered(training.val.split, logits_of(training.val), "val")]
+    val_features = head_features(training, training.val, on_batch=on_batch)
+    answered = [_Answered(training.val.split, _head_logits(training, val_features), "val")]
     if is_final and training.test is not None:
-        answered.append(_Answered(training.test.split, logits_of(training.test), "test"))
+        test_features = head_features(training, training.test, on_batch=on_batch)
+        answered.append(_Answered(training.test.split, _head_logits(training, test_features), "test"))
     names = [task.name for task in manifest.tasks] or [""]
     tasks = [
         _conclude_task(Output(name, classes, 1.0), [each.of(place, span) for each in answered], manifest)
@@ -517,7 +520,24 @@ def conclude(
     if len(tasks) > 1:
         metrics["tasks"] = {task.output.name: task.metrics for task in tasks}
         record["tasks"] = {task.output.name: task.evaluation for task in tasks}
-    return Conclusion(metrics, record, tasks)
+    return Conclusion(metrics, record, tasks, val_features)
+
+
+def head_features(training: Training, source: PixelSource, *, on_batch: Callable[[], None] = lambda: None) -> Tensor:
+    """What the head sees of the source's images as they are served: float32 (N, D) on the CPU."""
+    return predict_logits(
+        training.classifier.backbone,
+        source,
+        normalise=normaliser(training.preprocessing),
+        device=training.state.device,
+        on_batch=on_batch,
+    )
+
+
+def _head_logits(training: Training, features: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = training.classifier.head(features.to(training.state.device)).float().cpu()
+    return logits
 
 
 @dataclass(frozen=True)

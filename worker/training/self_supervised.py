@@ -182,7 +182,7 @@ def prepare(
         fewest=FEWEST_TOGETHER,
         measure=checks.measure,
     )
-    return Training(classifier, plan, state, val, None, spec.preprocessing)
+    return Training(classifier, plan, state, train, val, None, spec.preprocessing)
 
 
 def conclude(training: Training, *, on_batch: Callable[[], None] = lambda: None) -> Conclusion:

@@ -1,0 +1,82 @@
+"""What POST /predict says of one picture: its scores, and where the model has the statistics, how far to trust them.
+
+The numbers come from `app.serving.insight`; here they become the members of an answer.
+"""
+
+import base64
+from typing import Any
+
+from app.api.schemas import ClassScore, Coverage, Neighbor, Prediction, PredictOptions, TaskPrediction, thumbnail_path
+from app.errors import Conflict
+from app.serving.insight import Insight, insight, largest_coverage
+from app.serving.predictor import LoadedModel, Scores
+from app.vision.reference import Neighbour
+
+DEFAULT_TOP_K = 5
+
+
+def check_has_reference(loaded: LoadedModel, options: PredictOptions) -> None:
+    """Raises Conflict where something is asked for that the model has no statistics for."""
+    asked = [name for name in ("coverage", "neighbors") if getattr(options, name) is not None]
+    if asked and loaded.reference is None:
+        raise Conflict(
+            f"This model was made without the statistics that {' and '.join(asked)} need: by an earlier version of "
+            "Graft, or on a single validation picture. Train it again.",
+            code="no-statistics",
+        )
+
+
+def coverage_of(loaded: LoadedModel, options: PredictOptions) -> Coverage | None:
+    """None where no coverage is asked for."""
+    if options.coverage is None or loaded.reference is None:
+        return None
+    images = min(map(len, loaded.reference.errors))
+    return Coverage(asked=options.coverage, images=images, largest=largest_coverage(images))
+
+
+def answer(
+    scores: Scores, loaded: LoadedModel, options: PredictOptions, *, filename: str | None, explanation: bytes | None
+) -> Prediction:
+    """explanation: a PNG, where one was asked for."""
+    found = _insight(scores, loaded, options)
+    top_k = options.top_k or DEFAULT_TOP_K
+    tasks = {task: TaskPrediction(**_best(of_task, top_k, found, task)) for task, of_task in scores.tasks.items()}
+    return Prediction(
+        filename=filename,
+        **_best(scores, top_k, found, loaded.outputs[0].name),
+        tasks=tasks or None,
+        in_distribution=found and found.in_distribution,
+        ood_score=found and found.ood_score,
+        neighbors=[_neighbor(each, loaded) for each in found.neighbours] if found and options.neighbors else None,
+        explanation=None if explanation is None else f"data:image/png;base64,{base64.b64encode(explanation).decode()}",
+    )
+
+
+def _insight(scores: Scores, loaded: LoadedModel, options: PredictOptions) -> Insight | None:
+    reference, neighbours = loaded.reference, options.neighbors or 0
+    if reference is None:
+        return None
+    return insight(scores, reference, loaded.outputs, coverage=options.coverage, neighbours=neighbours)
+
+
+def _best(scores: Scores, top_k: int, found: Insight | None, task: str) -> dict[str, Any]:
+    top = [ClassScore(label=label, score=score) for label, score in scores.top(top_k)]
+    prediction_set = found and found.prediction_sets.get(task)
+    return {"label": top[0].label, "score": top[0].score, "top": top, "prediction_set": prediction_set}
+
+
+def _neighbor(neighbour: Neighbour, loaded: LoadedModel) -> Neighbor:
+    image_id, path = neighbour.image or (None, None)
+    dataset_id = loaded.dataset_id
+    names = {
+        output.name: output.classes[label] if label >= 0 else None
+        for output, label in zip(loaded.outputs, neighbour.labels, strict=True)
+    }
+    return Neighbor(
+        id=image_id,
+        path=path,
+        label=names[loaded.outputs[0].name],
+        tasks=names if len(names) > 1 else None,
+        similarity=neighbour.similarity,
+        thumbnail=thumbnail_path(dataset_id, image_id) if dataset_id and image_id else None,
+    )

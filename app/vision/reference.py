@@ -1,0 +1,226 @@
+"""What a model's answers are held against: training pictures as its head sees them, and how it did on held-out ones.
+
+From these follow, for any picture, how strange it is, which training pictures are nearest, and a set of classes that
+holds the true one with a promised probability. The worker fits it, serving asks it, the artifact carries it. Knows
+features and probabilities; not networks, not files. docs/trust.md has the measurements behind the choices.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Training pictures that are kept: 2 MB of the usual 1,024 numbers each, compared with in 0.07 ms. Twice as many tell
+# classes that were left out from the others by one point of AUROC more.
+MAX_IMAGES = 1000
+# Held-out pictures that are looked at: more tell the quantiles no better.
+MAX_HELD_OUT = 10_000
+# Of held-out pictures, the share that is to count as known.
+KEPT_SHARE = 0.95
+# The scores of the typical held-out picture, and of the strangest that still counts as known.
+TYPICAL_SCORE, LIMIT_SCORE = 0.1, 0.5
+# A copy of a training picture is no nearer than this, so that logarithms and ratios of distances stay finite.
+MIN_DISTANCE = 1e-6
+# From here on a quantile of KEPT_SHARE can be counted off.
+_COUNTABLE = 19
+# Student's t at 95 %, one-sided, for 1 to 17 degrees of freedom.
+_T95 = [
+    6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833,
+    1.812, 1.796, 1.782, 1.771, 1.761, 1.753, 1.746, 1.740,
+]  # fmt: skip
+
+Features = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """How far a picture's nearest training picture may be: the distance of half of the held-out ones, and the limit."""
+
+    typical: float
+    limit: float
+
+    @classmethod
+    def of(cls, distances: NDArray[np.floating]) -> Self:
+        """distances: of held-out pictures, two or more.
+
+        The limit is the conformal quantile: a new picture of the same kind is beyond it with probability 0.05 or less
+        (Vovk et al. 2005). Below 19 pictures none can be counted off; then it is the upper prediction bound of a
+        log-normal distribution, which on subsets of real data sets kept 93 to 97 % of the others.
+        """
+        known = np.maximum(distances.astype(np.float64), MIN_DISTANCE)
+        count = len(known)
+        if count >= _COUNTABLE:
+            return cls(float(np.median(known)), float(np.sort(known)[_rank(count, KEPT_SHARE) - 1]))
+        logs = np.log(known)
+        centre, spread = logs.mean(), logs.std(ddof=1) * math.sqrt(1 + 1 / count)
+        return cls(math.exp(centre), math.exp(centre + _T95[count - 2] * spread))
+
+    def score(self, distance: float) -> float:
+        """0 to 1, on a logistic curve: TYPICAL_SCORE at the typical distance, LIMIT_SCORE at the limit."""
+        step = max(self.limit - self.typical, MIN_DISTANCE)
+        odds_per_step = LIMIT_SCORE / TYPICAL_SCORE * (1 - TYPICAL_SCORE) / (1 - LIMIT_SCORE)
+        steps = min(max((distance - self.limit) / step, -100.0), 100.0)
+        return float(1 / (1 + odds_per_step**-steps))
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training picture. labels: of each task, -1 for none. image: id and path; None for one of no data set."""
+
+    labels: tuple[int, ...]
+    image: tuple[str, str] | None
+    similarity: float  # cosine, 1 for the same
+
+
+@dataclass(frozen=True)
+class Reference:
+    """features: float32 (N, D) of unit length, of training pictures, in half precision's values; labels: int64 (N, T).
+
+    images: id and path of each; None for one that is in no data set. errors: for each task, float32, ascending, what
+    the calibrated probability of the true class lacked to 1 on held-out pictures.
+    """
+
+    features: Features
+    labels: NDArray[np.int64]
+    images: Sequence[tuple[str, str] | None]
+    novelty: Novelty
+    errors: Sequence[NDArray[np.float32]]
+
+    @classmethod
+    def fit(
+        cls,
+        features: NDArray[np.floating],
+        labels: NDArray[np.int64],
+        images: Sequence[tuple[str, str] | None],
+        *,
+        held_out: NDArray[np.floating],
+        probability_of_true: Sequence[NDArray[np.floating]],
+    ) -> Self:
+        """features: (N, D), of those that `choose` chose; held_out: (M, D), M > 1, of pictures not trained on.
+
+        labels: (N,), or (N, T) of several tasks. probability_of_true: calibrated, for each task, of the held-out
+        pictures that have a label of it.
+        """
+        kept = halved(unit(features))
+        distances = [1 - float(similarities(kept, each).max()) for each in unit(_some(held_out))]
+        return cls(
+            features=kept,
+            labels=labels.reshape(len(labels), -1),
+            images=images,
+            novelty=Novelty.of(np.array(distances)),
+            errors=[errors_of(each) for each in probability_of_true],
+        )
+
+    def extended(
+        self, features: NDArray[np.floating], *, label: int, probability_of_true: NDArray[np.floating]
+    ) -> Self:
+        """With pictures of a new class beside the others, (K, D), for a model of one task that knows it now.
+
+        probability_of_true: of held-out pictures, by that model. What counts as known is left where it was: held-out
+        pictures are no further from more pictures than from fewer.
+        """
+        labels = np.concatenate([self.labels, np.full((len(features), 1), label)])
+        kept = choose(labels[:, 0], class_count=label + 1, seed=0)
+        images = [*self.images, *[None] * len(features)]
+        return replace(
+            self,
+            features=np.concatenate([self.features, halved(unit(features))])[kept],
+            labels=labels[kept],
+            images=[images[i] for i in kept.tolist()],
+            errors=[errors_of(probability_of_true)],
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        return self.features.nbytes + self.labels.nbytes + sum(errors.nbytes for errors in self.errors)
+
+    def similarities(self, features: NDArray[np.floating]) -> Features:
+        """Cosine of a picture, (D,), to each training picture: (N,)."""
+        return similarities(self.features, unit(features[np.newaxis])[0])
+
+    def ood_score(self, similarities: Features) -> float:
+        """How strange a picture is, 0 to 1: by its distance to the nearest training picture (Sun et al. 2022).
+
+        Of held-out pictures half are at 0.1 or below, and 95 % at 0.5 or below.
+        """
+        return self.novelty.score(1 - float(similarities.max()))
+
+    def nearest(self, similarities: Features, count: int) -> list[Neighbour]:
+        """The min(count, N) most similar training pictures, the nearest first."""
+        order = np.argsort(-similarities, kind="stable")[:count].tolist()
+        return [
+            Neighbour(tuple(self.labels[i].tolist()), self.images[i], min(float(similarities[i]), 1.0)) for i in order
+        ]
+
+
+def choose(labels: NDArray[np.int64], *, class_count: int, seed: int) -> NDArray[np.int64]:
+    """Which of the training pictures are kept, ascending: MAX_IMAGES at most, or one of each class if that is more.
+
+    At random within a class, and as many of each as there are, or as the classes get in turn.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    turns = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        of_class = labels[order] == label
+        turns[of_class] = np.arange(of_class.sum())
+    kept = order[np.argsort(turns, kind="stable")[: max(MAX_IMAGES, class_count)]]
+    return np.sort(kept)
+
+
+def errors_of(probability_of_true: NDArray[np.floating]) -> NDArray[np.float32]:
+    """As a reference keeps them, for `prediction_set`."""
+    return np.sort(1 - _some(probability_of_true).astype(np.float32))
+
+
+def prediction_set(probabilities: Sequence[float], errors: NDArray[np.float32], coverage: float) -> list[int]:
+    """Labels, most probable first, that hold the true one with probability `coverage`: split conformal prediction.
+
+    By the least ambiguous sets (Sadinle et al. 2019): all classes whose probability lacks no more to 1 than the true
+    class's did on `coverage` of the held-out pictures, with the finite-sample correction. Never empty: the most
+    probable class is always in, which can only add coverage. With n held-out pictures no coverage above n / (n + 1)
+    can be promised, but by all classes.
+    """
+    order = sorted(range(len(probabilities)), key=lambda label: -probabilities[label])
+    rank = _rank(len(errors), coverage)
+    if rank > len(errors):
+        return order
+    limit = errors[rank - 1]
+    return [label for i, label in enumerate(order) if i == 0 or np.float32(1 - probabilities[label]) <= limit]
+
+
+def unit(features: NDArray[np.floating]) -> Features:
+    """(N, D), each row of length 1."""
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    return np.asarray(features / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)
+
+
+def halved(features: Features) -> Features:
+    """The values as half precision has them: what is measured when fitting is what is stored."""
+    return features.astype(np.float16).astype(np.float32)
+
+
+def similarities(known: Features, picture: Features) -> Features:
+    """(N, D) and (D,), of unit length: (N,).
+
+    Row by row, in one thread: a matrix product asks for all cores, and beside forward passes that keep them busy it
+    took 8 ms where this takes 0.07 (1,000 rows of 1,024, two cores).
+    """
+    return np.asarray(np.vecdot(known, picture), dtype=np.float32)
+
+
+def _rank(count: int, share: float) -> int:
+    """Which of `count` values in ascending order a new one is at or below with probability `share`; there may be none.
+
+    With the finite-sample correction: the new value is one of count + 1 that are in any order alike.
+    """
+    return math.ceil((count + 1) * share - 1e-9)  # 100 * 0.55 is 55.00000000000001, and must not be 56
+
+
+def _some(held_out: NDArray[np.floating]) -> NDArray[np.floating]:
+    """MAX_HELD_OUT of them, spread evenly, or all."""
+    if len(held_out) <= MAX_HELD_OUT:
+        return held_out
+    return held_out[np.linspace(0, len(held_out) - 1, MAX_HELD_OUT).round().astype(np.int64)]

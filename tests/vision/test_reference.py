@@ -1,0 +1,222 @@
+"""What answers are held against: promises are kept to the letter where the letter can be computed."""
+
+import math
+
+import numpy as np
+import pytest
+
+from app.vision import reference
+from app.vision.reference import MAX_IMAGES, Neighbour, Novelty, Reference, choose, errors_of, prediction_set
+
+
+def assert_is_share(hits: int, trials: int, expected: float) -> None:
+    """Within four standard deviations of a binomial distribution."""
+    assert hits / trials == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / trials))
+
+
+def made(images: int = 6, *, width: int = 8, classes: int = 2) -> Reference:
+    random = np.random.default_rng(0)
+    return Reference.fit(
+        random.normal(size=(images, width)),
+        np.arange(images) % classes,
+        [(f"img_{i}", f"{i}.jpg") for i in range(images)],
+        held_out=random.normal(size=(4, width)),
+        probability_of_true=[np.array([0.9, 0.5, 0.7, 0.8])],
+    )
+
+
+# How strange a picture is
+
+
+def test_score_of_the_typical_picture_and_of_the_limit_are_as_stated() -> None:
+    novelty = Novelty.of(np.linspace(0.1, 0.3, 99))
+
+    assert novelty.typical == pytest.approx(0.2)
+    assert novelty.score(novelty.typical) == pytest.approx(0.1)
+    assert novelty.score(novelty.limit) == 0.5
+    scores = [novelty.score(distance) for distance in np.linspace(0, 1, 50)]
+    assert scores == sorted(set(scores))
+    assert 0 < scores[0] < scores[-1] < 1
+
+
+@pytest.mark.parametrize("count", [19, 20, 57])
+def test_new_pictures_of_the_same_kind_are_beyond_the_limit_as_often_as_promised(count: int) -> None:
+    random, trials = np.random.default_rng(count), 20_000
+    beyond = 0
+    for distances in random.gamma(2.0, size=(trials, count + 1)):
+        beyond += distances[-1] > Novelty.of(distances[:-1]).limit
+
+    rank = math.ceil((count + 1) * 0.95)
+    assert_is_share(beyond, trials, 1 - rank / (count + 1))
+    assert 1 - rank / (count + 1) <= 0.05 + 1e-12
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 18])
+def test_with_few_held_out_pictures_the_promise_holds_for_distances_that_are_log_normal(count: int) -> None:
+    random, trials = np.random.default_rng(count), 20_000
+    beyond = 0
+    for distances in random.lognormal(-2.0, 0.4, size=(trials, count + 1)):
+        beyond += distances[-1] > Novelty.of(distances[:-1]).limit
+
+    assert_is_share(beyond, trials, 0.05)
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_held_out_copies_of_training_pictures_leave_the_scores_finite(count: int) -> None:
+    novelty = Novelty.of(np.zeros(count))
+
+    assert novelty.score(0.0) < 0.5 == novelty.score(novelty.limit)
+    assert novelty.score(0.5) == pytest.approx(1.0)
+
+
+def test_training_picture_itself_is_not_strange_and_its_opposite_is() -> None:
+    random = np.random.default_rng(0)
+    pictures = random.normal(size=(60, 8)) + 3
+    found = Reference.fit(
+        pictures[:30], np.zeros(30, np.int64), [None] * 30, held_out=pictures[30:], probability_of_true=[np.ones(30)]
+    )
+
+    assert found.ood_score(found.similarities(pictures[3])) < 0.1
+    assert found.ood_score(found.similarities(-pictures[3])) > 0.9
+
+
+def test_length_of_the_features_does_not_matter() -> None:
+    found, picture = made(), np.random.default_rng(5).normal(size=8)
+
+    assert found.similarities(7 * picture) == pytest.approx(found.similarities(picture), abs=1e-6)
+    assert np.isfinite(found.similarities(np.zeros(8))).all()
+
+
+# Prediction sets
+
+
+@pytest.mark.parametrize(("held_out", "coverage"), [(19, 0.9), (10, 0.8), (30, 0.95), (57, 0.85)])
+def test_sets_hold_the_true_class_exactly_as_often_as_promised(held_out: int, coverage: float) -> None:
+    """Of a model that is not calibrated and hardly knows anything, so that no set needs a class to not be empty."""
+    random, trials, classes = np.random.default_rng(held_out), 5000, 6
+    hits = 0
+    for _ in range(trials):
+        probabilities = random.dirichlet(np.full(classes, 8.0), size=held_out + 1)
+        labels = (probabilities.cumsum(1) > random.random((held_out + 1, 1))).argmax(1)
+        of_true = probabilities[np.arange(held_out + 1), labels]
+        hits += labels[-1] in prediction_set(probabilities[-1].tolist(), errors_of(of_true[:-1]), coverage)
+
+    assert_is_share(hits, trials, math.ceil((held_out + 1) * coverage - 1e-9) / (held_out + 1))
+
+
+def test_set_is_of_the_most_probable_classes_the_best_first_and_never_empty() -> None:
+    errors = errors_of(np.linspace(0.99, 0.6, 40))
+
+    assert prediction_set([0.2, 0.5, 0.3], errors, 0.9) == [1]
+    assert prediction_set([0.1, 0.8, 0.1], errors, 0.9) == [1]
+    assert prediction_set([0.2, 0.5, 0.3], errors_of(np.linspace(0.99, 0.25, 40)), 0.97) == [1, 2]
+
+
+def test_coverage_that_so_few_pictures_cannot_promise_takes_all_classes() -> None:
+    errors = errors_of(np.array([0.99, 0.98, 0.97]))
+
+    assert prediction_set([0.1, 0.2, 0.7], errors, 0.75) == [2]
+    assert prediction_set([0.1, 0.2, 0.7], errors, 0.76) == [2, 1, 0]
+    assert prediction_set([0.1, 0.2, 0.7], errors_of(np.zeros(0)), 0.01) == [2, 1, 0]
+
+
+def test_products_that_are_whole_numbers_are_taken_as_whole_numbers() -> None:
+    errors = np.arange(99, dtype=np.float32) / 100  # 100 * 0.55 is 55.00000000000001
+
+    assert prediction_set([0.45, 0.46, 0.09], errors, 0.55) == [1]
+    assert prediction_set([0.46, 0.465, 0.075], errors, 0.55) == [1, 0]
+
+
+def test_more_coverage_never_takes_a_class_away() -> None:
+    random = np.random.default_rng(1)
+    errors = errors_of(random.random(200))
+    for row in random.dirichlet(np.ones(8), size=20).tolist():
+        sizes = [len(prediction_set(row, errors, coverage)) for coverage in np.linspace(0.01, 0.999, 60)]
+        assert sizes == sorted(sizes)
+        assert (sizes[0], sizes[-1]) == (1, 8)
+
+
+# Neighbours
+
+
+def test_nearest_training_pictures_come_first_with_their_labels() -> None:
+    found = made(classes=3)
+
+    (nearest, second) = found.nearest(found.similarities(found.features[4]), 2)
+
+    assert nearest == Neighbour((1,), ("img_4", "4.jpg"), pytest.approx(1.0, abs=1e-3))
+    assert nearest.similarity <= 1.0
+    assert second.similarity < nearest.similarity
+    assert len(found.nearest(found.similarities(found.features[4]), 50)) == 6
+
+
+def test_equally_near_pictures_are_in_the_order_of_the_data_set() -> None:
+    found = Reference.fit(
+        np.ones((3, 4)),
+        np.array([[0, 1], [1, -1], [0, 0]]),
+        [("a", "a.jpg"), ("b", "b.jpg"), None],
+        held_out=np.eye(4)[:2],
+        probability_of_true=[np.ones(2), np.zeros(0)],
+    )
+
+    neighbours = found.nearest(found.similarities(np.ones(4)), 3)
+
+    assert [(each.labels, each.image) for each in neighbours] == [
+        ((0, 1), ("a", "a.jpg")),
+        ((1, -1), ("b", "b.jpg")),
+        ((0, 0), None),
+    ]
+
+
+# What is kept
+
+
+def test_all_training_pictures_are_kept_up_to_the_limit() -> None:
+    assert choose(np.arange(MAX_IMAGES) % 3, class_count=3, seed=0).tolist() == list(range(MAX_IMAGES))
+
+
+def test_beyond_the_limit_small_classes_are_kept_whole_and_large_ones_alike() -> None:
+    labels = np.repeat([0, 1, 2], [5000, 10, 3000])
+
+    kept = choose(labels, class_count=3, seed=0)
+
+    assert np.bincount(labels[kept]).tolist() == [495, 10, 495]
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    assert kept.tolist() == choose(labels, class_count=3, seed=0).tolist()
+    assert kept.tolist() != choose(labels, class_count=3, seed=1).tolist()
+
+
+def test_with_more_classes_than_the_limit_each_has_one() -> None:
+    labels = np.repeat(np.arange(MAX_IMAGES + 100), 2)
+
+    kept = choose(labels, class_count=MAX_IMAGES + 100, seed=0)
+
+    assert labels[kept].tolist() == list(range(MAX_IMAGES + 100))
+
+
+def test_what_is_measured_is_what_is_stored() -> None:
+    found = made()
+
+    assert found.features.dtype == np.float32
+    assert np.array_equal(found.features, found.features.astype(np.float16).astype(np.float32))
+    assert np.linalg.norm(found.features, axis=1) == pytest.approx(np.ones(6), abs=1e-3)
+
+
+def test_many_held_out_pictures_are_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "MAX_HELD_OUT", 5)
+
+    assert errors_of(np.linspace(0, 1, 41)).tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_new_class_stands_beside_the_others() -> None:
+    before = made(images=6, classes=2)
+    shots = np.random.default_rng(9).normal(size=(3, 8))
+
+    after = before.extended(shots, label=2, probability_of_true=np.array([0.25, 0.75]))
+
+    assert after.labels[:, 0].tolist() == [0, 1, 0, 1, 0, 1, 2, 2, 2]
+    assert after.images == [*before.images, None, None, None]
+    assert after.errors[0].tolist() == [0.25, 0.75]
+    assert after.novelty == before.novelty
+    nearest = after.nearest(after.similarities(shots[1]), 1)[0]
+    assert (nearest.labels, nearest.image) == ((2,), None)
