@@ -87,7 +87,10 @@ def test_nul_in_the_address_is_refused(client: httpx.Client, path: str) -> None:
 
 
 def test_what_nobody_expected_is_a_problem_without_its_cause(
-    server: RunningServer, client: httpx.Client, capfd: pytest.CaptureFixture[str]
+    # The streams are caught first, and so let go last: the server's thread still writes a line after its answer.
+    capfd: pytest.CaptureFixture[str],
+    server: RunningServer,
+    client: httpx.Client,
 ) -> None:
     async def broken() -> None:
         raise RuntimeError("secret: /home/someone")
