@@ -3,6 +3,7 @@
 Knows the HTTP contract; not the database, not the terminal. Answers are the JSON objects of the contract, as they are.
 """
 
+import json
 import mimetypes
 import secrets
 import time
@@ -22,7 +23,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 LONGEST_WAIT_SECONDS = 60  # the most that `?wait=` takes
 LARGEST_PREDICT_BATCH = 64  # pictures in one /predict request
 UPLOAD_CHUNK_BYTES = 1024**2
-EXPORT_SECONDS = 900.0  # the first of a large network, on a busy server
+EXPORT_SECONDS = 1800.0  # until the file is made, and others before it; large networks take minutes
 
 # A server that is being restarted is back within seconds; a watcher that gave up at once would be a nuisance.
 RECONNECT_FOR_SECONDS = 30.0
@@ -171,6 +172,30 @@ class GraftClient:
     def roll_back_alias(self, alias: str) -> JsonObject:
         return self._json("POST", f"/v1/aliases/{alias}/rollback")
 
+    def model_card(self, model: str) -> str:
+        """In Markdown."""
+        return self._request("GET", f"/v1/models/{model}/card").text
+
+    def export_model(self, model: str, target: Path, *, file_format: str) -> JsonObject:
+        """Writes the exported file to `target`, whole or not at all; the server may take minutes to make it.
+
+        Returns what was found when it was compared with the model.
+        """
+        asked = self._http.stream(
+            "GET", f"/v1/models/{model}/export", params={"format": file_format}, timeout=EXPORT_SECONDS
+        )
+        partial = target.with_name(f"{target.name}.part")
+        try:
+            with self._reached(), asked as response:
+                _raise_for_problem(response)
+                with partial.open("wb") as file:
+                    file.writelines(response.iter_bytes())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        verification: JsonObject = json.loads(response.headers["X-Graft-Verified"])
+        return verification
+
     def delete_model(self, model_id: str) -> None:
         self._request("DELETE", f"/v1/models/{model_id}")
 
@@ -235,23 +260,6 @@ class GraftClient:
             unfinished.unlink(missing_ok=True)
 
     # Any list, and the server itself
-
-    def export_model(self, model: str, file_format: str, target: Path) -> None:
-        """Writes the file; nothing is at `target` before it is whole."""
-        path = f"/v1/models/{model}/export"
-        asked = self._http.stream("GET", path, params={"format": file_format}, timeout=EXPORT_SECONDS)
-        with self._reached(), asked as response:
-            if response.is_error:
-                response.read()
-            _raise_for_problem(response)
-            partial = target.with_name(f"{target.name}.part")
-            with partial.open("wb") as file:
-                for piece in response.iter_bytes():
-                    file.write(piece)
-            partial.replace(target)
-
-    def model_card(self, model: str) -> str:
-        return self._request("GET", f"/v1/models/{model}/card").text
 
     def list(self, collection: str, *, limit: int = 50, **filters: str | None) -> list[JsonObject]:
         """The newest entries of "datasets", "jobs", "models" or "batches"; filters that are None are left out."""

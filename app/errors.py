@@ -20,7 +20,7 @@ problem's `type`; also a failed job's `error.code`), an HTTP `status`, a `title`
     ├── TooManyRequests            429
     ├── Overloaded                 503   waiting helps: `retry_after_seconds`
     ├── ModelUnavailable           503   a registered model whose files are missing or damaged
-    ├── ExportUnavailable          503   a model of which this file cannot be made
+    ├── ExportUnavailable          503   a model's file cannot be made, or answers otherwise than the model
     ├── StorageFull                507
     ├── DatabaseMismatch           503   the database is older or newer than this code
     └── JobFailed                  500   why a job ended; never the answer to a request

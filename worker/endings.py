@@ -57,6 +57,7 @@ def _sweep_announced(database: Database, storage: LocalStorage) -> None:
         "models": registry.exists,
         "batches": queue.exists,
         "predictions": predictions.exists,
+        "exports": registry.exists,
     }
     for key in storage.announced():
         kind, _, row_id = key.partition("/")

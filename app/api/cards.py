@@ -1,144 +1,398 @@
-"""The model card: what a model was made from, how well it does, and where it may fail, in Markdown for people.
+"""A model's card: one page of Markdown from what is stored of it. What data, how trained, what numbers, what limits.
 
-After Mitchell et al. 2019. Written from what is stored, anew each time. Knows rows and records; not HTTP.
+Knows rows and records; not HTTP. It states, and concludes nothing that nobody measured. Names that callers chose are
+escaped: a card is shown in web pages.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from app.db.tables import DatasetRow, ModelRow
+from sqlalchemy.orm import Session
+
+from app import registry
+from app.api.evaluation import read_evaluation
+from app.api.schemas import Evaluation, SplitEvaluation, TaskEvaluation
+from app.datasets import catalog
+from app.db.tables import DatasetRow, JobRow, ModelRow
+from app.errors import ModelUnavailable, NotFound
+from app.jobs import queue
+from app.storage import LocalStorage
+from app.vision import artifact
 from app.vision.backbones import BACKBONES
+from app.vision.evaluate import FEWEST_IMAGES_PER_CLASS
 
-# Longer tables are cut, with the total said: a card is read by people.
-_MOST_CLASSES = 100
-# Below so many validation pictures a class's figures say little.
-_FEW = 30
+Row = TypeVar("Row")
+
+# Of a longer list the rest is counted: a data set may have thousands of rejected files.
+MOST_LISTED = 10
+# Largest class over smallest, from which on the small ones are worth a sentence.
+NOTABLE_IMBALANCE = 3.0
 
 
-def card(model: ModelRow, dataset: DatasetRow | None, evaluation: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
-    """dataset: None where it was deleted. evaluation: as stored, empty for a backbone. spec: of the job."""
-    sections = [
-        [f"# {model.id}", "", *_summary(model)],
-        ["## Data", "", *_data(model, dataset)],
-        ["## Training", "", *_training(model, spec)],
-        ["## How well it does", "", *_figures(model, evaluation)],
-        ["## Limits", "", *_limits(model, dataset, evaluation)],
-        ["## Use", "", *_use(model)],
+@dataclass(frozen=True)
+class Facts:
+    """All that is known of a model. dataset, job: None once deleted. evaluation: None for a backbone, or if lost."""
+
+    model: ModelRow
+    dataset: DatasetRow | None
+    job: JobRow | None
+    evaluation: Evaluation | None
+    description: Mapping[str, Any]  # the artifact's model.json
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """As it was resolved; empty for a model of which that was not kept."""
+        found: Mapping[str, Any] = self.description["metadata"].get("spec") or {}
+        return found
+
+    @property
+    def title(self) -> str:
+        return self.dataset.name if self.dataset else self.model.id
+
+
+def gather(session: Session, storage: LocalStorage, name: str) -> Facts:
+    """Raises NotFound, and ModelUnavailable if the model's own files are missing or damaged."""
+    model = registry.find(session, name)
+    return Facts(
+        model=model,
+        dataset=_unless_gone(lambda: catalog.find(session, model.dataset_id)),
+        job=_unless_gone(lambda: queue.find(session, model.job_id)),
+        evaluation=_evaluation(model, storage),
+        description=artifact.load_description(storage.path(f"models/{model.id}")),
+    )
+
+
+def weights_license(model: ModelRow) -> str:
+    """Of what training began with, in a sentence."""
+    start, weights = model.backbone.get("model"), model.backbone.get("weights")
+    if start:
+        return f"It was begun from the model {start}, whose card says what that was made from."
+    published = [w for w in BACKBONES[model.backbone["name"]].weights if w.name == weights]
+    if not published:
+        return "No pretrained weights: it was trained from nothing."
+    return published[0].license
+
+
+def render(facts: Facts) -> str:
+    """The card, in Markdown."""
+    sections = (_head, _data, _training, _numbers, _limits, _licence, _use)
+    return "\n".join(line for section in sections for line in section(facts)).rstrip() + "\n"
+
+
+def _head(facts: Facts) -> list[str]:
+    model = facts.model
+    classes = f"tells {len(model.classes)} classes apart" if model.classes else "is a backbone without classes"
+    if model.tasks:
+        named = ", ".join(f"{_text(task['name'])} ({len(task['classes'])} classes)" for task in model.tasks)
+        classes = f"tells several things of a picture: {named}"
+    return [
+        f"# Model card: {_text(facts.title)}",
+        "",
+        f"A {model.backbone['name']} that {classes}. Model `{model.id}`, made by Graft "
+        f"{facts.description['graft_version']} on {model.created_at:%Y-%m-%d} with the method `{model.method}`.",
+        *([f"It is `{model.parent_id}` with one class more."] if model.parent_id else []),
+        "",
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
 
-def _summary(model: ModelRow) -> Iterator[str]:
-    if not model.classes:
-        yield f"A backbone, {model.backbone['name']}, to start training from; it tells no classes apart."
-        return
-    tasks = model.tasks or [{"name": "", "classes": model.classes}]
-    for task in tasks:
-        told = f"{task['name']}: " if task["name"] else "An image classifier of "
-        names = ", ".join(task["classes"][:20])
-        more = f" and {len(task['classes']) - 20} more" if len(task["classes"]) > 20 else ""
-        yield f"{told}{len(task['classes'])} classes: {names}{more}."
+# Data
 
 
-def _data(model: ModelRow, dataset: DatasetRow | None) -> Iterator[str]:
+def _data(facts: Facts) -> list[str]:
+    dataset = facts.dataset
     if dataset is None:
-        yield f"The data set {model.dataset_id} was deleted since."
-        return
-    splits = dataset.splits
-    yield (
-        f"{dataset.name} ({dataset.id}): {dataset.num_images} pictures, {splits['train']} to train, {splits['val']} to "
-        f"validate, {splits['test']} to test; {dataset.num_rejected} files were left out. SHA-256 of the archive: "
-        f"`{dataset.sha256}`."
-    )
-    if dataset.classes:
-        yield ""
-        yield from _table(
-            ["class", "train", "validation", "test"],
-            [[row["name"], row["train"], row["val"], row["test"]] for row in dataset.classes],
-        )
+        lines = [f"The data set `{facts.model.dataset_id}` has been deleted since; its counts went with it."]
+    else:
+        splits = ", ".join(f"{count} for {name}" for name, count in _split_counts(dataset) if count)
+        lines = [
+            f"Data set **{_text(dataset.name)}**, `{dataset.id}`: {dataset.num_images} pictures ({splits}).",
+            f"Its archive has {dataset.size_bytes:,} bytes and the SHA-256 `{dataset.sha256}`.",
+            *_split_origin(dataset),
+            *_excluded(facts.spec),
+            "",
+            *_listed("Rejected files", [f"{r['path']}: {r['reason']}" for r in dataset.rejected], dataset.num_rejected),
+            *_listed("Warnings", [f"{w['code']}: {w['detail']}" for w in dataset.warnings]),
+        ]
+    return ["## Data", "", *lines, "", *_class_table(facts), ""]
 
 
-def _training(model: ModelRow, spec: Mapping[str, Any]) -> Iterator[str]:
-    name = model.backbone["name"]
-    licence = BACKBONES[name].license if name in BACKBONES else "unknown"
-    weights = model.backbone.get("weights")
-    start = f"weights {weights} ({licence})" if weights else "its own or an earlier model's weights"
-    yield f"Method `{model.method}` on {name}, from {start}."
-    if spec:
-        yield f"Recipe `{spec.get('recipe')}`, seed {spec.get('seed')}."
-        yield ""
-        values = {key: value for key, value in (spec.get("hyperparameters") or {}).items() if value is not None}
-        yield from _table(["hyperparameter", "value"], [[key, value] for key, value in sorted(values.items())])
+def _split_counts(dataset: DatasetRow) -> list[tuple[str, int]]:
+    names = {"train": "training", "val": "validation", "test": "test"}
+    return [(name, dataset.splits.get(split, 0)) for split, name in names.items()]
 
 
-def _figures(model: ModelRow, evaluation: Mapping[str, Any]) -> Iterator[str]:
-    metrics = model.metrics
-    if not evaluation:
-        yield "A backbone has no figures of its own; what it is worth shows in models that start from it."
-        return
-    yield from _table(
-        ["figure", "validation", "95 % interval"],
-        [
-            ["accuracy", _rounded(metrics.get("val_accuracy")), _interval(metrics.get("val_accuracy_ci95"))],
-            ["macro-F1", _rounded(metrics.get("macro_f1")), _interval(metrics.get("macro_f1_ci95"))],
-            ["calibration error", _rounded(metrics.get("expected_calibration_error")), ""],
-        ],
-    )
-    if "test_accuracy" in metrics:
-        interval = _interval(metrics.get("test_accuracy_ci95"))
-        yield ""
-        yield f"On the test pictures, which chose nothing: accuracy {_rounded(metrics['test_accuracy'])} ({interval})."
-    yield ""
-    yield from _table(
-        ["class", "precision", "recall", "F1", "validation pictures"],
-        [
-            [row["name"], *(_rounded(row[name]) for name in ("precision", "recall", "f1")), row["support"]]
-            for row in evaluation["per_class"]
-        ],
-    )
+def _split_origin(dataset: DatasetRow) -> list[str]:
+    fraction = dataset.options.get("val_fraction")
+    if fraction is None:
+        return []
+    seed = dataset.options.get("seed", 0)
+    return [f"Where the archive has no split, {fraction:.0%} of each class became validation (seed {seed})."]
 
 
-def _limits(model: ModelRow, dataset: DatasetRow | None, evaluation: Mapping[str, Any]) -> Iterator[str]:
-    yield "- It knows the classes above alone: a picture of anything else is given one of them."
-    if evaluation:
-        yield "- Validation pictures chose its best epoch and its calibration, so its figures are a little too good."
-    for warning in evaluation.get("warnings", []):
-        yield f"- {warning}"
-    if few := [row["name"] for row in evaluation.get("per_class", []) if row["support"] < _FEW]:
-        shown = ", ".join(few[:20]) + (f" and {len(few) - 20} more" if len(few) > 20 else "")
-        yield f"- Fewer than {_FEW} validation pictures, so that the class's own figures are rough: {shown}."
-    for warning in dataset.warnings if dataset else []:
-        yield f"- {warning['detail']}"
+def _excluded(spec: Mapping[str, Any]) -> list[str]:
+    excluded = spec.get("exclude") or []
+    return [f"{len(excluded)} images were left out at the job's request."] if excluded else []
 
 
-def _use(model: ModelRow) -> Iterator[str]:
+def _class_table(facts: Facts) -> list[str]:
+    model, dataset = facts.model, facts.dataset
     if not model.classes:
-        yield f'A job starts from it with `"backbone": "{model.id}"`.'
-        return
-    yield "```"
-    yield f'curl -F file=@picture.jpg "localhost:8000/predict?model={model.id}"'
-    yield f'curl -OJ "localhost:8000/v1/models/{model.id}/export?format=onnx"'
-    yield "```"
+        return []
+    tasks = model.tasks or [{"name": "", "classes": model.classes}]
+    counted = (dataset.tasks or [{"name": "", "classes": dataset.classes}]) if dataset else []
+    counts = {(task["name"], row["name"]): row for task in counted for row in task["classes"]}
+    rows = []
+    for task in tasks:
+        for name in task["classes"]:
+            row = counts.get((task["name"], name))
+            shown = f"{task['name']}: {name}" if model.tasks else name
+            rows.append([_text(shown), *(str(row[split]) if row else "–" for split in ("train", "val", "test"))])
+    return _table(["class", "training", "validation", "test"], rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
-    yield f"| {' | '.join(header)} |"
-    yield f"| {' | '.join('---' for _ in header)} |"
-    for row in rows[:_MOST_CLASSES]:
-        yield f"| {' | '.join(_cell(value) for value in row)} |"
-    if len(rows) > _MOST_CLASSES:
-        yield f"\nThe first {_MOST_CLASSES} of {len(rows)}."
+# Training
 
 
-def _cell(value: Any) -> str:
-    """Class names are anybody's text: what would end a cell, or begin markup, does not."""
-    text = str(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-    return " ".join(text.split())
+def _training(facts: Facts) -> list[str]:
+    model, spec, description = facts.model, facts.spec, facts.description
+    preprocessing = description["preprocessing"]
+    values = {name: value for name, value in (spec.get("hyperparameters") or {}).items() if value is not None}
+    return [
+        "## Training",
+        "",
+        *_bullets(
+            [
+                f"Method `{model.method}`" + (f", recipe `{spec['recipe']}`, seed {spec['seed']}." if spec else "."),
+                f"Backbone `{model.backbone['name']}`, weights `{model.backbone.get('weights') or 'none'}`, used up to "
+                f"its layer `{description['feature_layer']}`.",
+                *_duration(facts.job),
+                f"Pictures: short side {preprocessing['resize']} pixels ({preprocessing['interpolation']}, "
+                f"antialiased), central square of {preprocessing['crop']}, mean {preprocessing['mean']}, "
+                f"standard deviation {preprocessing['std']}.",
+                *([f"PyTorch {version}."] if (version := description["metadata"].get("torch")) else []),
+                *map(_text, spec.get("reasons") or []),
+            ]
+        ),
+        "",
+        *(
+            _table(["hyperparameter", "value"], [[f"`{k}`", f"`{json.dumps(v)}`"] for k, v in values.items()])
+            if values
+            else []
+        ),
+        "",
+    ]
 
 
-def _rounded(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) else "-"
+def _duration(job: JobRow | None) -> list[str]:
+    if job is None or job.started_at is None or job.finished_at is None:
+        return []
+    seconds = (job.finished_at - job.started_at).total_seconds()
+    again = f", in {job.attempt} attempts" if job.attempt > 1 else ""
+    return [f"Job `{job.id}` took {seconds:.0f} s{again}."]
 
 
-def _interval(values: Any) -> str:
-    return f"{values[0]:.3f} to {values[1]:.3f}" if values else ""
+# Numbers
+
+
+def _numbers(facts: Facts) -> list[str]:
+    evaluation = facts.evaluation
+    if not facts.model.classes:
+        return ["## Numbers", "", *_figures(facts.model.metrics), ""]
+    if evaluation is None:
+        return ["## Numbers", "", "The evaluation is missing; what was recorded with the model:", "",
+                *_figures(facts.model.metrics), ""]  # fmt: skip
+    tasks: Mapping[str, TaskEvaluation] = evaluation.tasks or {"": evaluation}
+    uncalibrated = facts.model.metrics.get("expected_calibration_error_uncalibrated")
+    before = "" if uncalibrated is None else f" (before: {uncalibrated:.3f})"
+    calibration = (
+        f"Scores are calibrated with the temperature {facts.description['temperature']:.3f}, fitted on the validation "
+        f"images; expected calibration error {_number(evaluation.expected_calibration_error)}{before}."
+    )
+    return [
+        "## Numbers",
+        "",
+        *([] if evaluation.tasks else [calibration, ""]),
+        *(line for name, task in tasks.items() for line in _task(name, task)),
+    ]
+
+
+def _task(name: str, found: TaskEvaluation) -> list[str]:
+    return [
+        *([f"### {_text(name)}", ""] if name else []),
+        *_split("validation", found),
+        *(_split("test", found.test) if found.test else []),
+        *_confusions(found),
+    ]
+
+
+def _split(name: str, found: SplitEvaluation) -> list[str]:
+    rows = [
+        [_text(c.name), *map(_number, (c.precision, c.recall)), _interval(c.recall_ci95), _number(c.f1), str(c.support)]
+        for c in found.per_class
+    ]
+    return [
+        f"On {found.images} {name} images: accuracy **{_number(found.accuracy)}** "
+        f"(95 % interval {_interval(found.accuracy_ci95)}), macro-F1 {_number(found.macro_f1)} "
+        f"({_interval(found.macro_f1_ci95)}), loss {_number(found.loss)}.",
+        "",
+        *_table(["class", "precision", "recall", "95 % interval", "F1", "images"], rows),
+        "",
+    ]
+
+
+def _confusions(found: SplitEvaluation) -> list[str]:
+    pairs = [
+        (count, true, predicted)
+        for true, row in zip(found.classes, found.confusion_matrix, strict=True)
+        for predicted, count in zip(found.classes, row, strict=True)
+        if count and true != predicted
+    ]
+    most = sorted(pairs, key=lambda pair: -pair[0])
+    lines = [f"{count} × {true} taken for {predicted}" for count, true, predicted in most]
+    return _listed("Most frequent mistakes", lines)
+
+
+def _figures(metrics: Mapping[str, Any]) -> list[str]:
+    return _bullets(f"{name}: {_number(value)}" for name, value in metrics.items() if isinstance(value, int | float))
+
+
+# Limits
+
+
+def _limits(facts: Facts) -> list[str]:
+    if not facts.model.classes:
+        limits = ["It gives features, and no classes: a head has to be trained on them."]
+    else:
+        limits = [
+            "It knows the classes above and nothing else: a picture of anything else gets one of them too.",
+            "It was measured on pictures of its own data set. Other cameras, places, times or people were not looked "
+            "at, nor whether it treats groups of them alike.",
+            *_optimism(facts),
+            *_small_classes(facts),
+            *_imbalance(facts),
+            *(map(_text, facts.evaluation.warnings) if facts.evaluation else []),
+            *_doubts_about_data(facts.dataset),
+            *_forecast(facts.evaluation),
+        ]
+    return ["## Limits", "", *_bullets(limits), ""]
+
+
+def _optimism(facts: Facts) -> list[str]:
+    advice = "the test figures are not" if facts.evaluation and facts.evaluation.test else "there was no test split"
+    return [
+        "The validation images were also used to calibrate, and where epochs or methods competed, to choose between "
+        f"them: their figures are a little optimistic; {advice}."
+    ]
+
+
+def _small_classes(facts: Facts) -> list[str]:
+    if facts.evaluation is None:
+        return []
+    small = [c for c in facts.evaluation.per_class if c.support < FEWEST_IMAGES_PER_CLASS]
+    if not small:
+        return []
+    named = ", ".join(f"{_text(c.name)} ({c.support})" for c in small[:MOST_LISTED])
+    rest = f" and {len(small) - MOST_LISTED} more" if len(small) > MOST_LISTED else ""
+    return [f"Fewer than {FEWEST_IMAGES_PER_CLASS} validation images, so their figures say little: {named}{rest}."]
+
+
+def _imbalance(facts: Facts) -> list[str]:
+    counts = [(row["train"], row["name"]) for row in facts.dataset.classes if row["train"]] if facts.dataset else []
+    if not counts or max(counts)[0] < NOTABLE_IMBALANCE * min(counts)[0]:
+        return []
+    (most, largest), (least, smallest) = max(counts), min(counts)
+    return [f"Classes are uneven: {most} training pictures of {_text(largest)}, {least} of {_text(smallest)}."]
+
+
+def _doubts_about_data(dataset: DatasetRow | None) -> list[str]:
+    return ["The data set came with warnings; they are listed above."] if dataset and dataset.warnings else []
+
+
+def _forecast(evaluation: Evaluation | None) -> list[str]:
+    sentence = ((evaluation and evaluation.forecast) or {}).get("sentence")
+    return [_text(sentence)] if sentence else []
+
+
+# Licence and use
+
+
+def _licence(facts: Facts) -> list[str]:
+    return [
+        "## Licence",
+        "",
+        f"Weights it began with: {_text(weights_license(facts.model))}",
+        "What the pictures' owners allow is not known to Graft.",
+        "",
+    ]
+
+
+def _use(facts: Facts) -> list[str]:
+    address = "http://localhost:8000"
+    ask = (
+        f'curl -F file=@picture.jpg "{address}/predict?model={facts.model.id}"'
+        if facts.model.classes
+        else f"""curl {address}/v1/jobs -d '{{"dataset": "ds_…", "backbone": "{facts.model.id}"}}'"""
+    )
+    return [
+        "## Use",
+        "",
+        "```bash",
+        ask,
+        f'curl -o model.onnx "{address}/v1/models/{facts.model.id}/export?format=onnx"',
+        "```",
+    ]
+
+
+# Markdown
+
+
+def _text(text: str) -> str:
+    """A text as it is, whatever Markdown or HTML would make of it; on one line."""
+    one_line = "".join(character if character.isprintable() else " " for character in str(text))
+    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", one_line)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _bullets(lines: Iterable[str]) -> list[str]:
+    return [f"- {line}" for line in lines]
+
+
+def _listed(title: str, lines: Sequence[str], count: int | None = None) -> list[str]:
+    """A title and the first lines; nothing where there are none. count: of all, where `lines` are not all."""
+    count = len(lines) if count is None else count
+    if not count:
+        return []
+    shown = [_text(line) for line in lines[:MOST_LISTED]]
+    rest = [f"and {count - len(shown)} more"] if count > len(shown) else []
+    return [f"{title} ({count}):", "", *_bullets([*shown, *rest]), ""]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _interval(bounds: Sequence[float | None] | None) -> str:
+    return "–" if bounds is None else f"{_number(bounds[0])} to {_number(bounds[1])}"
+
+
+def _unless_gone(find: Callable[[], Row]) -> Row | None:
+    try:
+        return find()
+    except NotFound:
+        return None
+
+
+def _evaluation(model: ModelRow, storage: LocalStorage) -> Evaluation | None:
+    try:
+        return read_evaluation(model, storage) if model.classes else None
+    except ModelUnavailable:
+        return None

@@ -76,6 +76,7 @@ class RequestContext:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         method, started_at, status = scope["method"], time.perf_counter(), 0
+        scope["state"]["is_head"] = method == "HEAD"
         if method == "HEAD":
             scope["method"] = "GET"  # the same answer without its body
 
@@ -220,6 +221,8 @@ def needed_scope(method: str, path: str) -> access.Scope:
     if method == "POST" and path.startswith("/v1/predictions/") and path.endswith("/feedback"):
         return access.Scope.predict
     is_reading = method in ("GET", "HEAD", "OPTIONS")
+    if path.endswith("/export"):
+        return access.Scope.train  # who may ask a model may not therefore take it away
     if is_reading and (
         path in ("/", "/docs", "/openapi.json", "/metrics", "/v1/backbones", "/v1/aliases", "/v1/models")
         or path.startswith("/v1/models/")

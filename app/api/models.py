@@ -14,6 +14,7 @@ from app.api.schemas import Alias, AliasRequest, Backbones, Deleted, Evaluation,
 from app.api.services import Services
 from app.errors import Conflict
 from app.jobs import queue
+from app.serving.exporter import exports_of
 
 router = APIRouter(tags=["models"])
 
@@ -156,4 +157,5 @@ def _delete_model(services: Services, name: str) -> str:
             )
         registry.delete(session, model_id)
     services.storage.delete(f"models/{model_id}")
+    services.storage.delete(exports_of(model_id))
     return model_id

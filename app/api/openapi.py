@@ -21,6 +21,7 @@ _MEANINGS = {
     409: "Not possible in this state; with Retry-After where waiting helps.",
     413: "Too large.",
     415: "The body is compressed.",
+    416: "Range asks for a part behind the end.",
     422: "The request is not valid; `errors` points at each wrong field.",
     429: "Too many requests; Retry-After says when to come back.",
     500: "Something went wrong in the server.",

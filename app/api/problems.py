@@ -25,6 +25,7 @@ _FRAMEWORK_PROBLEMS: dict[int, tuple[str, str]] = {
     405: ("method-not-allowed", "This path does not take this method; the Allow header lists those it takes."),
     413: ("too-large", "The request is too large."),
     415: ("unsupported-media-type", "The request's media type is not supported."),
+    416: ("range-not-satisfiable", "The file ends before the part that Range asks for; ask for the whole."),
     431: ("headers-too-large", "The request's headers are too large."),
 }
 

@@ -34,7 +34,7 @@ def make_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, int(settings.shutdown_grace_seconds)),
     )
-    return _Server(config, on_shutdown=lambda: app.state.services.stopping.set())
+    return _Server(config, on_shutdown=lambda: app.state.services.stop())
 
 
 class _Server(uvicorn.Server):

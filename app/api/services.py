@@ -13,7 +13,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
 from app import registry
-from app.api.exports import Exports
 from app.api.kept_predictions import Shelf
 from app.api.metrics import Metrics
 from app.api.pictures import Pictures
@@ -23,6 +22,7 @@ from app.datasets.manifest import Manifest
 from app.datasets.packed import PackedPixels, Pixels
 from app.db.engine import Database
 from app.errors import GraftError
+from app.serving.exporter import Exporter
 from app.serving.predictor import Predictor
 from app.settings import Settings
 from app.storage import LocalStorage
@@ -56,7 +56,7 @@ class Services:
     weights: WeightStore
     predictor: Predictor
     remembered: Remembered
-    exports: Exports
+    exporter: Exporter
     pictures: Pictures
     metrics: Metrics
     shelf: Shelf
@@ -65,8 +65,13 @@ class Services:
     # Set when the server begins to shut down: streams and waits end then instead of holding it up.
     stopping: threading.Event = field(default_factory=threading.Event)
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Ends what would hold up the server's end; in the event loop's thread."""
         self.stopping.set()
+        self.exporter.stop()
+
+    def close(self) -> None:
+        self.stop()
         self.predictor.close()
         self.remembered.close()
         self.database.dispose()
@@ -95,7 +100,7 @@ def open_services(settings: Settings) -> Services:
         weights=WeightStore.from_settings(settings),
         predictor=predictor,
         remembered=Remembered(database),
-        exports=Exports(storage, lambda model_id: validation_pictures(model_id, storage, most=MOST_EXPORTED)),
+        exporter=Exporter(storage, is_registered=lambda model_id: _is_registered(database, model_id)),
         pictures=Pictures(storage),
         metrics=metrics,
         shelf=Shelf(database, storage, settings),
@@ -137,6 +142,11 @@ async def sweep_storage(services: Services) -> None:
         except (OSError, SQLAlchemyError, GraftError) as error:
             log.error("storage cannot be swept", error=type(error).__name__)
         await asyncio.sleep(SWEEP_INTERVAL_SECONDS)
+
+
+def _is_registered(database: Database, model_id: str) -> bool:
+    with database.read() as session:
+        return registry.exists(session, model_id)
 
 
 def _aliases(services: Services) -> dict[str, str]:

@@ -288,22 +288,27 @@ def extend_model(
 def export_model(
     model_id: ModelId,
     file_format: Annotated[ExportFormat, typer.Option("--format", help="What the file is for.")] = ExportFormat.onnx,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The model's id in this folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where to; MODEL.FORMAT in this folder if left out.")
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
 ) -> None:
     """Write a model to a file that runs outside Graft."""
     target = output or Path(f"{model_id}.{file_format.value}")
     with connect(url, api_key) as client:
-        client.export_model(model_id, file_format.value, target)
-    print_line(f"Wrote {target}.")
+        found = client.export_model(model_id, target, file_format=file_format.value)
+    print_line(
+        f"Wrote {target}: on {found['pictures']} {found['source']} its scores differ from the model's by "
+        f"{found['largest_difference']:.1g} at most."
+    )
 
 
 @models.command("card")
 def show_card(model_id: ModelId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
     """Print a model's card: data, training, figures and limits, in Markdown."""
     with connect(url, api_key) as client:
-        print_line(client.model_card(model_id))
+        print_line(client.model_card(model_id).rstrip())
 
 
 @models.command("delete")

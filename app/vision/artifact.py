@@ -202,6 +202,11 @@ def read_preprocessing(folder: Path) -> Preprocessing:
         raise _damaged("its description is missing or not readable") from error
 
 
+def load_description(folder: Path) -> dict[str, Any]:
+    """model.json of the artifact in `folder`, checked: all but the weights. Raises ModelUnavailable."""
+    return _read_model_file(folder / MODEL_FILE).model_dump(mode="json")
+
+
 def load_support(folder: Path) -> Support | None:
     """What the artifact in `folder` can be extended with; None for one that cannot be. Raises ModelUnavailable."""
     record = _read_model_file(folder / MODEL_FILE).support

@@ -266,7 +266,8 @@ class _TokenStem(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 3, 224, 224). Returns (N, 1 + patches, D)."""
         patches = self.projection(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
+        count = images.shape[0]  # len() would write one batch size into an exported graph
+        tokens = torch.cat([self.class_token.expand(count, -1, -1), patches], dim=1)
         embedded: Tensor = self.dropout(tokens + self.position_embedding)
         return embedded
 

@@ -1,278 +1,402 @@
-"""A trained model as one file that runs outside Graft: ONNX, torch.export's pt2, or torchvision's weights.
+"""A trained model as one file that runs without Graft: safetensors, ONNX or torch.export's pt2.
 
-What goes in is a picture as a decoder gives it, uint8 (N, H, W, 3) in RGB and of any size; preprocessing, calibration
-and class names are inside. Each file is run on pictures after it was written and compared with the model itself. Runs
-in a process of its own, since exporting takes seconds and keeps memory. Knows a model's folder and numbers; not data
-sets, not HTTP.
+Run as a program, for one file: tracing a network holds Python's lock for seconds and leaves hundreds of megabytes
+behind, so the server has it done by a process of its own. The order is one line of JSON on standard input, which stays
+open as long as the file is wanted; what came of it is written as a report.
+
+No file is handed out before it has answered as Graft does. Knows artifacts, pictures and networks; not where models
+lie, nor who asked.
 """
 
+import hashlib
+import io
 import json
-import subprocess
+import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, Self, TextIO
 
 import numpy as np
 import onnx
 import onnxruntime
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from app.vision import artifact, backbones
+from app.errors import ExportUnavailable, GraftError
+from app.vision import artifact, images, torchvision_weights, usage
 from app.vision.artifact import Artifact
-from app.vision.backbones import ALL_LAYERS, BACKBONES
-from app.vision.classifier import Classifier
+from app.vision.backbones import BACKBONES
+from app.vision.images import ImageLimits, Pixels
 from app.vision.outputs import of_outputs, probabilities
-from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
+from app.vision.preprocessing import Preprocessing, affine, eval_pixels, normalise
+from app.vision.usage import Format
 
-Format = Literal["safetensors", "onnx", "pt2"]
-Picture = NDArray[np.uint8]  # (H, W, 3)
+Source = Literal["validation images", "generated pictures"]
 
-# Largest difference of any class's score between the file and the model. Where pictures have the size already, measured
-# ones are below 1e-6; where they are resized, ours is computed in 8 bits and the file's in floating point, so that a
-# pixel may differ by one of 255 steps, and scores by up to 0.004 (networks of chance with their logits scaled up).
-SCORE_TOLERANCE = 0.02
-TIMEOUT_SECONDS = 900.0
-_METADATA, _PICTURES, _REPORT = "metadata.json", "pictures.npz", "report.json"
+# The first with an antialiased Resize is 18; what reads 20 reads all that is used here.
+ONNX_OPSET = 20
+# A score may differ by this. Resizing in floating point instead of integers moves a pixel in some hundreds by one level
+# of 255: that moves scores by up to 0.0012 where ImageNet's networks see photographs, and by up to 0.006 where random
+# networks with large logits see generated pictures. Anything forgotten, such as the antialias, moves them by more.
+TOLERANCE = 0.02
+# So many pictures are also asked for enlarged, since packed ones are too small for the first reduction to do anything.
+ENLARGED_PICTURES = 4
+ENLARGEMENT = 2.7
+GENERATED_SIZES = ((640, 480), (300, 500), (100, 90), (1000, 1500), (257, 255), (64, 64), (224, 224), (480, 640))
 
 
 @dataclass(frozen=True)
-class Report:
-    """How the file compares with the model, on `images` pictures.
+class Verification:
+    """What was found when the file and Graft were asked the same pictures. differences: of scores, 0 to 1.
 
-    max_difference: of any score (of any feature, of a backbone without classes, over the largest). other_top: pictures
-    whose best class is another one, which within the tolerance only those are that have two equally good ones.
+    For a backbone alone: of features, relative to the largest of Graft's; same_label is None.
     """
 
-    images: int
-    max_difference: float
-    other_top: int
-
-    @property
-    def is_right(self) -> bool:
-        return self.max_difference <= SCORE_TOLERANCE
-
-
-class ExportFailed(Exception):
-    """Why there is no file: for the log."""
+    pictures: int
+    enlarged: int  # how many of them are enlarged copies of others
+    source: Source
+    same_label: int | None
+    largest_difference: float
+    tolerance: float = TOLERANCE
 
 
-class Exported(nn.Module):
-    """The model with everything around it.
+@dataclass(frozen=True)
+class Order:
+    """One file to be made. Paths are absolute; `pictures` is a .npz of uint8 (H, W, 3), or None for generated ones.
 
-    forward: uint8 (N, H, W, 3), RGB → float32 (N, C), calibrated probabilities of all classes, task after task; of a
-    backbone without classes its features (N, D). Needs nothing of Graft's once it is traced.
+    facts: what else the file's metadata should say, by name.
     """
 
-    def __init__(self, model: Artifact) -> None:
-        super().__init__()
-        self.classifier = model.classifier.eval()
-        self._preprocessing, self._outputs = model.preprocessing, model.outputs
-        mean, std = (
-            torch.tensor(values).view(1, 3, 1, 1) for values in (model.preprocessing.mean, model.preprocessing.std)
-        )
-        self.scale, self.shift = nn.Buffer(1 / (255 * std)), nn.Buffer(-mean / std)
-        self._has_classes = bool(model.classes)
+    model_folder: str
+    file_format: Format
+    target: str
+    report: str
+    pictures: str | None
+    facts: Mapping[str, str]
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        square = _square(pictures.permute(0, 3, 1, 2).float(), self._preprocessing)
-        inputs = torch.addcmul(self.shift, square, self.scale)
-        if not self._has_classes:
-            return self.classifier.features(inputs)
-        return probabilities(self.classifier(inputs), self._outputs)
-
-
-def _square(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """What `eval_pixels` does, for sizes not known when it is traced. pixels: float32 (N, 3, H, W), 0 to 255."""
-    height, width = pixels.shape[2], pixels.shape[3]
-    short = torch.sym_min(height, width)
-    # While it is traced these are symbols, of which more is asked than their types say.
-    size: Any = ((height * preprocessing.resize) // short, (width * preprocessing.resize) // short)
-    resized = functional.interpolate(
-        pixels, size=size, mode=preprocessing.interpolation, antialias=True, align_corners=False
-    )
-    top, left = (_half(side - preprocessing.crop) for side in size)
-    square = resized.narrow(2, top, preprocessing.crop).narrow(3, left, preprocessing.crop)
-    return square.round().clamp(0, 255)  # as 8 bits hold it
-
-
-def _half(spare: int) -> int:
-    """round(spare / 2), a half to the even side as Python rounds it."""
-    return spare // 2 + (spare % 2) * (spare // 2 % 2)
+    @classmethod
+    def from_line(cls, line: str) -> Self:
+        return cls(**json.loads(line))
 
 
 def export(
-    model_folder: Path, target: Path, *, file_format: Format, metadata: Mapping[str, str], pictures: Sequence[Picture]
-) -> Report:
-    """Leaves `model.<format>` in the folder `target`, compared with the model on the pictures, at least one.
+    model: Artifact, file_format: Format, target: Path, *, pictures: Sequence[Pixels] | None, facts: Mapping[str, str]
+) -> Verification:
+    """Writes the file `target`, with metadata, and returns what was found when it was run.
 
-    metadata: further strings that go into the file. Raises ExportFailed, with nothing left, where the file cannot be
-    made or does not say what the model says; OSError.
+    pictures: uint8 (H, W, 3), of validation images; None where there are none: generated ones are taken.
+    Raises ExportUnavailable if the file does not answer as Graft does.
     """
-    (target / _METADATA).write_text(json.dumps(dict(metadata)), "utf-8")
-    np.savez(target / _PICTURES, *pictures)
-    command = [sys.executable, "-m", "app.vision.export", str(model_folder), str(target), file_format]
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_SECONDS)
-        report = Report(**json.loads((target / _REPORT).read_bytes()))
-    except subprocess.SubprocessError as error:
-        said = getattr(error, "stderr", None) or b""
-        raise ExportFailed(said.decode(errors="replace")[-1000:]) from error
-    finally:
-        for name in (_METADATA, _PICTURES, _REPORT):
-            (target / name).unlink(missing_ok=True)
-    if not report.is_right:
-        (target / f"model.{file_format}").unlink()
-        raise ExportFailed(f"the file says something else than the model: {report}")
-    return report
+    source: Source = "validation images" if pictures else "generated pictures"
+    chosen = pictures or generated_pictures()
+    enlarged = _enlarged(chosen)
+    asked = [*chosen, *enlarged]
+    writer = _WRITERS[file_format](model)
+    writer.write(target, {})
+    served = torch.cat([_served(model, pixels) for pixels in asked])
+    same_label, largest_difference = _compared(model, served, torch.cat(list(writer.answers(target, asked))))
+    verification = Verification(len(asked), len(enlarged), source, same_label, largest_difference)
+    # Written again with what was found, which changes none of the file's numbers.
+    writer.write(target, metadata(model, writer.usage(), verification) | dict(facts))
+    return verification
 
 
-# In the process of its own
-
-
-def _export_here(model_folder: Path, target: Path, file_format: str) -> Report:
-    model = artifact.load(model_folder)
-    metadata = json.loads((target / _METADATA).read_bytes()) | _described(model)
-    with np.load(target / _PICTURES) as stored:
-        pictures: list[Picture] = [stored[name] for name in stored.files]
-    expected = [_expected(model, picture) for picture in pictures]
-    path = target / f"model.{file_format}"
-    if file_format == "safetensors":
-        _write_safetensors(model, path, metadata)
-        found = _run_safetensors(model, path, pictures)
-    else:
-        program = _traced(model)
-        if file_format == "onnx":
-            _write_onnx(program, path, metadata, has_classes=bool(model.classes))
-            found = _run_onnx(path, pictures)
-        else:
-            torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
-            loaded = torch.export.load(path).module()
-            found = [loaded(torch.from_numpy(picture)[None])[0] for picture in pictures]
-    return _compared(expected, found, model)
-
-
-def _described(model: Artifact) -> dict[str, str]:
-    """What a user of the file has to know, as strings."""
-    backbone = BACKBONES[model.classifier.backbone.name]
-    return {
-        "classes": json.dumps(list(model.classes), ensure_ascii=False),
-        "tasks": json.dumps(
-            [{"name": o.name, "classes": list(o.classes), "temperature": o.temperature} for o in model.tasks],
-            ensure_ascii=False,
-        ),
-        "temperature": repr(model.temperature),
-        "preprocessing": json.dumps(model.preprocessing.to_dict()),
-        "architecture": backbone.architecture,
-        "feature_layer": model.classifier.feature_layer,
-        "weights_license": backbone.license,
-    }
-
-
-def _expected(model: Artifact, picture: Picture) -> Tensor:
-    """What /predict says of these pixels."""
-    with torch.no_grad():
-        inputs = normalise(eval_pixels(picture, model.preprocessing)[None], model.preprocessing)
-        if not model.classes:
-            return model.classifier.features(inputs)[0]
-        return probabilities(model.classifier(inputs), model.outputs)[0]
-
-
-def _compared(expected: Sequence[Tensor], found: Sequence[Tensor], model: Artifact) -> Report:
-    whole, again = torch.stack(list(expected)), torch.stack([row.detach() for row in found])
-    scale = 1.0 if model.classes else float(whole.abs().max().clamp(min=1e-6))
-    other = torch.zeros(len(whole), dtype=torch.bool)
-    if model.classes:
-        for ours, theirs in zip(of_outputs(whole, model.outputs), of_outputs(again, model.outputs), strict=True):
-            other |= ours.argmax(1) != theirs.argmax(1)
-    return Report(len(whole), float((whole - again).abs().max()) / scale, int(other.sum()))
-
-
-def _traced(model: Artifact) -> torch.export.ExportedProgram:
-    side = model.preprocessing.resize
-    example = torch.zeros(2, side + 45, side + 151, 3, dtype=torch.uint8)
-    any_size = torch.export.Dim.DYNAMIC
-    with torch.no_grad():
-        return torch.export.export(
-            Exported(model).eval(), (example,), dynamic_shapes=({0: any_size, 1: any_size, 2: any_size},)
-        )
-
-
-def _write_onnx(
-    program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str], *, has_classes: bool
-) -> None:
-    exported = torch.onnx.export(
-        program,
-        input_names=["pictures"],
-        output_names=["probabilities" if has_classes else "features"],
-        dynamo=True,
-        verbose=False,
-    )
-    assert exported is not None
-    exported.save(path)
-    written = onnx.load(path)
-    onnx.helper.set_model_props(written, dict(metadata))
-    onnx.save(written, path)
-
-
-def _run_onnx(path: Path, pictures: Sequence[Picture]) -> list[Tensor]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(session.run(None, {"pictures": picture[None]})[0][0]) for picture in pictures]
-
-
-def torchvision_names(classifier: Classifier) -> dict[str, str]:
-    """Our name of each backbone tensor → torchvision's, which the modules have in its own network."""
-    name = classifier.backbone.name
-    network = backbones.hollow(name)
-    theirs = {id(tensor): key for key, tensor in network.state_dict(keep_vars=True).items()}
-    ours = backbones.rewrap(name, network).state_dict(keep_vars=True)
-    kept = classifier.backbone.state_dict()
-    return {key: theirs[id(ours[key])] for key in kept}
-
-
-def _write_safetensors(model: Artifact, path: Path, metadata: Mapping[str, str]) -> None:
-    """torchvision's own names, so that its network of the architecture loads the file; where the head does not sit on
-    the network's end (another feature_layer), it is `head.weight` and `head.bias`, and what is behind the layer lacks.
-    """
-    classifier, names = model.classifier, torchvision_names(model.classifier)
-    tensors = {names[key]: tensor for key, tensor in classifier.backbone.state_dict().items()}
-    place = _head_place(classifier)
-    weight = classifier.head.weight.detach()
-    own = dict(backbones.hollow(classifier.backbone.name).state_dict()).get(f"{place}.weight")
-    if own is not None and own.ndim == 4:  # a convolution of one pixel is a linear layer
-        weight = weight[:, :, None, None]
-    if model.classes:
-        tensors |= {f"{place}.weight": weight, f"{place}.bias": classifier.head.bias.detach()}
-    contiguous = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, path, metadata={**metadata, "format": "pt", "head": place})
-
-
-def _head_place(classifier: Classifier) -> str:
+def metadata(model: Artifact, lines: str, verification: Verification) -> dict[str, str]:
+    """What a file says of itself, as strings: JSON where they are not plain text."""
+    classifier = model.classifier
     spec = BACKBONES[classifier.backbone.name]
-    is_at_end = classifier.feature_layer != ALL_LAYERS and classifier.feature_layer == spec.stage_names[-1]
-    return spec.head if is_at_end else "head"
-
-
-def _run_safetensors(model: Artifact, path: Path, pictures: Sequence[Picture]) -> list[Tensor]:
-    """Read back by torchvision's names into a network of ours: what the file holds, and not what we hold."""
-    tensors = safetensors.torch.load_file(path)
-    names, place = torchvision_names(model.classifier), _head_place(model.classifier)
-    state: dict[str, Any] = {f"backbone.{ours}": tensors[theirs] for ours, theirs in names.items()}
-    head = model.classifier.head
-    state |= {
-        "head.weight": tensors[f"{place}.weight"].view_as(head.weight) if model.classes else head.weight,
-        "head.bias": tensors[f"{place}.bias"] if model.classes else head.bias,
+    return {
+        "graft_export": "1",
+        "classes": _json(model.classes),
+        "preprocessing": _json(model.preprocessing.to_dict() | {"side": model.preprocessing.side}),
+        "temperature": repr(model.temperature),
+        "tasks": _json([asdict(output) for output in model.tasks]),
+        "output": output_name(model),
+        "backbone": spec.name,
+        "architecture": spec.architecture,
+        "feature_layer": classifier.feature_layer,
+        "verification": _json(asdict(verification)),
+        "usage": lines,
     }
-    model.classifier.load_state_dict(state, strict=True)
-    return [_expected(model, picture) for picture in pictures]
+
+
+def output_name(model: Artifact) -> str:
+    """What a file answers with: a backbone alone tells no classes apart."""
+    return "probabilities" if model.classes else "features"
+
+
+class Portable(nn.Module):
+    """The whole model with its preprocessing inside: pixels of any size in, probabilities (or features) out."""
+
+    scale: Tensor
+    shift: Tensor
+    span: Tensor
+
+    def __init__(self, model: Artifact) -> None:
+        super().__init__()
+        preprocessing = model.preprocessing
+        assert preprocessing.crop <= preprocessing.resize, "no picture is enlarged by a border"
+        self._preprocessing = preprocessing
+        self._outputs = model.outputs if model.classes else ()
+        self.network: nn.Module = model.classifier if model.classes else model.classifier.backbone
+        # As buffers: what is made while a network is traced is no number, and would be kept by affine's cache.
+        scale, shift = affine(preprocessing.mean, preprocessing.std, torch.device("cpu"))
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("shift", shift.clone())
+        self.register_buffer("span", torch.arange(preprocessing.crop))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: uint8 (N, H, W, 3), RGB. Returns float32 (N, C), rows sum to 1; features (N, D) without classes."""
+        record = self._preprocessing
+        image = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        short = torch.sym_min(image.shape[2], image.shape[3])
+        image = _resized(image, torch.sym_min(short, record.side), "bilinear")  # as the decoder does
+        image = _resized(image, record.resize, record.interpolation)
+        top, left = (_margin(image.shape[axis], record.crop) for axis in (2, 3))
+        # Gathered and not sliced: a slice's strides depend on the picture's size, and torch.export would write down for
+        # which sizes they are what they were for the example.
+        image = image.index_select(2, top + self.span).index_select(3, left + self.span)
+        output: Tensor = self.network(torch.addcmul(self.shift, image, self.scale))
+        return probabilities(output, self._outputs) if self._outputs else output
+
+
+def _resized(image: Tensor, short: int | torch.SymInt, mode: str) -> Tensor:
+    """The short side made `short`, the long one rounded down, antialiased.
+
+    In floating point, which every device has; rounded after each axis, as the integer kernels of Pillow and torch do.
+    image: float32 (N, 3, H, W) with whole values from 0 to 255; returns such.
+    """
+    height, width = image.shape[2], image.shape[3]
+    shorter = torch.sym_min(height, width)
+    for size in ((height, width * short // shorter), (height * short // shorter, width * short // shorter)):
+        image = functional.interpolate(image, size, mode=mode, antialias=True, align_corners=False)  # type: ignore[arg-type]
+        image = image.clamp(0, 255).round()
+    return image
+
+
+def _margin(length: int, crop: int) -> int:
+    """round((length - crop) / 2) as torchvision's centre crop has it, halves to even, in whole numbers."""
+    half = (length - crop) // 2
+    return half + ((length - crop) % 2) * (half % 2)
+
+
+class _Traced:
+    """Formats that hold a graph: the model is traced once, with the number and the size of pictures left open."""
+
+    def __init__(self, model: Artifact) -> None:
+        self._outputs = model.outputs
+        self._answers = output_name(model)
+        example = torch.zeros(2, 300, 400, 3, dtype=torch.uint8)
+        names = [torch.export.Dim(name, min=1) for name in ("N", "H", "W")]
+        self._program = torch.export.export(
+            Portable(model).eval().requires_grad_(False), (example,), dynamic_shapes=(dict(enumerate(names)),)
+        )
+        for node in self._program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # has paths of this machine
+
+
+class _Onnx(_Traced):
+    def __init__(self, model: Artifact) -> None:
+        super().__init__(model)
+        made = torch.onnx.export(
+            self._program,
+            dynamo=True,
+            opset_version=ONNX_OPSET,
+            input_names=["pictures"],
+            output_names=[self._answers],
+            verbose=False,
+        )
+        assert made is not None
+        self._proto = made.model_proto
+        _tidy(self._proto.graph)
+
+    def write(self, target: Path, facts: Mapping[str, str]) -> None:
+        onnx.helper.set_model_props(self._proto, dict(facts))
+        target.write_bytes(self._proto.SerializeToString())
+
+    def answers(self, target: Path, pictures: Sequence[Pixels]) -> Iterator[Tensor]:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
+        for pixels in pictures:
+            [answer] = session.run(None, {"pictures": pixels[None]})
+            yield torch.from_numpy(answer)
+
+    def usage(self) -> str:
+        return usage.of_graph("onnx", self._outputs)
+
+
+def _tidy(graph: onnx.GraphProto) -> None:
+    """Resizes as Pillow and torch do, which the exporter does not say, and without the exporter's notes of its work."""
+    for node in graph.node:
+        del node.metadata_props[:]  # has paths of this machine
+        if node.op_type == "Resize":
+            kept = [a for a in node.attribute if a.name not in ("exclude_outside", "cubic_coeff_a")]
+            del node.attribute[:]
+            node.attribute.extend(
+                [
+                    *kept,
+                    onnx.helper.make_attribute("exclude_outside", 1),
+                    onnx.helper.make_attribute("cubic_coeff_a", -0.5),
+                ]
+            )
+    del graph.value_info[:]
+    for value in (*graph.input, *graph.output):
+        for dimension, name in zip(value.type.tensor_type.shape.dim, ("N", "H", "W"), strict=False):
+            if dimension.dim_param:
+                dimension.dim_param = name
+
+
+class _Pt2(_Traced):
+    def write(self, target: Path, facts: Mapping[str, str]) -> None:
+        torch.export.save(self._program, target, extra_files={"metadata.json": _json(dict(facts))})
+
+    def answers(self, target: Path, pictures: Sequence[Pixels]) -> Iterator[Tensor]:
+        module = torch.export.load(target).module()
+        with torch.inference_mode():
+            for pixels in pictures:
+                yield module(torch.from_numpy(np.array(pixels))[None])
+
+    def usage(self) -> str:
+        return usage.of_graph("pt2", self._outputs)
+
+
+class _Safetensors:
+    """The weights alone, under torchvision's names; the file says in words what a graph would hold."""
+
+    def __init__(self, model: Artifact) -> None:
+        self._model = model
+        self._tensors = torchvision_weights.state(model)
+
+    def write(self, target: Path, facts: Mapping[str, str]) -> None:
+        safetensors.torch.save_file(self._tensors, target, metadata={"format": "pt", **facts})
+
+    def answers(self, target: Path, pictures: Sequence[Pixels]) -> Iterator[Tensor]:
+        model = self._model
+        network = torchvision_weights.network(model, safetensors.torch.load_file(target))
+        with torch.inference_mode():
+            for pixels in pictures:
+                output = network(_served_input(pixels, model.preprocessing))
+                yield probabilities(output, model.outputs) if model.classes else output
+
+    def usage(self) -> str:
+        return torchvision_weights.lines(self._model)
+
+
+_WRITERS: dict[str, Callable[[Artifact], _Onnx | _Pt2 | _Safetensors]] = {
+    "onnx": _Onnx,
+    "pt2": _Pt2,
+    "safetensors": _Safetensors,
+}
+
+
+def _served_input(pixels: Pixels, preprocessing: Preprocessing) -> Tensor:
+    """What the network is fed when these pixels come to /predict as a picture: float32 (1, 3, S, S)."""
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG", compress_level=1)
+    decoded = images.decode(encoded.getvalue(), side=preprocessing.side, limits=_NO_LIMITS)
+    return normalise(eval_pixels(decoded, preprocessing)[None], preprocessing)
+
+
+_NO_LIMITS = ImageLimits(
+    max_bytes=sys.maxsize, max_pixels=sys.maxsize, max_side=sys.maxsize, max_aspect=math.inf, max_jpeg_scans=sys.maxsize
+)
+
+
+def _served(model: Artifact, pixels: Pixels) -> Tensor:
+    """What Graft itself answers for these pixels."""
+    with torch.inference_mode():
+        prepared = _served_input(pixels, model.preprocessing)
+        if not model.classes:
+            features: Tensor = model.classifier.backbone(prepared)
+            return features
+        return probabilities(model.classifier(prepared), model.outputs)
+
+
+def _compared(model: Artifact, served: Tensor, found: Tensor) -> tuple[int | None, float]:
+    """Of how many pictures the label is the same (None without classes), and the largest difference.
+
+    A label may change only where the two best scores are within twice the tolerance of each other.
+    Raises ExportUnavailable.
+    """
+    unit = 1.0 if model.classes else served.abs().max().item()
+    difference = (found - served).abs().max().item() / unit
+    if not difference <= TOLERANCE:
+        raise ExportUnavailable(
+            f"The file was made, but its answers to {len(served)} pictures differ from Graft's by up to "
+            f"{difference:.2g}, so it is not handed out. Try another format."
+        )
+    if not model.classes:
+        return None, difference
+    parts = zip(of_outputs(served, model.outputs), of_outputs(found, model.outputs), strict=True)
+    are_same = torch.stack([ours.argmax(1) == theirs.argmax(1) for ours, theirs in parts]).all(0)
+    return int(are_same.sum()), difference
+
+
+def _enlarged(pictures: Sequence[Pixels]) -> list[Pixels]:
+    """The first few pictures, larger than what the decoder reduces to."""
+    enlarged = []
+    for pixels in pictures[:ENLARGED_PICTURES]:
+        height, width, _ = pixels.shape
+        size = (round(width * ENLARGEMENT), round(height * ENLARGEMENT))
+        enlarged.append(np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)))
+    return enlarged
+
+
+def generated_pictures() -> list[Pixels]:
+    """Soft blotches with some grain, the same each time: for a model whose data set is gone."""
+    generator = np.random.default_rng(0)
+    pictures = []
+    for width, height in GENERATED_SIZES:
+        coarse = Image.fromarray(generator.integers(0, 256, (7, 7, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int64)
+        grain = generator.integers(-12, 13, (height, width, 3))
+        pictures.append(np.clip(smooth + grain, 0, 255).astype(np.uint8))
+    return pictures
+
+
+def main() -> int:
+    """Makes the file of one order. Returns the exit status; a refusal is 0, with a report that says so."""
+    order = Order.from_line(sys.stdin.readline())
+    threading.Thread(target=_end_with_server, args=(sys.stdin,), daemon=True).start()
+    torch.set_num_threads(1)  # predictions go on beside it
+    Path(order.report).write_text(_json(_report(order, Path(order.target))), encoding="utf-8")
+    return 0
+
+
+def _report(order: Order, target: Path) -> dict[str, Any]:
+    try:
+        model = artifact.load(Path(order.model_folder))
+        found = export(model, order.file_format, target, pictures=_stored_pictures(order.pictures), facts=order.facts)
+    except GraftError as error:
+        return {"code": error.code, "detail": error.detail}
+    with target.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "size_bytes": target.stat().st_size, "verification": asdict(found)}
+
+
+def _stored_pictures(path: str | None) -> list[Pixels] | None:
+    if path is None:
+        return None
+    with np.load(path, allow_pickle=False) as stored:
+        return [stored[name] for name in stored.files]
+
+
+def _end_with_server(standard_input: TextIO) -> NoReturn:
+    standard_input.read()
+    os._exit(1)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    done = _export_here(Path(sys.argv[1]), folder, sys.argv[3])
-    (folder / _REPORT).write_text(json.dumps(asdict(done)), "utf-8")
+    sys.exit(main())

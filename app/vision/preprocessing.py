@@ -93,12 +93,13 @@ def normalise(batch: Tensor, preprocessing: Preprocessing, dtype: torch.dtype = 
 
     batch: uint8 (N, 3, S, S). Returns `dtype` (N, 3, S, S), computed in float32.
     """
-    scale, shift = _affine(preprocessing.mean, preprocessing.std, batch.device)
+    scale, shift = affine(preprocessing.mean, preprocessing.std, batch.device)
     return torch.addcmul(shift, batch, scale).to(dtype)  # one pass over memory: 2.4 times faster than three on a CPU
 
 
 @lru_cache(maxsize=64)  # else each batch would wait for two copies to the device
-def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (1, 3, 1, 1): pixels * scale + shift is what a network is fed. Not to be written to."""
     # A tensor made in inference mode could not be used in training afterwards.
     with torch.inference_mode(False):
         scale = torch.tensor([1 / (255 * s) for s in std], device=device)
