@@ -166,8 +166,8 @@ def _training(facts: Facts) -> list[str]:
         *_bullets(
             [
                 f"Method `{model.method}`" + (f", recipe `{spec['recipe']}`, seed {spec['seed']}." if spec else "."),
-                f"Backbone `{model.backbone['name']}`, weights `{model.backbone.get('weights') or 'none'}`, used up to "
-                f"its layer `{description['feature_layer']}`.",
+                f"Backbone `{model.backbone['name']}`, weights `{model.backbone.get('weights') or 'none'}`; its head "
+                f"reads the layer `{description['feature_layer']}`.",
                 *_duration(facts.job),
                 f"Pictures: short side {preprocessing['resize']} pixels ({preprocessing['interpolation']}, "
                 f"antialiased), central square of {preprocessing['crop']}, mean {preprocessing['mean']}, "
