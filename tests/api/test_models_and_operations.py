@@ -382,12 +382,7 @@ def test_revoked_key_ends_with_the_next_request(server: RunningServer, client: h
     assert client.get("/v1/jobs", headers=headers).status_code == 401
 
 
-def test_keys_are_never_logged(
-    # The streams are caught first, and so let go last: the server's thread still writes a line after its answer.
-    capfd: pytest.CaptureFixture[str],
-    server: RunningServer,
-    client: httpx.Client,
-) -> None:
+def test_keys_are_never_logged(server: RunningServer, client: httpx.Client, capfd: pytest.CaptureFixture[str]) -> None:
     headers = create_key(server, Scope.admin)
     client.get("/v1/jobs?limit=5", headers=headers)
     client.get("/v1/jobs", headers={"Authorization": headers["Authorization"] + "x"})
