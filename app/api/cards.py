@@ -32,8 +32,7 @@ def _summary(model: ModelRow) -> Iterator[str]:
     if not model.classes:
         yield f"A backbone, {model.backbone['name']}, to start training from; it tells no classes apart."
         return
-    tasks = model.tasks or [{"name": "", "classes": model.classes}]
-    for task in tasks:
+    for task in model.each_task:
         told = f"{task['name']}: " if task["name"] else "An image classifier of "
         names = ", ".join(task["classes"][:20])
         more = f" and {len(task['classes']) - 20} more" if len(task["classes"]) > 20 else ""
