@@ -204,23 +204,6 @@ def _dataset(database: Database, *, status: str, classes: list[dict[str, Any]]) 
     return row.id
 
 
-def printed_until(capfd: Any, *needed: str) -> str:
-    """What the server prints, once all of these are in it. capfd: taken before the server begins.
-
-    Its lines come a moment after its answers, from a thread of its own: a test must not end before the last one, since
-    pytest then changes the streams under it, and a thread that writes at that moment may end the whole process.
-    """
-    printed = ""
-
-    def has_all() -> bool:
-        nonlocal printed
-        printed += "".join(capfd.readouterr())
-        return all(text in printed for text in needed)
-
-    wait_for(has_all)
-    return printed
-
-
 def wait_for(condition: Callable[[], object]) -> None:
     """Returns as soon as the condition holds."""
     deadline = time.monotonic() + DEADLINE_SECONDS
