@@ -104,7 +104,7 @@ def give_feedback(
             "The model that made this prediction was deleted, and with it what labels it may have.",
             code="model-deleted",
         )
-    classes = {each["name"]: each["classes"] for each in model.tasks} or {"": model.classes}
+    classes = {each["name"]: each["classes"] for each in model.each_task}
     of_task = next(iter(classes)) if task is None else task
     if of_task not in classes:
         known = ", ".join(classes) if model.tasks else "leave it out: the model tells one thing"

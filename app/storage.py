@@ -9,6 +9,7 @@ another database by mistake deletes nothing.
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 import time
@@ -119,6 +120,12 @@ class LocalStorage:
 
     def _announcement(self, key: str) -> Path:
         return self._announced / key.replace("/", "+")
+
+
+def file_sha256(path: Path) -> str:
+    """Of the file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:

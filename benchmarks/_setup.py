@@ -3,11 +3,12 @@
 Knows the public seams of app and worker; not what is measured.
 """
 
+import json
 import os
 import platform
 import statistics
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,16 @@ def hardware(device: torch.device) -> str:
         f"{_processor()}, {os.cpu_count()} cores{card}, torch {torch.__version__} with {torch.get_num_threads()} "
         f"threads, device {device}, Python {platform.python_version()}"
     )
+
+
+def run_key(run: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The same for runs that agree in these."""
+    return json.dumps([run[name] for name in names], sort_keys=True)
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """A results file's runs, a JSON line each; none where there is no file yet."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from _setup import METHODS, Ingested, classifier, fitted, ingested, markdown, resolved
+from _setup import METHODS, Ingested, classifier, fitted, ingested, markdown, read_runs, resolved, run_key
 
 from app import registry
 from app.db.engine import Database
@@ -47,6 +47,8 @@ ALL_METHODS = (*METHODS, "few_shot", "auto")
 # Largest training class over smallest, above which accuracy alone misleads.
 UNEVEN = 3.0
 _FIGURES = {"val_accuracy": "accuracy", "macro_f1": "macro-F1"}
+# What tells runs apart.
+_KEY = ("set", "method", "recipe", "backbone", "seed", "hyperparameters")
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def main() -> None:
     device = resolve_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    done = {_key(line) for line in _read(arguments.results)}
+    done = {run_key(line, _KEY) for line in read_runs(arguments.results)}
     zips = [path for path in sorted(arguments.data.glob("*.zip")) if not arguments.sets or path.stem in arguments.sets]
     with tempfile.TemporaryDirectory() as folder:
         storage = LocalStorage(Path(folder))
@@ -68,7 +70,7 @@ def main() -> None:
                 "seed": seed,
                 "hyperparameters": json.loads(arguments.hyperparameters),
             }
-            if _key(run) in done:
+            if run_key(run, _KEY) in done:
                 continue
             outcome = _run(run, ingested(path, storage), weights_dir=arguments.weights, device=device)
             with arguments.results.open("a", encoding="utf-8") as results:
@@ -79,7 +81,7 @@ def main() -> None:
                 file=sys.stderr,
                 flush=True,
             )
-    lines = _read(arguments.results)
+    lines = read_runs(arguments.results)
     print(table(lines))
     if arguments.compare:
         print(f"\n{comparison(lines)}")
@@ -210,17 +212,6 @@ def _conditions(data: Ingested, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-
-
-def _key(run: dict[str, Any]) -> str:
-    names = ("set", "method", "recipe", "backbone", "seed", "hyperparameters")
-    return json.dumps([run[name] for name in names], sort_keys=True)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def _names(known: Iterable[str]) -> Any:

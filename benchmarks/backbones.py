@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _setup import Ingested, fitted, hardware, ingested, markdown, resolved
+from _setup import Ingested, fitted, hardware, ingested, markdown, read_runs, resolved, run_key
 
 from app.datasets.manifest import Manifest
 from app.jobs.spec import DatasetFacts
@@ -36,13 +36,15 @@ from worker.training.methods import Surroundings
 
 STARTS = ("random", "graft_small", "mobilenet_v3_small")
 METHODS = {"probe": "feature_extraction", "tuned": "full_fine_tuning", "scratch": "from_scratch"}
+# What tells runs apart.
+_KEY = ("set", "shots", "what", "start", "seed")
 
 
 def main() -> None:
     arguments = _arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    done = {_key(line) for line in _read(arguments.results)}
+    done = {run_key(line, _KEY) for line in read_runs(arguments.results)}
     with tempfile.TemporaryDirectory() as folder:
         storage = LocalStorage(Path(folder))
         for seed, name, shots, what in itertools.product(
@@ -50,13 +52,13 @@ def main() -> None:
         ):
             for start in ("random",) if what == "scratch" else STARTS:
                 run = {"set": name, "shots": shots, "what": what, "start": start, "seed": seed}
-                if _key(run) in done or (what == "tuned" and start == "random"):
+                if run_key(run, _KEY) in done or (what == "tuned" and start == "random"):
                     continue
                 outcome = _run(run, ingested(arguments.data / f"{name}.zip", storage), arguments.weights)
                 with arguments.results.open("a", encoding="utf-8") as results:
                     results.write(json.dumps(run | outcome) + "\n")
                 print(json.dumps(run | outcome), file=sys.stderr, flush=True)
-    print(table(_read(arguments.results)))
+    print(table(read_runs(arguments.results)))
     print(f"\nValidation accuracy, mean ± standard deviation (n). {hardware(torch.device('cpu'))}.")
 
 
@@ -131,14 +133,6 @@ def _part(data: Ingested, shots: str, seed: int) -> Ingested:
     counts = zip(manifest.classes, manifest.counts("train"), manifest.counts("val"), strict=True)
     facts = DatasetFacts.from_counts([{"name": name, "train": int(t), "val": int(v)} for name, t, v in counts])
     return Ingested(data.name, manifest, facts, data.storage)
-
-
-def _key(run: dict[str, Any]) -> str:
-    return json.dumps([str(run[name]) for name in ("set", "shots", "what", "start", "seed")])
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def _arguments() -> argparse.Namespace:

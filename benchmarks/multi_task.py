@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from _setup import Ingested, fitted, hardware, ingested, markdown, resolved
+from _setup import Ingested, fitted, hardware, ingested, markdown, read_runs, resolved, run_key
 from numpy.typing import NDArray
 
 from app.datasets.manifest import Manifest, Task
@@ -55,22 +55,26 @@ class Turned:
         return np.ascontiguousarray(np.rot90(self.images[index], int(self.turns[index])))
 
 
+# What tells runs apart.
+_KEY = ("set", "method", "learns", "seed")
+
+
 def main() -> None:
     arguments = _arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    done = {_key(line) for line in _read(arguments.results)}
+    done = {run_key(line, _KEY) for line in read_runs(arguments.results)}
     with tempfile.TemporaryDirectory() as folder:
         storage = LocalStorage(Path(folder))
         for seed, name, method, learns in itertools.product(arguments.seeds, arguments.sets, arguments.methods, LEARNS):
             run = {"set": name, "method": method, "learns": learns, "seed": seed}
-            if _key(run) in done:
+            if run_key(run, _KEY) in done:
                 continue
             outcome = _run(run, ingested(arguments.data / f"{name}.zip", storage), arguments.weights)
             with arguments.results.open("a", encoding="utf-8") as results:
                 results.write(json.dumps(run | outcome) + "\n")
             print(json.dumps(run | outcome), file=sys.stderr, flush=True)
-    print(table(_read(arguments.results)))
+    print(table(read_runs(arguments.results)))
     print(f"\n{hardware(torch.device('cpu'))}.")
 
 
@@ -165,14 +169,6 @@ def _milliseconds(classifier: Classifier, spec: TrainingSpec) -> float:
             classifier(image)
             found.append(1000 * (time.perf_counter() - start))
     return statistics.median(found[3:])
-
-
-def _key(run: dict[str, Any]) -> str:
-    return json.dumps([str(run[name]) for name in ("set", "method", "learns", "seed")])
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,11 +1,14 @@
-"""Fixtures every test may use: where real data lie, and a fresh database and storage."""
+"""Fixtures every test may use: where real data lie, a fresh database and storage, a real server and its client."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import api_builders
+import httpx
 import pytest
 import torch
+from api_builders import RunningServer
 
 from app.db.engine import Database
 from app.db.migrate import upgrade
@@ -49,3 +52,15 @@ def database(tmp_path: Path) -> Iterator[Database]:
     database = Database(url)
     yield database
     database.dispose()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RunningServer]:
+    with api_builders.running(api_builders.settings_for(tmp_path)) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[httpx.Client]:
+    with api_builders.client_of(server) as client:
+        yield client

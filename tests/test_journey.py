@@ -6,12 +6,10 @@ instead of in processes of their own.
 
 import math
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
-import api_builders
 import builders
 import httpx
 import numpy as np
@@ -45,18 +43,6 @@ ARCHIVE = builders.zip_of(
         "__MACOSX/pets/cat/._0.jpg": b"junk",
     }
 )
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RunningServer]:
-    with api_builders.running(api_builders.settings_for(tmp_path)) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with api_builders.client_of(server) as client:
-        yield client
 
 
 def work(server: RunningServer, kind: JobKind, story: Story) -> None:

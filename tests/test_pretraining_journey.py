@@ -3,11 +3,8 @@
 On the backbone that comes with Graft: no weights of anybody else are needed.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import api_builders
 import builders
 import httpx
 import pytest
@@ -20,18 +17,6 @@ from worker.run_job import run_training
 
 UNLABELLED = {f"{'a/b/' * (i % 3)}{i}.jpg": builders.jpeg(i) for i in range(20)}
 SMALL: dict[str, Any] = {"image_size": 64}
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RunningServer]:
-    with api_builders.running(api_builders.settings_for(tmp_path)) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with api_builders.client_of(server) as client:
-        yield client
 
 
 def upload(server: RunningServer, client: httpx.Client, files: dict[str, bytes], **form: str) -> dict[str, Any]:

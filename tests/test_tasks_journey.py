@@ -1,11 +1,8 @@
 """Several label columns: one backbone, a head for each, one forward pass. Through a real server and worker."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import api_builders
 import builders
 import httpx
 import pytest
@@ -14,18 +11,6 @@ from test_pretraining_journey import train, upload
 
 SMALL: dict[str, Any] = {"image_size": 64}
 BLUE_DARK = builders.jpeg(999, tint=(0, 0, 110))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RunningServer]:
-    with api_builders.running(api_builders.settings_for(tmp_path)) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with api_builders.client_of(server) as client:
-        yield client
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,7 @@
 """Every method's model says how far to trust its answers, from its own training; through a real server and worker."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import api_builders
 import builders
 import httpx
 import pytest
@@ -14,18 +11,6 @@ from test_pretraining_journey import train, upload
 SMALL: dict[str, Any] = {"image_size": 64}
 SHORT = {"epochs": 2, "batch_size": 8, **SMALL}
 OPTIONS = "coverage=0.8&neighbors=3&explain=true"
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RunningServer]:
-    with api_builders.running(api_builders.settings_for(tmp_path)) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with api_builders.client_of(server) as client:
-        yield client
 
 
 def ask(client: httpx.Client, picture: bytes, options: str = OPTIONS) -> dict[str, Any]:

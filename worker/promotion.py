@@ -169,8 +169,7 @@ def _incumbent(database: Database) -> _Incumbent | None:
             row = registry.find(session, registry.DEFAULT_ALIAS)
         except NotFound:
             return None
-        tasks = row.tasks or [{"name": "", "classes": row.classes}]
-        knows = {task["name"]: frozenset(task["classes"]) for task in tasks}
+        knows = {task["name"]: frozenset(task["classes"]) for task in row.each_task}
         return _Incumbent(row.id, row.dataset_id, row.backbone.get("model"), knows)
 
 

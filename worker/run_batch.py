@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -222,13 +221,8 @@ def _rows(model: OfflineModel, batch: Sequence[_Prepared], top_k: int) -> list[R
 
 def _told(path: str, scores: Scores, top_k: int) -> Row:
     """As in an answer of /predict, with the path in place of a file name."""
-    tasks = {name: _best(of_task, top_k) for name, of_task in scores.tasks.items()}
-    return {"path": path, **_best(scores, top_k)} | ({"tasks": tasks} if tasks else {})
-
-
-def _best(scores: Scores, top_k: int) -> dict[str, Any]:
-    top = [{"label": label, "score": score} for label, score in scores.top(top_k)]
-    return {**top[0], "top": top}
+    tasks = {name: of_task.told(top_k) for name, of_task in scores.tasks.items()}
+    return {"path": path, **scores.told(top_k)} | ({"tasks": tasks} if tasks else {})
 
 
 def _refused(path: str, refusal: ImageRefused) -> Row:

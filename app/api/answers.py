@@ -6,7 +6,7 @@ The numbers come from `app.serving.insight`; here they become the members of an 
 import base64
 from typing import Any
 
-from app.api.schemas import ClassScore, Coverage, Neighbor, Prediction, PredictOptions, TaskPrediction, thumbnail_path
+from app.api.schemas import Coverage, Neighbor, Prediction, PredictOptions, TaskPrediction, thumbnail_path
 from app.errors import Conflict
 from app.serving.insight import Insight, insight, largest_coverage
 from app.serving.predictor import LoadedModel, Scores
@@ -60,9 +60,7 @@ def _insight(scores: Scores, loaded: LoadedModel, options: PredictOptions) -> In
 
 
 def _best(scores: Scores, top_k: int, found: Insight | None, task: str) -> dict[str, Any]:
-    top = [ClassScore(label=label, score=score) for label, score in scores.top(top_k)]
-    prediction_set = found and found.prediction_sets.get(task)
-    return {"label": top[0].label, "score": top[0].score, "top": top, "prediction_set": prediction_set}
+    return scores.told(top_k) | {"prediction_set": found and found.prediction_sets.get(task)}
 
 
 def _neighbor(neighbour: Neighbour, loaded: LoadedModel) -> Neighbor:

@@ -30,6 +30,24 @@ Tick = Callable[[float], None]
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
+def form_content(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a form with the archive as `file`, for a route's OpenAPI document. fields: besides the archive."""
+    properties = {"file": BINARY["schema"], **fields}
+    return {"multipart/form-data": {"schema": {"type": "object", "required": ["file"], "properties": properties}}}
+
+
+def archive_body(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a route that takes the archive as it is, too: its `openapi_extra`."""
+    kinds = ("application/zip", "application/x-tar", "application/gzip", "application/octet-stream")
+    return {
+        "requestBody": {
+            "required": True,
+            "description": "A form with the archive as `file`, or the archive as it is, under any Content-Type.",
+            "content": {**form_content(fields), **dict.fromkeys(kinds, BINARY)},
+        }
+    }
+
+
 @dataclass(frozen=True)
 class ArchiveUse(Generic[Found]):
     """What becomes of an uploaded archive.

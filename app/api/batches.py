@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from app import registry
 from app.api import archive_uploads
 from app.api.answers import DEFAULT_TOP_K
-from app.api.archive_uploads import BINARY, ArchiveUse, Tick, created
+from app.api.archive_uploads import ArchiveUse, Tick, archive_body, created
 from app.api.classifiers import model_id_of
 from app.api.deps import After, CallerDep, IdempotencyKey, Limit, ServicesDep, Wait, wait_until
 from app.api.evaluation import check_predicts
@@ -119,29 +119,12 @@ _UPLOAD: dict[str, Any] = {
     "responses": problems(404, 408, 409, 413, 507),
     "description": "A zip, tar or tar.gz of pictures in any folders. Structural faults are refused at once and leave "
     "nothing. A worker then predicts beside training; a file that is no readable picture becomes a row with an error.",
-    "openapi_extra": {
-        "requestBody": {
-            "required": True,
-            "description": "A form with the archive as `file`, or the archive as it is, under any Content-Type.",
-            "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["file"],
-                        "properties": {
-                            "file": {"type": "string", "format": "binary"},
-                            "model": {"type": "string", "minLength": 1, "maxLength": 100},
-                            "top_k": {"type": "integer", "minimum": 1, "maximum": 1000},
-                        },
-                    }
-                },
-                "application/zip": BINARY,
-                "application/x-tar": BINARY,
-                "application/gzip": BINARY,
-                "application/octet-stream": BINARY,
-            },
+    "openapi_extra": archive_body(
+        {
+            "model": {"type": "string", "minLength": 1, "maxLength": 100},
+            "top_k": {"type": "integer", "minimum": 1, "maximum": 1000},
         }
-    },
+    ),
 }
 
 

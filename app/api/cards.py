@@ -141,11 +141,10 @@ def _class_table(facts: Facts) -> list[str]:
     model, dataset = facts.model, facts.dataset
     if not model.classes:
         return []
-    tasks = model.tasks or [{"name": "", "classes": model.classes}]
     counted = (dataset.tasks or [{"name": "", "classes": dataset.classes}]) if dataset else []
     counts = {(task["name"], row["name"]): row for task in counted for row in task["classes"]}
     rows = []
-    for task in tasks:
+    for task in model.each_task:
         for name in task["classes"]:
             row = counts.get((task["name"], name))
             shown = f"{task['name']}: {name}" if model.tasks else name

@@ -18,6 +18,13 @@ def find_classifier(services: Services, name: str) -> ModelRow:
     return row
 
 
+def refuse_large_single(pictures: Sequence[bytes | ImageRefused], max_bytes: int) -> None:
+    """One picture that is too large is a request that is too large; within a batch it fails in its own place."""
+    single = pictures[0] if len(pictures) == 1 else b""
+    if isinstance(single, bytes) and len(single) > max_bytes:
+        raise TooLarge(f"The picture is larger than the {max_bytes:,} bytes that are read here; send a smaller one.")
+
+
 async def model_id_of(services: Services, name: str) -> str:
     """The id alone, remembered until something changes. name and errors as above."""
     return await services.remembered.get(("model", name), lambda: find_classifier(services, name).id)
@@ -25,9 +32,7 @@ async def model_id_of(services: Services, name: str) -> str:
 
 async def scores_of(services: Services, model_id: str, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
     """As `Predictor.predict`, counted. Raises TooLarge for a single picture that is."""
-    max_bytes = services.settings.max_image_bytes
-    if len(pictures) == 1 and len(pictures[0]) > max_bytes:
-        raise TooLarge(f"The picture is larger than the {max_bytes:,} bytes that are read here; send a smaller one.")
+    refuse_large_single(pictures, services.settings.max_image_bytes)
     outcomes = await services.predictor.predict(model_id, pictures)
     refused = sum(isinstance(outcome, ImageRefused) for outcome in outcomes)
     services.metrics.count_predictions(answered=len(outcomes) - refused, refused=refused)

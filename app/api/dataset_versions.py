@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import file_digest
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -31,6 +30,7 @@ from app.errors import Conflict, NotFound
 from app.jobs import queue
 from app.jobs.states import JobKind
 from app.predictions import picture_key
+from app.storage import file_sha256
 from app.vision.images import ImageLimits, sniff
 
 router = APIRouter(tags=["feedback"])
@@ -140,8 +140,7 @@ def _additions(services: Services, told: Sequence[PredictionRow]) -> list[Additi
 
 def _keep(services: Services, archive: FilePath, parent: DatasetRow, chosen: Chosen, *, name: str) -> Answer:
     dataset_id = new_id("ds")
-    with archive.open("rb") as file:
-        sha256 = file_digest(file, "sha256").hexdigest()
+    archive_bytes, sha256 = archive.stat().st_size, file_sha256(archive)
 
     def create(session: Session) -> dict[str, Any]:
         row = catalog.create(
@@ -157,7 +156,6 @@ def _keep(services: Services, archive: FilePath, parent: DatasetRow, chosen: Cho
         queue.submit(session, kind=JobKind.ingest, dataset_id=dataset_id, spec=row.options)
         return Dataset.of(row).model_dump(mode="json")
 
-    archive_bytes = archive.stat().st_size
     return publish_and_create(
         services,
         archive,

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from app.access import Caller
 from app.api import archive_uploads
-from app.api.archive_uploads import BINARY, ArchiveUse, Tick, created
+from app.api.archive_uploads import BINARY, ArchiveUse, Tick, archive_body, created
 from app.api.deps import After, CallerDep, IdempotencyKey, Limit, ServicesDep, Wait, wait_until
 from app.api.openapi import problems
 from app.api.schemas import Dataset, DatasetImage, Deleted, Listing
@@ -65,31 +65,14 @@ _UPLOAD: dict[str, Any] = {
     "description": "A zip, tar or tar.gz of images in class folders, with or without train and val folders around "
     "them, or beside a labels.csv, metadata.csv or metadata.jsonl. Structural faults are refused at once and leave "
     "nothing; the images are then checked in the background.",
-    "openapi_extra": {
-        "requestBody": {
-            "required": True,
-            "description": "A form with the archive as `file`, or the archive as it is, under any Content-Type.",
-            "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["file"],
-                        "properties": {
-                            "file": {"type": "string", "format": "binary"},
-                            "name": {"type": "string", "minLength": 1, "maxLength": 200},
-                            "kind": {"type": "string", "enum": ["labelled", "unlabelled"]},
-                            "val_fraction": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-                            "seed": {"type": "integer", "minimum": 0},
-                        },
-                    }
-                },
-                "application/zip": BINARY,
-                "application/x-tar": BINARY,
-                "application/gzip": BINARY,
-                "application/octet-stream": BINARY,
-            },
+    "openapi_extra": archive_body(
+        {
+            "name": {"type": "string", "minLength": 1, "maxLength": 200},
+            "kind": {"type": "string", "enum": ["labelled", "unlabelled"]},
+            "val_fraction": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+            "seed": {"type": "integer", "minimum": 0},
         }
-    },
+    ),
 }
 
 

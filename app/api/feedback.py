@@ -219,15 +219,15 @@ def get_feedback(services: ServicesDep, model: ModelName) -> ModelFeedback:
         check_predicts(row)
         judged = predictions.judged(session, row.id)
         stored = predictions.count(session, row.id)
-    tasks = {task["name"]: _of_task(task["name"], task["classes"], judged) for task in row.tasks}
-    first = row.tasks[0]["name"] if row.tasks else ""
+    tasks = {task["name"]: _of_task(task["name"], task["classes"], judged) for task in row.each_task}
+    first = next(iter(tasks))
     names = sorted({each.alias for each in judged if each.alias is not None})
     return ModelFeedback(
         model=row.id,
         stored=stored,
         aliases={name: Accuracy.of(_outcomes(first, judged, alias=name)) for name in names},
-        tasks=tasks or None,
-        **(tasks[first] if tasks else _of_task("", row.classes, judged)).model_dump(),
+        tasks=tasks if row.tasks else None,
+        **tasks[first].model_dump(),
     )
 
 

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 from starlette.responses import JSONResponse, Response
 
 from app.api import datasets
+from app.api.archive_uploads import form_content
 from app.api.deps import After, CallerDep, IdempotencyKey, ServicesDep
 from app.api.openapi import problems
 from app.api.schemas import Dataset, Deleted, Listing, Schema
@@ -87,18 +88,7 @@ def find_file(session: Session, file_id: str, *, pointer: str | None = None) -> 
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["file"],
-                        "properties": {
-                            "file": {"type": "string", "format": "binary"},
-                            "purpose": {"type": "string", "enum": list(get_args(Purpose))},
-                        },
-                    }
-                }
-            },
+            "content": form_content({"purpose": {"type": "string", "enum": list(get_args(Purpose))}}),
         }
     },
 )

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app.api.classifiers import find_classifier, scores_of
+from app.api.answers import DEFAULT_TOP_K
+from app.api.classifiers import model_id_of, scores_of
 from app.api.data_urls import bytes_of
 from app.api.deps import ServicesDep, read_body
 from app.api.openapi import json_request, problems
@@ -18,7 +19,6 @@ from app.errors import FieldError, ImageRefused, InvalidRequest
 from app.serving.predictor import Scores
 from app.vision.images import sniff
 
-DEFAULT_TOP_K = 5
 # The least normal number of 32 bits: below it the network says nothing any more, and 0 has no logarithm.
 LEAST_SCORE = 2.0**-126
 
@@ -71,10 +71,10 @@ async def classify(
     services: ServicesDep,
     model: Annotated[str, Path(max_length=100, description="A model's id or alias.")],
 ) -> list[ClassScore]:
-    row = await run_in_threadpool(find_classifier, services, model)
+    model_id = await model_id_of(services, model)
     body = await read_body(request, max_bytes=services.settings.max_predict_bytes)
     picture, parameters = await run_in_threadpool(_read, body)
-    [outcome] = await scores_of(services, row.id, [picture])
+    [outcome] = await scores_of(services, model_id, [picture])
     if isinstance(outcome, ImageRefused):
         raise ImageRefused(f"The picture cannot be read: {outcome.detail}.", code=outcome.code, errors=outcome.errors)
     return ranked(outcome, parameters)

@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app import registry
 from app.api.answers import DEFAULT_TOP_K, answer, check_has_reference, coverage_of
-from app.api.classifiers import model_id_of
+from app.api.classifiers import model_id_of, refuse_large_single
 from app.api.deps import ServicesDep, unless_disconnected
 from app.api.openapi import problems
 from app.api.picture_bodies import Picture, form_content, read_pictures
@@ -16,7 +16,7 @@ from app.api.problems import Problem, pointer_to
 from app.api.schemas import FailedPrediction, Prediction, Predictions, PredictOptions, PredictRequest
 from app.api.services import Services
 from app.api.strict_json import parse_as
-from app.errors import FieldError, ImageRefused, InvalidRequest, TooLarge
+from app.errors import FieldError, ImageRefused, InvalidRequest
 from app.serving.predictor import LoadedModel, Scores
 
 router = APIRouter(tags=["prediction"])
@@ -87,7 +87,7 @@ async def predict(
             "may have; send several requests.",
             errors=[FieldError(pointer_to("images"), "too many")],
         )
-    _refuse_large_single(asked.pictures, services.settings.max_image_bytes)
+    refuse_large_single([picture.encoded for picture in asked.pictures], services.settings.max_image_bytes)
     name = options.model or registry.DEFAULT_ALIAS
     model_id = await model_id_of(services, name)
     loaded = await services.predictor.load(model_id)
@@ -102,8 +102,7 @@ async def predict(
     services.metrics.count_predictions(answered=len(results) - len(refused), refused=len(refused))
     if len(refused) == len(results):
         raise _nothing_readable(refused)
-    explained = await unless_disconnected(request, _explanations(services, model_id, results, options))
-    answers = iter(_answers(loaded, results, explained, options))
+    answers = iter(await _answers(request, services, loaded, results, options))
     predictions = [
         next(answers)
         if isinstance(outcome, Scores)
@@ -132,22 +131,16 @@ def _options(in_query: Mapping[str, Any], in_body: Mapping[str, Any]) -> Predict
     return parse_as(PredictOptions, given | {name: value for name, value in in_query.items() if value is not None})
 
 
-async def _explanations(
-    services: Services, model_id: str, results: Results, options: PredictOptions
-) -> Sequence[bytes | None]:
-    """A PNG for each picture that could be read, where they are asked for."""
-    read = [(picture.encoded, scores) for picture, scores in results if isinstance(scores, Scores)]
-    if not options.explain:
-        return [None] * len(read)
-    encoded = [picture for picture, _ in read if isinstance(picture, bytes)]
-    return await services.predictor.explain(model_id, encoded, [scores.best for _, scores in read])
-
-
-def _answers(
-    loaded: LoadedModel, results: Results, explanations: Sequence[bytes | None], options: PredictOptions
+async def _answers(
+    request: Request, services: Services, loaded: LoadedModel, results: Results, options: PredictOptions
 ) -> list[Prediction]:
     """What is said of each picture that could be read."""
     read = [(picture, scores) for picture, scores in results if isinstance(scores, Scores)]
+    explanations: Sequence[bytes | None] = [None] * len(read)
+    if options.explain:
+        encoded = [picture.encoded for picture, _ in read if isinstance(picture.encoded, bytes)]
+        labels = [scores.best for _, scores in read]
+        explanations = await unless_disconnected(request, services.predictor.explain(loaded.id, encoded, labels))
     return [
         answer(scores, loaded, options, filename=picture.filename, explanation=explanation)
         for (picture, scores), explanation in zip(read, explanations, strict=True)
@@ -183,10 +176,3 @@ def _nothing_readable(refused: list[tuple[Picture, ImageRefused]]) -> ImageRefus
     if len(explained) > 3:
         detail += f" None of the {len(explained)} pictures can be read."
     return ImageRefused(detail, errors=[field for error in explained for field in error.errors])
-
-
-def _refuse_large_single(pictures: list[Picture], max_bytes: int) -> None:
-    """One picture that is too large is a request that is too large; within a batch it fails in its own place."""
-    encoded = pictures[0].encoded if len(pictures) == 1 else b""
-    if isinstance(encoded, bytes) and len(encoded) > max_bytes:
-        raise TooLarge(f"The picture is larger than the {max_bytes:,} bytes that are read here; send a smaller one.")

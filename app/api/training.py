@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from app import registry
 from app.api.schemas import Backbone, Estimate
 from app.datasets.ingest import manifest_key
-from app.datasets.manifest import Manifest, Task
+from app.datasets.manifest import Manifest
 from app.db.tables import DatasetRow
 from app.errors import FieldError, InvalidRequest, ModelUnavailable, NotFound
 from app.jobs import estimate as estimates
@@ -165,9 +165,8 @@ def _check_known(exclude: Sequence[str], manifest: Manifest) -> None:
 
 
 def _counted(manifest: Manifest, exclude: frozenset[str]) -> DatasetFacts:
-    tasks = manifest.tasks or [Task("", manifest.classes)]
     facts = []
-    for place, task in enumerate(tasks):
+    for place, task in enumerate(manifest.each_task):
         train, val = (manifest.counts(split, exclude=exclude, task=place).tolist() for split in ("train", "val"))
         facts.append(tuple(ClassFacts(*row) for row in zip(task.classes, train, val, strict=True)))
     labelled = DatasetFacts(facts[0], further=tuple(facts[1:]))

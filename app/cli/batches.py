@@ -1,10 +1,11 @@
 """`graft batches`: from a folder or an archive of pictures to a file of what a model says of each."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import DownloadColumn, TaskProgressColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import TaskProgressColumn, TimeRemainingColumn
 
 from app.cli.terminal import (
     EXIT_INTERRUPTED,
@@ -12,14 +13,15 @@ from app.cli.terminal import (
     ApiKey,
     AsJson,
     Failure,
+    Limit,
     Url,
     connect,
     percent,
+    print_found,
     print_json,
     print_line,
-    print_table,
 )
-from app.cli.train import as_archive, detail_of, progress_bar
+from app.cli.train import detail_of, progress_bar, sending
 from app.client import DEFAULT_URL, GraftClient, JsonObject
 
 # How often the progress bar is brought up to date.
@@ -50,25 +52,17 @@ def run_batch(
     api_key: ApiKey = "",
 ) -> None:
     """Classify an archive or a folder of pictures, and write down the results."""
-    if not source.exists():
-        raise Failure(f"There is no file or folder {source}.", exit_code=EXIT_USAGE)
     _check_folder_of(output)
     with connect(url, api_key) as client:
-        with (
-            as_archive(source) as archive,
-            progress_bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as sent,
-        ):
-            task = sent.add_task("upload", total=archive.stat().st_size)
-            batch = client.submit_batch(
-                archive, model=model, top_k=top_k, on_sent=lambda sent_bytes: sent.advance(task, sent_bytes)
-            )
+        with sending(source) as (archive, on_sent):
+            batch = client.submit_batch(archive, model=model, top_k=top_k, on_sent=on_sent)
         _fetch(client, batch, output, as_json=as_json)
 
 
 @batches.command("list")
 def list_batches(
     status: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")] = 20,
+    limit: Limit = 20,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
@@ -76,22 +70,16 @@ def list_batches(
     """List batches, newest first."""
     with connect(url, api_key) as client:
         found = client.list("batches", limit=limit, status=status)
-    if as_json:
-        print_json(found)
-        return
-    rows = [
-        [
-            batch["id"],
-            batch["status"],
-            batch["model"],
-            str(batch["num_files"]),
-            percent((batch["progress"] or {}).get("fraction")),
-            batch["created_at"],
-        ]
-        for batch in found
-    ]
-    columns = ["id", "status", "model", "files", "done", "created"]
-    print_table(columns, rows, empty="There are no batches; `graft batches run ARCHIVE_OR_FOLDER` makes one.")
+    columns: dict[str, Callable[[JsonObject], str]] = {
+        "id": lambda batch: batch["id"],
+        "status": lambda batch: batch["status"],
+        "model": lambda batch: batch["model"],
+        "files": lambda batch: str(batch["num_files"]),
+        "done": lambda batch: percent((batch["progress"] or {}).get("fraction")),
+        "created": lambda batch: batch["created_at"],
+    }
+    empty = "There are no batches; `graft batches run ARCHIVE_OR_FOLDER` makes one."
+    print_found(found, columns, as_json=as_json, empty=empty)
 
 
 @batches.command("results")

@@ -1,5 +1,6 @@
 """The client commands beside `train`: predict, jobs, datasets, models."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +13,11 @@ from app.cli.terminal import (
     ApiKey,
     AsJson,
     Failure,
+    Limit,
     Url,
     connect,
     percent,
+    print_found,
     print_json,
     print_line,
     print_table,
@@ -37,9 +40,6 @@ class ExportFormat(StrEnum):
     onnx = "onnx"
     pt2 = "pt2"
     safetensors = "safetensors"
-
-
-Limit = Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")]
 
 
 def add_to(cli: typer.Typer) -> None:
@@ -86,23 +86,16 @@ def list_jobs(
     """List jobs, newest first."""
     with connect(url, api_key) as client:
         found = client.list("jobs", limit=limit, status=status, dataset=dataset, method=method)
-    if as_json:
-        print_json(found)
-        return
-    rows = [
-        [
-            job["id"],
-            job["status"],
-            job["method"],
-            job["backbone"]["name"],
-            percent((job["progress"] or {}).get("fraction")),
-            percent((job["metrics"] or {}).get("val_accuracy")),
-            job["created_at"],
-        ]
-        for job in found
-    ]
-    columns = ["id", "status", "method", "backbone", "done", "accuracy", "created"]
-    print_table(columns, rows, empty="There are no jobs.")
+    columns: dict[str, Callable[[JsonObject], str]] = {
+        "id": lambda job: job["id"],
+        "status": lambda job: job["status"],
+        "method": lambda job: job["method"],
+        "backbone": lambda job: job["backbone"]["name"],
+        "done": lambda job: percent((job["progress"] or {}).get("fraction")),
+        "accuracy": lambda job: percent((job["metrics"] or {}).get("val_accuracy")),
+        "created": lambda job: job["created_at"],
+    }
+    print_found(found, columns, as_json=as_json, empty="There are no jobs.")
 
 
 @jobs.command("show")
@@ -151,22 +144,16 @@ def list_datasets(
     """List data sets, newest first."""
     with connect(url, api_key) as client:
         found = client.list("datasets", limit=limit, status=status)
-    if as_json:
-        print_json(found)
-        return
-    rows = [
-        [
-            dataset["id"],
-            dataset["name"],
-            dataset["status"],
-            str(dataset["num_images"]),
-            str(len(dataset["classes"])),
-            dataset["created_at"],
-        ]
-        for dataset in found
-    ]
-    columns = ["id", "name", "status", "pictures", "classes", "created"]
-    print_table(columns, rows, empty="There are no data sets; `graft datasets upload ARCHIVE` makes one.")
+    columns: dict[str, Callable[[JsonObject], str]] = {
+        "id": lambda dataset: dataset["id"],
+        "name": lambda dataset: dataset["name"],
+        "status": lambda dataset: dataset["status"],
+        "pictures": lambda dataset: str(dataset["num_images"]),
+        "classes": lambda dataset: str(len(dataset["classes"])),
+        "created": lambda dataset: dataset["created_at"],
+    }
+    empty = "There are no data sets; `graft datasets upload ARCHIVE` makes one."
+    print_found(found, columns, as_json=as_json, empty=empty)
 
 
 @datasets.command("show")
@@ -215,23 +202,17 @@ def list_models(
     """List models, newest first."""
     with connect(url, api_key) as client:
         found = client.list("models", limit=limit, dataset=dataset, method=method)
-    if as_json:
-        print_json(found)
-        return
-    rows = [
-        [
-            model["id"],
-            " ".join(model["aliases"]),
-            model["method"],
-            model["backbone"]["name"],
-            str(len(model["classes"])),
-            percent(model["metrics"].get("val_accuracy")),
-            model["created_at"],
-        ]
-        for model in found
-    ]
-    columns = ["id", "aliases", "method", "backbone", "classes", "accuracy", "created"]
-    print_table(columns, rows, empty="There are no models; `graft train ARCHIVE_OR_FOLDER` makes one.")
+    columns: dict[str, Callable[[JsonObject], str]] = {
+        "id": lambda model: model["id"],
+        "aliases": lambda model: " ".join(model["aliases"]),
+        "method": lambda model: model["method"],
+        "backbone": lambda model: model["backbone"]["name"],
+        "classes": lambda model: str(len(model["classes"])),
+        "accuracy": lambda model: percent(model["metrics"].get("val_accuracy")),
+        "created": lambda model: model["created_at"],
+    }
+    empty = "There are no models; `graft train ARCHIVE_OR_FOLDER` makes one."
+    print_found(found, columns, as_json=as_json, empty=empty)
 
 
 @models.command("show")

@@ -2,13 +2,14 @@
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.client import DEFAULT_URL, GraftClient
+from app.client import DEFAULT_URL, GraftClient, JsonObject
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -21,6 +22,7 @@ errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty()
 
 Url = Annotated[str, typer.Option("--url", envvar="GRAFT_URL", help="Address of the Graft server.")]
 ApiKey = Annotated[str, typer.Option("--api-key", envvar="GRAFT_API_KEY", help="API key.", show_default=False)]
+Limit = Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 
 
@@ -57,6 +59,20 @@ def print_table(columns: list[str], rows: list[list[str]], *, empty: str) -> Non
     for row in rows:
         table.add_row(*row)
     output.print(table, markup=False)
+
+
+def print_found(
+    found: list[JsonObject],
+    columns: Mapping[str, Callable[[JsonObject], str]],
+    *,
+    as_json: bool,
+    empty: str,
+) -> None:
+    """What a server listed: as it answered, or a table. columns: by name, what a row has there."""
+    if as_json:
+        print_json(found)
+        return
+    print_table(list(columns), [[cell(row) for cell in columns.values()] for row in found], empty=empty)
 
 
 def percent(share: float | None) -> str:

@@ -3,7 +3,7 @@
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,19 +108,9 @@ def train(
 
 def upload(client: GraftClient, source: Path, *, name: str | None, unlabelled: bool = False) -> JsonObject:
     """Uploads an archive or a folder and waits until its pictures are checked. Raises Failure if they are refused."""
-    if not source.exists():
-        raise Failure(f"There is no file or folder {source}.", exit_code=EXIT_USAGE)
-    with (
-        as_archive(source) as archive,
-        progress_bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar,
-    ):
-        task = bar.add_task("upload", total=archive.stat().st_size)
-        dataset = client.upload_dataset(
-            archive,
-            name=name or _stem(source),
-            kind="unlabelled" if unlabelled else "labelled",
-            on_sent=lambda sent_bytes: bar.advance(task, sent_bytes),
-        )
+    kind = "unlabelled" if unlabelled else "labelled"
+    with sending(source) as (archive, on_sent):
+        dataset = client.upload_dataset(archive, name=name or _stem(source), kind=kind, on_sent=on_sent)
     with errors.status("The server checks the pictures …"):
         dataset = client.wait_for_dataset(dataset["id"])
     if dataset["status"] == "failed":
@@ -233,7 +223,20 @@ def progress_bar(*columns: Any) -> Progress:
 
 
 @contextmanager
-def as_archive(source: Path) -> Iterator[Path]:
+def sending(source: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """The archive to be sent, and what is to be told of bytes sent, for a progress bar. Raises Failure without any."""
+    if not source.exists():
+        raise Failure(f"There is no file or folder {source}.", exit_code=EXIT_USAGE)
+    with (
+        _as_archive(source) as archive,
+        progress_bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar,
+    ):
+        task = bar.add_task("upload", total=archive.stat().st_size)
+        yield archive, lambda sent_bytes: bar.advance(task, sent_bytes)
+
+
+@contextmanager
+def _as_archive(source: Path) -> Iterator[Path]:
     """The archive itself, or a folder packed into a temporary zip."""
     if not source.is_dir():
         yield source

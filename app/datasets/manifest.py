@@ -65,9 +65,14 @@ class Manifest:
         return np.array([record.labels for record in self.records], dtype=np.int64) if self.tasks else self.labels
 
     @property
+    def each_task(self) -> Sequence[Task]:
+        """All tasks; the only one is called ""."""
+        return self.tasks or [Task("", self.classes)]
+
+    @property
     def class_counts(self) -> tuple[int, ...]:
         """How many classes each task has."""
-        return tuple(len(task.classes) for task in self.tasks) or (len(self.classes),)
+        return tuple(len(task.classes) for task in self.each_task)
 
     def indices(self, split: Split, *, exclude: AbstractSet[str] = frozenset()) -> NDArray[np.int64]:
         """Which images belong to a split, ascending. exclude: paths of images that are passed over."""

@@ -15,7 +15,7 @@ from typing import Any
 from app.datasets import archive as archives
 from app.datasets.archive import ArchiveLimits
 from app.datasets.layout import MIN_PICTURES_PER_CLASS
-from app.datasets.manifest import UNLABELLED, Manifest, Record, Task
+from app.datasets.manifest import UNLABELLED, Manifest, Record
 
 TABLE = "metadata.jsonl"
 FOLDER = "feedback"
@@ -45,7 +45,7 @@ def choose(manifest: Manifest, additions: Iterable[Addition]) -> Chosen:
     A picture that is there already stays what it is: one of validation must not be trained on.
     """
     here = {record.digest for record in manifest.records}
-    tasks = {task.name: frozenset(task.classes) for task in _tasks(manifest)}
+    tasks = {task.name: frozenset(task.classes) for task in manifest.each_task}
     found = {each.sha256: each for each in additions if each.sha256 not in here}
     counts = Counter(pair for each in found.values() for pair in each.labels.items())
     lonely = {
@@ -95,14 +95,10 @@ def write_version(
         packed.writestr(TABLE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _tasks(manifest: Manifest) -> Sequence[Task]:
-    return manifest.tasks or [Task("", manifest.classes)]
-
-
 def _named(record: Record, manifest: Manifest) -> dict[str, str]:
     """Labels by task, those that are known."""
     labels = record.labels or [record.label]
-    pairs = zip(_tasks(manifest), labels, strict=True)
+    pairs = zip(manifest.each_task, labels, strict=True)
     return {task.name: task.classes[label] for task, label in pairs if label != UNLABELLED}
 
 

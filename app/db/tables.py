@@ -232,6 +232,11 @@ class ModelRow(Base):
     parent_id: Mapped[str | None]  # the model that this one extends; no foreign key, since that may be deleted
     promotion: Mapped[dict[str, Any] | None]  # {"promoted", "reason", ...}: what the promotion gate said
 
+    @property
+    def each_task(self) -> list[dict[str, Any]]:
+        """{"name", "classes"} of all that it tells; the only one is called ""."""
+        return self.tasks or [{"name": "", "classes": self.classes}]
+
 
 class AliasRow(Base):
     """A movable name for a model; `default` is the one /predict uses."""

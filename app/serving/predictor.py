@@ -10,7 +10,6 @@ passes (one, because a device does one thing at a time), and building faster eng
 
 import asyncio
 import contextlib
-import hashlib
 import heapq
 import math
 import subprocess
@@ -22,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import onnxruntime
 import structlog
@@ -36,6 +35,7 @@ from app.serving.engines import Engine, TorchEngine
 from app.storage import LocalStorage
 from app.vision import artifact, images
 from app.vision.artifact import Artifact
+from app.vision.backbones import weights_digest
 from app.vision.classifier import Classifier
 from app.vision.device import usable_cores
 from app.vision.heatmaps import Heat, HeatMaps, drawn, log_odds
@@ -78,6 +78,11 @@ class Scores:
     def best(self) -> int:
         """The most probable class's place; of equals the first one's."""
         return max(range(len(self.values)), key=lambda i: self.values[i])
+
+    def told(self, top_k: int) -> dict[str, Any]:
+        """As an answer says it: the best class, and the best ones."""
+        top = [{"label": label, "score": score} for label, score in self.top(top_k)]
+        return {**top[0], "top": top}
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The min(k, classes) most probable classes, best first; equals in the model's order."""
@@ -127,7 +132,6 @@ class LoadedModel:
         self.id = model_id
         self.network = network
         self.outputs = loaded.outputs
-        self.classes: Sequence[str] = loaded.classes
         self.preprocessing = loaded.preprocessing
         self.dataset_id: str | None = loaded.metadata.get("dataset")
         self.reference = loaded.reference
@@ -477,13 +481,8 @@ def read_model(folder: Path) -> tuple[Artifact, str]:
     """The artifact, and a key that is the same for the same backbone and preprocessing."""
     loaded = artifact.load(folder)
     backbone = loaded.classifier.backbone
-    digest = hashlib.sha256(repr((backbone.name, loaded.classifier.feature_layer, loaded.preprocessing)).encode())
-    for name, tensor in backbone.state_dict().items():
-        # Batch-norm counts its steps, which changes nothing of what it does.
-        if not name.endswith("num_batches_tracked"):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().numpy())
-    return loaded, digest.hexdigest()[:32]
+    described = (backbone.name, loaded.classifier.feature_layer, loaded.preprocessing)
+    return loaded, weights_digest(described, backbone.state_dict())[:32]
 
 
 def open_built_engine(storage: LocalStorage, network: Network) -> None:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from app.errors import InvalidRequest, JobFailed, ModelUnavailable
+from app.storage import file_sha256
 from app.vision.backbones import ALL_LAYERS, BACKBONES
 from app.vision.classifier import Classifier
 from app.vision.outputs import Output
@@ -141,7 +142,7 @@ def save(folder: Path, artifact: Artifact) -> Saved:
     folder.mkdir(parents=True, exist_ok=True)
     weights_path = folder / WEIGHTS_FILE
     safetensors.torch.save_file(tensors, weights_path, metadata={"format": "pt"})
-    saved = Saved(size_bytes=weights_path.stat().st_size, sha256=_file_sha256(weights_path))
+    saved = Saved(size_bytes=weights_path.stat().st_size, sha256=file_sha256(weights_path))
     record = _ModelFile(
         format_version=FORMAT_VERSION,
         graft_version=importlib.metadata.version("graft"),
@@ -222,7 +223,7 @@ _SUPPORT_TENSORS = ("metric", "features", "labels", "is_shot")
 def _save_support(path: Path, support: Support) -> _SupportRecord:
     tensors = {name: getattr(support, name).contiguous() for name in _SUPPORT_TENSORS}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    return _SupportRecord(sha256=_file_sha256(path), size_bytes=path.stat().st_size, images=support.images)
+    return _SupportRecord(sha256=file_sha256(path), size_bytes=path.stat().st_size, images=support.images)
 
 
 def _save_reference(path: Path, reference: Reference) -> _ReferenceRecord:
@@ -233,7 +234,7 @@ def _save_reference(path: Path, reference: Reference) -> _ReferenceRecord:
     }
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     return _ReferenceRecord(
-        sha256=_file_sha256(path),
+        sha256=file_sha256(path),
         size_bytes=path.stat().st_size,
         images=list(reference.images),
         typical_distance=reference.novelty.typical,
@@ -301,11 +302,6 @@ def _as_saved(tensor: Tensor) -> Tensor:
 
 def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged(what: str) -> ModelUnavailable:

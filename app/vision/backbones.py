@@ -5,6 +5,7 @@ A stage is what `unfreeze` counts and what `feature_layer` names; the stages in 
 forward up to its last linear layer.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -147,6 +148,17 @@ class Backbone(nn.Module):
 class Choice(NamedTuple):
     name: str
     reason: str
+
+
+def weights_digest(described: tuple[Any, ...], tensors: Mapping[str, Tensor]) -> str:
+    """The same for the same weights, whatever made them. described: what else their features depend on."""
+    digest = hashlib.sha256(repr(described).encode())
+    for name, tensor in tensors.items():
+        # Batch-norm counts its steps, which changes nothing of what it does.
+        if not name.endswith("num_batches_tracked"):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def find(name: str) -> BackboneSpec:

@@ -8,7 +8,6 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from app.errors import FieldError, InvalidHyperparameter
 from app.vision import backbones
@@ -168,13 +167,6 @@ class Classifier(nn.Module):
         for stage in list(self.backbone.stages)[: self.stage_names.index(layer) + 1]:
             activations = stage(activations)
         return self.backbone.pool(activations)
-
-    def probabilities(self, images: Tensor, temperature: float = 1.0) -> Tensor:
-        """Class probabilities: float32 (N, C), each row sums to 1; (0, C) for N = 0.
-
-        temperature: logits are divided by it; above 1 is less confident.
-        """
-        return functional.softmax(self(images).float() / temperature, dim=1)
 
     def parameter_groups(self) -> ParameterGroups:
         """Only what is trainable."""

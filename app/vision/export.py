@@ -8,7 +8,6 @@ No file is handed out before it has answered as Graft does. Knows artifacts, pic
 lie, nor who asked.
 """
 
-import hashlib
 import io
 import json
 import math
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.errors import ExportUnavailable, GraftError
+from app.storage import file_sha256
 from app.vision import artifact, images, torchvision_weights, usage
 from app.vision.artifact import Artifact
 from app.vision.backbones import BACKBONES
@@ -377,9 +377,7 @@ def _report(order: Order, target: Path) -> dict[str, Any]:
         found = export(model, order.file_format, target, pictures=_stored_pictures(order.pictures), facts=order.facts)
     except GraftError as error:
         return {"code": error.code, "detail": error.detail}
-    with target.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": digest, "size_bytes": target.stat().st_size, "verification": asdict(found)}
+    return {"sha256": file_sha256(target), "size_bytes": target.stat().st_size, "verification": asdict(found)}
 
 
 def _stored_pictures(path: str | None) -> list[Pixels] | None:

@@ -1,21 +1,23 @@
-"""A real server per test, and a client that speaks to it."""
+"""What the server prints, for tests that look at it."""
 
+import io
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-import api_builders
-import httpx
 import pytest
-from api_builders import RunningServer
+import structlog
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[RunningServer]:
-    with api_builders.running(api_builders.settings_for(tmp_path)) as server:
-        yield server
+def printed(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """All that is printed from now on, log lines included, which keep to the stream that was there at import.
 
-
-@pytest.fixture
-def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with api_builders.client_of(server) as client:
-        yield client
+    It is never closed: the server's thread writes a line after its last answer, and writing to pytest's own captured
+    streams while they change has ended the whole process.
+    """
+    stream, before = io.StringIO(), structlog.get_config()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(stream))
+    yield stream
+    structlog.configure(**before)

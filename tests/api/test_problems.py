@@ -1,5 +1,6 @@
 """Every failure, from wherever it comes, is one kind of answer."""
 
+import io
 from collections.abc import Iterator
 
 import api_builders
@@ -87,10 +88,7 @@ def test_nul_in_the_address_is_refused(client: httpx.Client, path: str) -> None:
 
 
 def test_what_nobody_expected_is_a_problem_without_its_cause(
-    # The streams are caught first, and so let go last: the server's thread still writes a line after its answer.
-    capfd: pytest.CaptureFixture[str],
-    server: RunningServer,
-    client: httpx.Client,
+    server: RunningServer, client: httpx.Client, printed: io.StringIO
 ) -> None:
     async def broken() -> None:
         raise RuntimeError("secret: /home/someone")
@@ -101,7 +99,7 @@ def test_what_nobody_expected_is_a_problem_without_its_cause(
 
     assert_is_problem(response, 500, "internal-error")
     assert "secret" not in response.text
-    assert "secret: /home/someone" in capfd.readouterr().out
+    assert "secret: /home/someone" in printed.getvalue()
 
 
 def test_compressed_bodies_are_refused(client: httpx.Client) -> None:

@@ -45,6 +45,18 @@ def save(folder: Path, *, feature_layer: str | None = None) -> Artifact:
     return model
 
 
+def opened(storage: LocalStorage) -> Predictor:
+    return Predictor(
+        storage=storage,
+        device=torch.device("cpu"),
+        limits=LIMITS,
+        max_loaded_bytes=10**9,
+        max_pending=100,
+        timeout_seconds=60,
+        builds_engines=True,
+    )
+
+
 @pytest.mark.parametrize("feature_layer", [None, pytest.param("all", marks=pytest.mark.slow)])
 def test_built_engine_gives_torchs_features_for_batches_of_any_size(tmp_path: Path, feature_layer: str | None) -> None:
     model = save(tmp_path / "model", feature_layer=feature_layer)
@@ -101,17 +113,6 @@ def test_busy_network_changes_its_engine_between_two_requests_and_a_new_start_ha
     save(storage.path("models/a"))
     picture = builders.jpeg(1, size=(90, 80))
 
-    def opened() -> Predictor:
-        return Predictor(
-            storage=storage,
-            device=torch.device("cpu"),
-            limits=LIMITS,
-            max_loaded_bytes=10**9,
-            max_pending=100,
-            timeout_seconds=60,
-            builds_engines=True,
-        )
-
     async def until_changed(busy: Predictor) -> list[float]:
         (plain,) = await busy.predict("a", [picture])
         assert busy.engine_of("a") == "torch"
@@ -135,7 +136,7 @@ def test_busy_network_changes_its_engine_between_two_requests_and_a_new_start_ha
 
     found = []
     for story in (until_changed, at_once):
-        running = opened()
+        running = opened(storage)
         try:
             found.append(asyncio.run(story(running)))
         finally:
@@ -173,15 +174,7 @@ def test_engine_that_cannot_be_built_leaves_torch(tmp_path: Path, monkeypatch: p
         assert busy.engine_of("a") == "torch"
         assert len(await busy.predict("a", [builders.jpeg(1)])) == 1
 
-    running = Predictor(
-        storage=storage,
-        device=torch.device("cpu"),
-        limits=LIMITS,
-        max_loaded_bytes=10**9,
-        max_pending=100,
-        timeout_seconds=60,
-        builds_engines=True,
-    )
+    running = opened(storage)
     try:
         asyncio.run(story(running))
     finally:

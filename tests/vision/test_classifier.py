@@ -123,17 +123,6 @@ def test_an_unknown_feature_layer_is_refused_by_field() -> None:
     assert [e.pointer for e in refusal.value.errors] == ["#/hyperparameters/feature_layer"]
 
 
-def test_probabilities_sum_to_one_and_a_temperature_softens_them() -> None:
-    classifier = Classifier.new("squeezenet1_1", 3, seed=0).eval()
-    with torch.inference_mode():
-        sharp, soft = classifier.probabilities(images(), 0.1), classifier.probabilities(images(), 10.0)
-        none = classifier.probabilities(images(0))
-
-    torch.testing.assert_close(sharp.sum(1), torch.ones(4))
-    assert (sharp.amax(1) > soft.amax(1)).all()
-    assert none.shape == (0, 3)
-
-
 def test_an_earlier_classifier_lends_its_backbone_to_a_new_head() -> None:
     earlier = Classifier.new(NAME, 2, seed=0).eval()
     earlier.freeze(0)

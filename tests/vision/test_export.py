@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import builders
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.torch
 import torch
 from exported_files import ask_without_graft, facts_of
 from PIL import Image
@@ -259,18 +260,12 @@ def test_a_damaged_model_is_reported_as_such(tmp_path: Path) -> None:
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_file_that_answers_otherwise_is_refused(tmp_path: Path) -> None:
-    """torch itself is made to give another answer once the weights are written."""
-    model = model_of()
+def test_a_file_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = safetensors.torch.load_file
+    monkeypatch.setattr(safetensors.torch, "load_file", lambda path: {name: -t for name, t in read(path).items()})
 
-    class Forgetful(export._Safetensors):
-        def answers(self, target: Path, pictures: Sequence[Any]) -> Iterator[Tensor]:
-            return (answer.flip(1) for answer in super().answers(target, pictures))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(export._WRITERS, "safetensors", Forgetful)
-        with pytest.raises(ExportUnavailable, match="differ from Graft's by up to"):
-            exported(model, "safetensors", tmp_path)
+    with pytest.raises(ExportUnavailable, match="differ from Graft's by up to"):
+        exported(model_of(), "safetensors", tmp_path)
 
 
 def order_in(folder: Path, **changes: Any) -> Order:

@@ -27,6 +27,7 @@ from app.jobs.states import JobKind
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision import artifact
+from app.vision.outputs import probabilities
 from app.vision.preprocessing import eval_pixels, normalise
 from worker import run_job
 from worker.reporter import Reporter, ShuttingDown
@@ -116,7 +117,7 @@ def test_the_evaluation_agrees_with_the_model_that_was_saved(
     with torch.inference_mode():
         for i in dataset.indices("val"):
             pixels = eval_pixels(images[int(i)], loaded.preprocessing).unsqueeze(0)
-            scores = loaded.classifier.probabilities(normalise(pixels, loaded.preprocessing), loaded.temperature)[0]
+            scores = probabilities(loaded.classifier(normalise(pixels, loaded.preprocessing)), loaded.outputs)[0]
             record = dataset.records[int(i)]
             confusion[record.label, int(scores.argmax())] += 1
             predictions["digests"].append(record.digest)

@@ -4,7 +4,6 @@ Each run of a job writes below its own fence, jobs/<job>/<fence>/<number>, so a 
 its successor's. The newest valid one is what a run begins from; two are kept, in case one turns out damaged.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from app.storage import LocalStorage
+from app.storage import LocalStorage, file_sha256
 
 FORMAT_VERSION = 1
 KEPT = 2
@@ -71,7 +70,7 @@ class Checkpoints:
             save_file(dict(tensors), folder / _TENSORS)
             kept = {"format_version": FORMAT_VERSION, "seconds": self.seconds, **numbers}
             (folder / _NUMBERS).write_text(json.dumps(kept), encoding="utf-8")
-            digests = {name: _sha256(folder / name) for name in (_TENSORS, _NUMBERS)}
+            digests = {name: file_sha256(folder / name) for name in (_TENSORS, _NUMBERS)}
             (folder / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
             self._storage.publish(folder, f"{self._key}/{self._fence}/{self._number}")
         for fence, number in self._places()[:-KEPT]:
@@ -110,7 +109,7 @@ def _read(folder: Path, *, fence: int, number: int) -> Checkpoint:
     try:
         digests = json.loads((folder / _DIGESTS).read_bytes())
         for name in (_TENSORS, _NUMBERS):
-            if _sha256(folder / name) != digests[name]:
+            if file_sha256(folder / name) != digests[name]:
                 raise CheckpointDamaged(f"{name} is not what was written")
         numbers = json.loads((folder / _NUMBERS).read_bytes())
         if numbers.pop("format_version") != FORMAT_VERSION:
@@ -119,8 +118,3 @@ def _read(folder: Path, *, fence: int, number: int) -> Checkpoint:
         return Checkpoint(load_file(folder / _TENSORS), numbers, seconds, fence, number)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointDamaged(type(error).__name__) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,7 +22,7 @@ from torch import Tensor
 from app.datasets.manifest import Manifest
 from app.errors import StorageFull
 from app.storage import LocalStorage
-from app.vision.backbones import ALL_LAYERS
+from app.vision.backbones import ALL_LAYERS, weights_digest
 from app.vision.classifier import Classifier
 from app.vision.device import pass_batch_size
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
@@ -254,15 +254,10 @@ def _key(
 
 
 def _digest_of_frozen(classifier: Classifier) -> str:
-    """Of the frozen stages' names and values: whatever made them, the same weights have the same features."""
+    """Of the frozen stages' names and values."""
     read = (ALL_LAYERS,) if classifier.backbone.reads_all else ()
-    digest = hashlib.sha256(repr((classifier.backbone.name, classifier.frozen_stage_names, *read)).encode())
-    for name, tensor in classifier.frozen_state().items():
-        # Batch-norm counts its steps, which changes nothing of what it does.
-        if not name.endswith("num_batches_tracked"):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    described = (classifier.backbone.name, classifier.frozen_stage_names, *read)
+    return weights_digest(described, classifier.frozen_state())
 
 
 def _all_views(

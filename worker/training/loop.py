@@ -487,10 +487,8 @@ def _accuracy(state: LoopState, plan: Plan, on_batch: Callable[[], None]) -> Mea
         on_batch=on_batch,
     )
     labels = torch.from_numpy(plan.val.labels)
-    loss = plan.tasks.mean_loss(logits, labels).item()
-    accuracy = plan.tasks.right(logits, labels).double().mean().item()
     figures = {f"val_accuracy:{name}": value for name, value in plan.tasks.accuracies(logits, labels).items()}
-    return Measured(loss, accuracy, figures)
+    return Measured(plan.tasks.mean_loss(logits, labels).item(), plan.tasks.accuracy(logits, labels), figures)
 
 
 def predict_logits(

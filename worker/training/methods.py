@@ -12,7 +12,7 @@ frozen runs once, in `prepare`; a head that is solved for is done by then too, a
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from app.datasets.manifest import UNLABELLED, Manifest
+from app.datasets.manifest import UNLABELLED, Manifest, Task
 from app.errors import StorageFull
 from app.jobs.request import FROZEN_METHODS, HeadStart
 from app.jobs.spec import ResolvedHyperparameters, TrainingSpec
@@ -476,8 +476,7 @@ def _solved(training: Training, *, seconds: float) -> EpochResult:
     def measured(source: Source) -> tuple[float, float]:
         logits = predict_logits(state.network, source, normalise=plan.normalise, device=state.device)
         labels = torch.from_numpy(source.labels)
-        accuracy = plan.tasks.right(logits, labels).double().mean().item()
-        return plan.tasks.mean_loss(logits, labels).item(), accuracy
+        return plan.tasks.mean_loss(logits, labels).item(), plan.tasks.accuracy(logits, labels)
 
     train_loss, train_accuracy = measured(plan.train)
     val_loss, val_accuracy = measured(plan.val)
@@ -502,16 +501,14 @@ def conclude(
     training.state.load_best()
     assert training.state.best is not None
     val_features = head_features(training, training.val, on_batch=on_batch)
-    answered = [_Answered(training.val.split, _head_logits(training, val_features), "val")]
+    val, test = _Answered(training.val.split, _head_logits(training, val_features)), None
     if is_final and training.test is not None:
         test_features = head_features(training, training.test, on_batch=on_batch)
-        answered.append(_Answered(training.test.split, _head_logits(training, test_features), "test"))
-    names = [task.name for task in manifest.tasks] or [""]
+        test = _Answered(training.test.split, _head_logits(training, test_features))
+    spans = training.plan.tasks.spans
     tasks = [
-        _conclude_task(Output(name, classes, 1.0), [each.of(place, span) for each in answered], manifest)
-        for place, (name, classes, span) in enumerate(
-            zip(names, _classes(manifest), training.plan.tasks.spans, strict=True)
-        )
+        _conclude_task(task, val.of(place, span), None if test is None else test.of(place, span), manifest)
+        for place, (task, span) in enumerate(zip(manifest.each_task, spans, strict=True))
     ]
     metrics = tasks[0].metrics | {"best_epoch": training.state.best.epoch}
     record = dict(tasks[0].evaluation)
@@ -546,41 +543,36 @@ class _Answered:
 
     split: Split
     logits: Tensor
-    name: Literal["val", "test"]
 
     def of(self, task: int, span: slice) -> "_Answered":
         """For one task: of the images that have a label of it."""
         labels = of_task(self.split.labels, task)
         given = labels != UNLABELLED
         split = Split(self.split.images, self.split.indices[given], labels[given])
-        return _Answered(split, self.logits[torch.from_numpy(given), span], self.name)
+        return _Answered(split, self.logits[torch.from_numpy(given), span])
+
+    def evaluation(self, output: Output) -> evaluate.Evaluation | None:
+        """Of one task; None without images."""
+        if len(self.split) == 0:
+            return None
+        return evaluate.evaluate(self.logits, self.split.labels, list(output.classes), temperature=output.temperature)
 
 
-def _conclude_task(output: Output, answered: Sequence[_Answered], manifest: Manifest) -> TaskConclusion:
-    """answered: for validation, and for test where that is looked at, each of what has a label of the task."""
+def _conclude_task(task: Task, val: _Answered, test: _Answered | None, manifest: Manifest) -> TaskConclusion:
+    """val, test: of the images that have a label of the task; test is None where it is not looked at."""
+    temperature = evaluate.fit_temperature(val.logits, val.split.labels) if len(val.split) else 1.0
+    output = Output(task.name, task.classes, temperature)
     metrics: dict[str, Any] = {}
     record: dict[str, Any] = {}
-    val: evaluate.Evaluation | None = None
-    for each in answered:
-        if len(each.split) == 0:
-            continue
-        if each.name == "val":
-            output = replace(output, temperature=evaluate.fit_temperature(each.logits, each.split.labels))
-        found = evaluate.evaluate(each.logits, each.split.labels, list(output.classes), temperature=output.temperature)
-        metrics |= found.metrics(each.name)
-        if each.name == "val":
-            val = found
-            metrics["temperature"] = output.temperature
-            predictions = _predictions(val, each.split, output.classes, manifest)
-            record |= _evaluation_record(val, each.split, manifest) | {"predictions": predictions}
-        else:
-            record["test"] = _evaluation_record(found, each.split, manifest)
-    return TaskConclusion(output, metrics, record, val)
-
-
-def _classes(manifest: Manifest) -> list[Sequence[str]]:
-    """Of each task."""
-    return [task.classes for task in manifest.tasks] or [manifest.classes]
+    on_val = val.evaluation(output)
+    if on_val is not None:
+        metrics = on_val.metrics("val") | {"temperature": temperature}
+        predictions = _predictions(on_val, val.split, output.classes, manifest)
+        record = _evaluation_record(on_val, val.split, manifest) | {"predictions": predictions}
+    if test is not None and (on_test := test.evaluation(output)) is not None:
+        metrics |= on_test.metrics("test")
+        record["test"] = _evaluation_record(on_test, test.split, manifest)
+    return TaskConclusion(output, metrics, record, on_val)
 
 
 def _trainable_stages(spec: TrainingSpec, classifier: Classifier) -> int:

@@ -86,6 +86,10 @@ class Tasks:
         given = labels != UNLABELLED
         return ((predicted == labels) & given).sum(1) / given.sum(1)
 
+    def accuracy(self, logits: Tensor, labels: Tensor) -> float:
+        """The mean over images of what of each is right."""
+        return self.right(logits, labels).double().mean().item()
+
     def accuracies(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """By name, of each of several tasks: over the images that have a label of it, where any has."""
         found = {}
