@@ -199,8 +199,8 @@ def _trained_on(dataset_id: str, start: str | None, *, database: Database, stora
 def _shots(model_id: str, storage: LocalStorage) -> frozenset[str]:
     """Digests of the pictures that classes were added to the model with; they are in no data set."""
     try:
-        return frozenset(json.loads(storage.path(f"models/{model_id}/model.json").read_bytes())["metadata"]["shots"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset(artifact.load_description(storage.path(f"models/{model_id}"))["metadata"]["shots"])
+    except (ModelUnavailable, KeyError, TypeError):
         return frozenset()  # of a model as it was trained, too
 
 

@@ -16,10 +16,11 @@ from starlette.responses import FileResponse, Response
 from app import registry
 from app.api import cards
 from app.api.cards import Facts
+from app.api.check_pictures import validation_pictures
 from app.api.deps import ServicesDep
 from app.api.models import ModelName
 from app.api.openapi import problems
-from app.api.services import MOST_EXPORTED, Services, validation_pictures
+from app.api.services import Services
 from app.datasets import catalog
 from app.errors import NotFound
 from app.serving.exporter import Contents, Exported
@@ -115,7 +116,7 @@ def _contents(services: Services, model_id: str) -> Contents:
     }
     return Contents(
         facts={name: text for name, text in known.items() if text is not None},
-        pictures=validation_pictures(model.id, services.storage, most=MOST_EXPORTED),
+        pictures=validation_pictures(model.id, services.storage),
     )
 
 

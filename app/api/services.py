@@ -1,35 +1,27 @@
 """What the routes work with: opened when the app starts, closed when it ends; and what goes on beside the requests."""
 
 import asyncio
-import json
 import threading
 from dataclasses import dataclass, field
 
 import anyio
-import numpy as np
 import structlog
-import torch
 from sqlalchemy.exc import SQLAlchemyError
-from torch import Tensor
 
 from app import registry
+from app.api.check_pictures import check_pixels
 from app.api.kept_predictions import Shelf
 from app.api.metrics import Metrics
 from app.api.pictures import Pictures
 from app.api.remembered import Remembered
-from app.datasets.ingest import PACKED_SIDE, manifest_key, packed_key
-from app.datasets.manifest import Manifest
-from app.datasets.packed import PackedPixels, Pixels
 from app.db.engine import Database
 from app.errors import GraftError
 from app.serving.exporter import Exporter
 from app.serving.predictor import Predictor
 from app.settings import Settings
 from app.storage import LocalStorage
-from app.vision.artifact import MODEL_FILE
 from app.vision.device import resolve_device
 from app.vision.images import ImageLimits
-from app.vision.preprocessing import Preprocessing, eval_pixels
 from app.vision.weights import WeightStore
 
 # How soon a moved `default` is loaded without anybody having asked for it.
@@ -37,9 +29,6 @@ FOLLOW_INTERVAL_SECONDS = 0.5
 # Between two tries of a default model that cannot be loaded, or of a database that does not answer.
 RETRY_INTERVAL_SECONDS = 5.0
 SWEEP_INTERVAL_SECONDS = 3600.0
-# Validation pictures that a faster engine, or an exported file, is compared with the model on; more take longer and
-# show the same.
-MOST_CHECKED, MOST_EXPORTED = 128, 32
 # Archives read through at once, at upload; each keeps a core busy.
 PARALLEL_INSPECTIONS = 4
 
@@ -89,7 +78,7 @@ def open_services(settings: Settings) -> Services:
         max_pending=settings.max_pending_predictions,
         timeout_seconds=settings.predict_timeout_seconds,
         builds_engines=settings.serving_engine == "auto",
-        check_pixels=lambda model_id, preprocessing: _check_pixels(model_id, preprocessing, storage),
+        check_pixels=lambda model_id, preprocessing: check_pixels(model_id, preprocessing, storage),
         on_load=lambda is_loaded: metrics.count_model_load(is_loaded=is_loaded),
         on_batch=metrics.observe_batch,
     )
@@ -153,23 +142,3 @@ def _aliases(services: Services) -> dict[str, str]:
     """Model ids by alias."""
     with services.database.read() as session:
         return {alias.name: alias.model_id for alias in registry.aliases(session)}
-
-
-def _check_pixels(model_id: str, preprocessing: Preprocessing, storage: LocalStorage) -> Tensor | None:
-    """Validation pictures of the model's data set, as it sees them; None where the data set is gone."""
-    pictures = validation_pictures(model_id, storage, most=MOST_CHECKED)
-    return torch.stack([eval_pixels(picture, preprocessing) for picture in pictures]) if pictures else None
-
-
-def validation_pictures(model_id: str, storage: LocalStorage, *, most: int) -> list[Pixels]:
-    """Of the model's data set, uint8 (H, W, 3), spread over all of them; none where the data set is gone."""
-    try:
-        description = json.loads(storage.path(f"models/{model_id}/{MODEL_FILE}").read_bytes())
-        dataset = description["metadata"]["dataset"]
-        manifest = Manifest.read(storage.path(manifest_key(dataset)))
-        pictures = PackedPixels(storage.path(packed_key(dataset, PACKED_SIDE)))
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    of_validation = manifest.indices("val")
-    places = np.linspace(0, len(of_validation) - 1, min(most, len(of_validation))).round().astype(np.int64)
-    return [pictures[i] for i in of_validation[places].tolist()]

@@ -1,6 +1,5 @@
 """A job's request with what this server knows - its data, weights, earlier models, device - resolved to a spec."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,10 +18,9 @@ from app.jobs.request import BACKBONE_METHODS, JobRequest
 from app.jobs.spec import ClassFacts, DatasetFacts, StartingModel, TrainingSpec
 from app.settings import Settings
 from app.storage import LocalStorage
-from app.vision.artifact import MODEL_FILE
+from app.vision.artifact import read_preprocessing
 from app.vision.backbones import ALIASES, BACKBONES
 from app.vision.device import resolve_device
-from app.vision.preprocessing import Preprocessing
 from app.vision.weights import WeightStore
 
 MODEL_ID_PREFIX = "mdl_"
@@ -200,9 +198,8 @@ def _weights_at_hand(request: JobRequest, weights: WeightStore) -> dict[str, str
 def _starting_model(session: Session, model_id: str, storage: LocalStorage) -> StartingModel:
     row = registry.find(session, model_id)
     try:
-        description = json.loads(storage.path(f"models/{row.id}/{MODEL_FILE}").read_bytes())
-        preprocessing = Preprocessing.from_dict(description["preprocessing"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        preprocessing = read_preprocessing(storage.path(f"models/{row.id}"))
+    except ModelUnavailable as error:
         raise ModelUnavailable(
             "The model to start from cannot be read: its description is missing or damaged. Start from another one."
         ) from error

@@ -1,0 +1,38 @@
+"""Validation pictures of a model's own data set: what a faster engine or an exported file is held against it on.
+
+Knows the storage's models and data sets; not HTTP.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.datasets.ingest import PACKED_SIDE, manifest_key, packed_key
+from app.datasets.manifest import Manifest
+from app.datasets.packed import PackedPixels, Pixels
+from app.errors import ModelUnavailable
+from app.storage import LocalStorage
+from app.vision import artifact
+from app.vision.preprocessing import Preprocessing, eval_pixels
+
+# More take longer and show the same.
+MOST_CHECKED, MOST_EXPORTED = 128, 32
+
+
+def check_pixels(model_id: str, preprocessing: Preprocessing, storage: LocalStorage) -> Tensor | None:
+    """As the model sees them, uint8 (N, 3, S, S), for an engine; None where the data set is gone."""
+    pictures = validation_pictures(model_id, storage, most=MOST_CHECKED)
+    return torch.stack([eval_pixels(picture, preprocessing) for picture in pictures]) if pictures else None
+
+
+def validation_pictures(model_id: str, storage: LocalStorage, *, most: int = MOST_EXPORTED) -> list[Pixels]:
+    """uint8 (H, W, 3), spread over all of them; none where the data set is gone."""
+    try:
+        dataset = artifact.load_description(storage.path(f"models/{model_id}"))["metadata"]["dataset"]
+        manifest = Manifest.read(storage.path(manifest_key(dataset)))
+        pictures = PackedPixels(storage.path(packed_key(dataset, PACKED_SIDE)))
+    except (ModelUnavailable, OSError, ValueError, KeyError, TypeError):
+        return []
+    of_validation = manifest.indices("val")
+    places = np.linspace(0, len(of_validation) - 1, min(most, len(of_validation))).round().astype(np.int64)
+    return [pictures[i] for i in of_validation[places].tolist()]
