@@ -7,8 +7,9 @@ import json
 import os
 import platform
 import statistics
+import sys
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,14 +151,22 @@ def hardware(device: torch.device) -> str:
     )
 
 
-def run_key(run: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The same for runs that agree in these."""
-    return json.dumps([run[name] for name in names], sort_keys=True)
+def measure(
+    runs: Iterable[dict[str, Any]], outcome_of: Callable[[dict[str, Any]], dict[str, Any]], results: Path
+) -> list[dict[str, Any]]:
+    """Measures those of the runs that the file of results has not yet, each written down at once: a JSON line.
 
-
-def read_runs(path: Path) -> list[dict[str, Any]]:
-    """A results file's runs, a JSON line each; none where there is no file yet."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    runs: what is to be measured, by name; outcome_of: what comes of one. Returns all that the file has then.
+    """
+    lines = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+    for run in runs:
+        if any(all(line[name] == value for name, value in run.items()) for line in lines):
+            continue
+        lines.append(run | outcome_of(run))
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
+        print(json.dumps(lines[-1]), file=sys.stderr, flush=True)
+    return lines
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:

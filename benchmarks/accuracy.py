@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from _setup import METHODS, Ingested, classifier, fitted, ingested, markdown, read_runs, resolved, run_key
+from _setup import METHODS, Ingested, classifier, fitted, ingested, markdown, measure, resolved
 
 from app import registry
 from app.db.engine import Database
@@ -47,8 +46,6 @@ ALL_METHODS = (*METHODS, "few_shot", "auto")
 # Largest training class over smallest, above which accuracy alone misleads.
 UNEVEN = 3.0
 _FIGURES = {"val_accuracy": "accuracy", "macro_f1": "macro-F1"}
-# What tells runs apart.
-_KEY = ("set", "method", "recipe", "backbone", "seed", "hyperparameters")
 
 
 def main() -> None:
@@ -56,32 +53,27 @@ def main() -> None:
     device = resolve_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    done = {run_key(line, _KEY) for line in read_runs(arguments.results)}
     zips = [path for path in sorted(arguments.data.glob("*.zip")) if not arguments.sets or path.stem in arguments.sets]
+    # Seeds outermost: stopped half-way, every set, method and recipe has been run as often.
+    runs = [
+        {
+            "set": path.stem,
+            "method": method,
+            "recipe": recipe,
+            "backbone": arguments.backbone,
+            "seed": seed,
+            "hyperparameters": json.loads(arguments.hyperparameters),
+        }
+        for seed, path, method, recipe in itertools.product(arguments.seeds, zips, arguments.methods, arguments.recipe)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         storage = LocalStorage(Path(folder))
-        # Seeds outermost: stopped half-way, every set, method and recipe has been run as often.
-        for seed, path, method, recipe in itertools.product(arguments.seeds, zips, arguments.methods, arguments.recipe):
-            run = {
-                "set": path.stem,
-                "method": method,
-                "recipe": recipe,
-                "backbone": arguments.backbone,
-                "seed": seed,
-                "hyperparameters": json.loads(arguments.hyperparameters),
-            }
-            if run_key(run, _KEY) in done:
-                continue
-            outcome = _run(run, ingested(path, storage), weights_dir=arguments.weights, device=device)
-            with arguments.results.open("a", encoding="utf-8") as results:
-                results.write(json.dumps(run | outcome) + "\n")
-            print(
-                f"{path.stem} {method} {recipe} seed {seed}: "
-                f"{outcome['val_accuracy']:.4f} in {outcome['seconds']:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-    lines = read_runs(arguments.results)
+
+        def outcome_of(run: dict[str, Any]) -> dict[str, Any]:
+            data = ingested(arguments.data / f"{run['set']}.zip", storage)
+            return _run(run, data, weights_dir=arguments.weights, device=device)
+
+        lines = measure(runs, outcome_of, arguments.results)
     print(table(lines))
     if arguments.compare:
         print(f"\n{comparison(lines)}")

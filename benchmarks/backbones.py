@@ -11,9 +11,7 @@ are not made again.
 
 import argparse
 import itertools
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -23,42 +21,54 @@ from typing import Any
 
 import numpy as np
 import torch
-from _setup import Ingested, fitted, hardware, ingested, markdown, read_runs, resolved, run_key
+from _setup import Ingested, fitted, hardware, ingested, markdown, measure, resolved
 
 from app.datasets.manifest import Manifest
 from app.jobs.spec import DatasetFacts
 from app.settings import Settings
 from app.storage import LocalStorage
+from app.vision.backbones import BACKBONES
 from app.vision.weights import WeightStore
 from worker.training import methods
 from worker.training.features import FeatureCache
 from worker.training.methods import Surroundings
 
-STARTS = ("random", "graft_small", "mobilenet_v3_small")
+# Training from nothing is "scratch", so that nothing is tuned from random weights.
+# Behind a network's name, where the head reads that alone; else it reads what it would in a job.
+LAST_LAYER = ", last layer"
+STARTS = {
+    "probe": (
+        "random",
+        "graft_small",
+        "mobilenet_v3_small",
+        f"random{LAST_LAYER}",
+        f"graft_small{LAST_LAYER}",
+    ),
+    "tuned": ("graft_small", "mobilenet_v3_small"),
+    "scratch": ("random",),
+}
 METHODS = {"probe": "feature_extraction", "tuned": "full_fine_tuning", "scratch": "from_scratch"}
-# What tells runs apart.
-_KEY = ("set", "shots", "what", "start", "seed")
 
 
 def main() -> None:
     arguments = _arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    done = {run_key(line, _KEY) for line in read_runs(arguments.results)}
-    with tempfile.TemporaryDirectory() as folder:
-        storage = LocalStorage(Path(folder))
+    runs = [
+        {"set": name, "shots": shots, "what": what, "start": start, "seed": seed}
         for seed, name, shots, what in itertools.product(
             arguments.seeds, arguments.sets, arguments.shots, arguments.what
-        ):
-            for start in ("random",) if what == "scratch" else STARTS:
-                run = {"set": name, "shots": shots, "what": what, "start": start, "seed": seed}
-                if run_key(run, _KEY) in done or (what == "tuned" and start == "random"):
-                    continue
-                outcome = _run(run, ingested(arguments.data / f"{name}.zip", storage), arguments.weights)
-                with arguments.results.open("a", encoding="utf-8") as results:
-                    results.write(json.dumps(run | outcome) + "\n")
-                print(json.dumps(run | outcome), file=sys.stderr, flush=True)
-    print(table(read_runs(arguments.results)))
+        )
+        for start in STARTS[what]
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        storage = LocalStorage(Path(folder))
+
+        def outcome_of(run: dict[str, Any]) -> dict[str, Any]:
+            return _run(run, ingested(arguments.data / f"{run['set']}.zip", storage), arguments.weights)
+
+        lines = measure(runs, outcome_of, arguments.results)
+    print(table(lines))
     print(f"\nValidation accuracy, mean ± standard deviation (n). {hardware(torch.device('cpu'))}.")
 
 
@@ -86,8 +96,16 @@ def _cell(values: list[float], *, is_mean: bool) -> str:
 
 def _run(run: dict[str, Any], data: Ingested, weights_dir: Path) -> dict[str, Any]:
     part = _part(data, run["shots"], run["seed"])
-    backbone = "graft_small" if run["start"] != "mobilenet_v3_small" else run["start"]
-    spec = resolved(part, method=METHODS[run["what"]], backbone=backbone, seed=run["seed"], weights_dir=weights_dir)
+    start, reads_last = run["start"].removesuffix(LAST_LAYER), run["start"].endswith(LAST_LAYER)
+    backbone = "graft_small" if start == "random" else start
+    spec = resolved(
+        part,
+        method=METHODS[run["what"]],
+        backbone=backbone,
+        seed=run["seed"],
+        hyperparameters={"feature_layer": BACKBONES[backbone].stage_names[-1]} if reads_last else None,
+        weights_dir=weights_dir,
+    )
     if run["what"] == "scratch":
         tuned = resolved(part, method="full_fine_tuning", backbone=backbone, seed=run["seed"], weights_dir=weights_dir)
         values = spec.hyperparameters.model_copy(update={"epochs": 2 * tuned.hyperparameters.epochs})
@@ -95,8 +113,8 @@ def _run(run: dict[str, Any], data: Ingested, weights_dir: Path) -> dict[str, An
     store = WeightStore.from_settings(Settings(weights_dir=weights_dir, allow_downloads=False))
     found = store.find(backbone)
     assert found is not None, backbone
-    state_dict = None if run["start"] == "random" else store.load(found)
-    start = time.perf_counter()
+    state_dict = None if start == "random" else store.load(found)
+    started_at = time.perf_counter()
     training = methods.prepare(
         spec,
         classifier=methods.build_classifier(spec, len(part.manifest.classes), state_dict=state_dict),
@@ -111,7 +129,7 @@ def _run(run: dict[str, Any], data: Ingested, weights_dir: Path) -> dict[str, An
     return {
         "val_accuracy": conclusion.metrics["val_accuracy"],
         "macro_f1": conclusion.metrics["macro_f1"],
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.perf_counter() - started_at, 1),
     }
 
 

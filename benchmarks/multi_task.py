@@ -10,10 +10,8 @@ the differences, paired by seed. A JSON line is written per run, and runs that t
 
 import argparse
 import itertools
-import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from _setup import Ingested, fitted, hardware, ingested, markdown, read_runs, resolved, run_key
+from _setup import Ingested, fitted, hardware, ingested, markdown, measure, resolved
 from numpy.typing import NDArray
 
 from app.datasets.manifest import Manifest, Task
@@ -55,26 +53,22 @@ class Turned:
         return np.ascontiguousarray(np.rot90(self.images[index], int(self.turns[index])))
 
 
-# What tells runs apart.
-_KEY = ("set", "method", "learns", "seed")
-
-
 def main() -> None:
     arguments = _arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    done = {run_key(line, _KEY) for line in read_runs(arguments.results)}
+    runs = [
+        {"set": name, "method": method, "learns": learns, "seed": seed}
+        for seed, name, method, learns in itertools.product(arguments.seeds, arguments.sets, arguments.methods, LEARNS)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         storage = LocalStorage(Path(folder))
-        for seed, name, method, learns in itertools.product(arguments.seeds, arguments.sets, arguments.methods, LEARNS):
-            run = {"set": name, "method": method, "learns": learns, "seed": seed}
-            if run_key(run, _KEY) in done:
-                continue
-            outcome = _run(run, ingested(arguments.data / f"{name}.zip", storage), arguments.weights)
-            with arguments.results.open("a", encoding="utf-8") as results:
-                results.write(json.dumps(run | outcome) + "\n")
-            print(json.dumps(run | outcome), file=sys.stderr, flush=True)
-    print(table(read_runs(arguments.results)))
+
+        def outcome_of(run: dict[str, Any]) -> dict[str, Any]:
+            return _run(run, ingested(arguments.data / f"{run['set']}.zip", storage), arguments.weights)
+
+        lines = measure(runs, outcome_of, arguments.results)
+    print(table(lines))
     print(f"\n{hardware(torch.device('cpu'))}.")
 
 
