@@ -186,20 +186,24 @@ def test_a_killed_worker_is_restarted_and_its_job_goes_on(graft: RunningGraft, h
 def test_a_batch_whose_process_is_killed_goes_on_and_tells_the_same(graft: RunningGraft, http: httpx.Client) -> None:
     job = finished(http, submit(http, ready_dataset(http), SHORT))
     chance = random.Random(4)
-    archive = zip_of_pictures([picture(label % 2, side=600, chance=chance) for label in range(20)], copies=40)
+    archive = zip_of_pictures([picture(label % 2, side=600, chance=chance) for label in range(20)], copies=120)
     undisturbed = batch_of(http, archive, model=job["model"])
     assert ended_batch(http, undisturbed)["attempt"] == 1
 
     disturbed = batch_of(http, archive, model=job["model"])
-    wait_until(
-        lambda: http.get(f"/v1/batches/{disturbed}").json()["num_images"] > 0,
-        within_seconds=60,
-        otherwise="the batch did not begin",
-    )
-    graft.program("worker.child", "prediction").kill()
+
+    def has_reached(status: str, *, num_images: int) -> bool:
+        told = http.get(f"/v1/batches/{disturbed}").json()
+        return bool(told["status"] == status and told["num_images"] >= num_images)
+
+    wait_until(lambda: has_reached("running", num_images=0), within_seconds=60, otherwise="the batch did not begin")
+    # Looked for before there is a part on disk: a fast batch would be done by the time it is found.
+    running = graft.program("worker.child", "prediction")
+    wait_until(lambda: has_reached("running", num_images=1), within_seconds=60, otherwise="no picture was predicted")
+    running.kill()
     batch = ended_batch(http, disturbed)
 
-    assert (batch["status"], batch["attempt"], batch["num_images"]) == ("succeeded", 2, 800)
+    assert (batch["status"], batch["attempt"], batch["num_images"]) == ("succeeded", 2, 2400)
     for kind in ("jsonl", "csv"):
         assert (
             http.get(batch["results"][kind]).content
