@@ -119,3 +119,25 @@ def test_class_that_is_added_later_has_neighbors_and_sets_too(server: RunningSer
         "thumbnail": None,
     }
     assert prediction["in_distribution"] is True
+
+
+def test_copy_is_tuned_to_the_neighbors_as_the_picture_was_taken_while_they_are_there(
+    server: RunningServer, client: httpx.Client
+) -> None:
+    files = builders.class_folders(12)
+    dataset = upload(server, client, files, val_fraction="0.25")
+    train(server, client, dataset=dataset["id"], promote="always", method="feature_extraction")
+    strange = builders.jpeg(500, size=(60, 60))
+    own = ask(client, strange, "")
+
+    adapted = ask(client, strange, "adapt=neighbors")
+    again = ask(client, strange, "adapt=neighbors&adapt_steps=1")
+
+    assert ask(client, strange, "") == own
+    assert (adapted["adaptation"]["parameters"], adapted["adaptation"]["steps"]) == ("head", 20)
+    assert adapted["adaptation"]["share"] > 0
+    assert len({own["score"], adapted["score"], again["score"]}) == 3
+
+    # What is mapped stays readable; a server that starts after the deletion has nothing to tune to.
+    assert client.delete(f"/v1/datasets/{dataset['id']}").status_code == 200
+    assert ask(client, strange, "adapt=neighbors")["score"] == pytest.approx(adapted["score"], abs=1e-5)

@@ -6,10 +6,21 @@ The numbers come from `app.serving.insight`; here they become the members of an 
 import base64
 from typing import Any
 
-from app.api.schemas import Coverage, Neighbor, Prediction, PredictOptions, TaskPrediction, thumbnail_path
-from app.errors import Conflict
+from app.api.problems import pointer_to
+from app.api.schemas import (
+    Adaptation,
+    ClassScore,
+    Coverage,
+    Neighbor,
+    Prediction,
+    PredictOptions,
+    TaskPrediction,
+    thumbnail_path,
+)
+from app.errors import Conflict, FieldError, InvalidRequest
+from app.serving.adaptation import Plan
 from app.serving.insight import Insight, insight, largest_coverage
-from app.serving.predictor import LoadedModel, Scores
+from app.serving.predictor import Adapted, LoadedModel, Scores
 from app.vision.reference import Neighbour
 
 DEFAULT_TOP_K = 5
@@ -18,12 +29,33 @@ DEFAULT_TOP_K = 5
 def check_has_reference(loaded: LoadedModel, options: PredictOptions) -> None:
     """Raises Conflict where something is asked for that the model has no statistics for."""
     asked = [name for name in ("coverage", "neighbors") if getattr(options, name) is not None]
-    if asked and loaded.reference is None:
+    lacks = loaded.reference is None
+    if options.adapt == "neighbors":
+        asked.append("adapt=neighbors")
+        lacks = loaded.reference is None or loaded.reference.lengths is None
+    if asked and lacks:
         raise Conflict(
             f"This model was made without the statistics that {' and '.join(asked)} need: by an earlier version of "
             "Graft, or on a single validation picture. Train it again.",
             code="no-statistics",
         )
+
+
+def plan_of(options: PredictOptions) -> Plan | None:
+    """None where nothing is to be adapted. Raises InvalidRequest for what does not go together."""
+    given = {name: getattr(options, f"adapt_{name}") for name in ("parameters", "steps", "learning_rate")}
+    if options.adapt is None:
+        lost = [f"adapt_{name}" for name, value in given.items() if value is not None]
+        if lost:
+            detail = "means nothing without adapt=neighbors or adapt=entropy"
+            raise InvalidRequest(
+                f"{', '.join(lost)} {detail}.", errors=[FieldError(pointer_to(name), detail) for name in lost]
+            )
+        return None
+    try:
+        return Plan.of(options.adapt, **given)
+    except ValueError as error:
+        raise InvalidRequest(f"{error}.", errors=[FieldError("#/adapt_parameters", str(error))]) from None
 
 
 def coverage_of(loaded: LoadedModel, options: PredictOptions) -> Coverage | None:
@@ -35,10 +67,20 @@ def coverage_of(loaded: LoadedModel, options: PredictOptions) -> Coverage | None
 
 
 def answer(
-    scores: Scores, loaded: LoadedModel, options: PredictOptions, *, filename: str | None, explanation: bytes | None
+    own: Scores,
+    loaded: LoadedModel,
+    options: PredictOptions,
+    *,
+    adapted: Adapted | None,
+    filename: str | None,
+    explanation: bytes | None,
 ) -> Prediction:
-    """explanation: a PNG, where one was asked for."""
-    found = _insight(scores, loaded, options)
+    """own: the model's own scores; adapted: those of a copy, which are answered in their place. explanation: a PNG.
+
+    What is held against the model's statistics is its own: they are of no copy.
+    """
+    found = _insight(own, loaded, options)
+    scores = adapted.scores if adapted else own
     top_k = options.top_k or DEFAULT_TOP_K
     tasks = {task: TaskPrediction(**_best(of_task, top_k, found, task)) for task, of_task in scores.tasks.items()}
     return Prediction(
@@ -48,7 +90,23 @@ def answer(
         in_distribution=found and found.in_distribution,
         ood_score=found and found.ood_score,
         neighbors=[_neighbor(each, loaded) for each in found.neighbours] if found and options.neighbors else None,
+        adaptation=adapted and _adaptation(adapted, own, options),
         explanation=None if explanation is None else f"data:image/png;base64,{base64.b64encode(explanation).decode()}",
+    )
+
+
+def _adaptation(adapted: Adapted, own: Scores, options: PredictOptions) -> Adaptation:
+    plan = plan_of(options)
+    assert plan is not None, "adapted by it"
+    ((label, score),) = own.top(1)
+    return Adaptation(
+        method=plan.method,
+        parameters=plan.parameters,
+        steps=plan.steps,
+        learning_rate=plan.learning_rate,
+        share=adapted.share,
+        before=ClassScore(label=label, score=score),
+        seconds=round(adapted.seconds, 4),
     )
 
 

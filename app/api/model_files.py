@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, Response
 from app import registry
 from app.api import cards
 from app.api.cards import Facts
-from app.api.check_pictures import validation_pictures
+from app.api.dataset_pictures import validation_pictures
 from app.api.deps import ServicesDep
 from app.api.models import ModelName
 from app.api.openapi import problems

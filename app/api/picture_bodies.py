@@ -79,7 +79,6 @@ async def _read_form(request: Request, *, known: set[str], max_bytes: int) -> Pi
                     fields[name] = part
     except HTTPException as error:
         raise InvalidRequest(f"The form cannot be read: {error.detail} {_HOW_TO}") from None
-    refuse_later_options(fields)
     unknown = fields.keys() - known
     if unknown:
         raise InvalidRequest(
@@ -113,7 +112,6 @@ def _base_name(filename: str | None) -> str | None:
 
 def _read_json(body: bytes, schema: type[PicturesRequest]) -> PictureBody:
     content = strict_json(body)
-    refuse_later_options(content)
     asked = parse_as(schema, content)
     pictures = [
         Picture(filename=_base_name(image.filename), encoded=_decoded(image.b64, index))
@@ -127,16 +125,3 @@ def _decoded(text: str, index: int) -> bytes | ImageRefused:
         return bytes_of(text)
     except ValueError:
         return ImageRefused("not valid base64", errors=[FieldError(f"#/images/{index}/b64", "is not valid base64")])
-
-
-# Options of the contract that this version does not have yet: asked for, they must not be passed over in silence.
-LATER_OPTIONS = ("adapt",)
-
-
-def refuse_later_options(fields: Any) -> None:
-    asked = [name for name in LATER_OPTIONS if name in fields]
-    if asked:
-        raise InvalidRequest(
-            f"This version of Graft does not have {', '.join(asked)} yet; leave it out.",
-            errors=[FieldError(pointer_to(name), "is not there yet") for name in asked],
-        )

@@ -1,13 +1,13 @@
 """POST /predict: pictures in any of three bodies, told apart by their first bytes, answered by a trained model."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app import registry
-from app.api.answers import DEFAULT_TOP_K, answer, check_has_reference, coverage_of
+from app.api.answers import DEFAULT_TOP_K, answer, check_has_reference, coverage_of, plan_of
 from app.api.classifiers import model_id_of, refuse_large_single
 from app.api.deps import ServicesDep, unless_disconnected
 from app.api.openapi import problems
@@ -17,7 +17,7 @@ from app.api.schemas import FailedPrediction, Prediction, Predictions, PredictOp
 from app.api.services import Services
 from app.api.strict_json import parse_as
 from app.errors import FieldError, ImageRefused, InvalidRequest
-from app.serving.predictor import LoadedModel, Scores
+from app.serving.predictor import Adapted, LoadedModel, Scores
 
 router = APIRouter(tags=["prediction"])
 
@@ -40,6 +40,10 @@ router = APIRouter(tags=["prediction"])
                         "explain": {"type": "boolean"},
                         "coverage": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
                         "neighbors": {"type": "integer", "minimum": 1, "maximum": 50},
+                        "adapt": {"type": "string", "enum": ["neighbors", "entropy"]},
+                        "adapt_parameters": {"type": "string", "enum": ["head", "normalisation", "all"]},
+                        "adapt_steps": {"type": "integer", "minimum": 1, "maximum": 50},
+                        "adapt_learning_rate": {"type": "number", "exclusiveMinimum": 0, "maximum": 1000},
                     },
                     required=[],
                 ),
@@ -74,11 +78,24 @@ async def predict(
     neighbors: Annotated[
         int | None, Query(ge=1, le=50, description="Add so many of the training pictures that are most like it.")
     ] = None,
+    adapt: Annotated[
+        Literal["neighbors", "entropy"] | None,
+        Query(description="Tune a copy of the model to each picture before it answers; the model stays as it is."),
+    ] = None,
+    adapt_parameters: Annotated[
+        Literal["head", "normalisation", "all"] | None,
+        Query(description="What is tuned: head by neighbors; normalisation, the usual, or all by entropy."),
+    ] = None,
+    adapt_steps: Annotated[int | None, Query(ge=1, le=50, description="Gradient steps.")] = None,
+    adapt_learning_rate: Annotated[float | None, Query(gt=0, le=1000, description="Of these steps.")] = None,
 ) -> Response:
     asked = await read_pictures(request, schema=PredictRequest, max_bytes=services.settings.max_predict_bytes)
     in_query: dict[str, Any] = {"model": model, "top_k": top_k, "store": store}
     in_query |= {"explain": explain, "coverage": coverage, "neighbors": neighbors}
+    in_query |= {"adapt": adapt, "adapt_parameters": adapt_parameters}
+    in_query |= {"adapt_steps": adapt_steps, "adapt_learning_rate": adapt_learning_rate}
     options = _options(in_query, asked.fields)
+    plan_of(options)  # for what it refuses
     if options.store:
         services.shelf.check_is_open()
     if len(asked.pictures) > services.settings.max_predict_images:
@@ -136,14 +153,18 @@ async def _answers(
 ) -> list[Prediction]:
     """What is said of each picture that could be read."""
     read = [(picture, scores) for picture, scores in results if isinstance(scores, Scores)]
+    encoded = [picture.encoded for picture, _ in read if isinstance(picture.encoded, bytes)]
+    adapted: Sequence[Adapted | None] = [None] * len(read)
+    if plan := plan_of(options):
+        own = [scores for _, scores in read]
+        adapted = await unless_disconnected(request, services.predictor.adapt(loaded.id, encoded, own, plan))
     explanations: Sequence[bytes | None] = [None] * len(read)
     if options.explain:
-        encoded = [picture.encoded for picture, _ in read if isinstance(picture.encoded, bytes)]
-        labels = [scores.best for _, scores in read]
+        labels = [(copy.scores if copy else scores).best for (_, scores), copy in zip(read, adapted, strict=True)]
         explanations = await unless_disconnected(request, services.predictor.explain(loaded.id, encoded, labels))
     return [
-        answer(scores, loaded, options, filename=picture.filename, explanation=explanation)
-        for (picture, scores), explanation in zip(read, explanations, strict=True)
+        answer(scores, loaded, options, adapted=copy, filename=picture.filename, explanation=explanation)
+        for (picture, scores), copy, explanation in zip(read, adapted, explanations, strict=True)
     ]
 
 

@@ -497,6 +497,10 @@ class PredictOptions(BaseModel):
     explain: bool | None = None
     coverage: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
     neighbors: Annotated[int, Field(ge=1, le=50)] | None = None
+    adapt: Literal["neighbors", "entropy"] | None = None
+    adapt_parameters: Literal["head", "normalisation", "all"] | None = None
+    adapt_steps: Annotated[int, Field(ge=1, le=50)] | None = None
+    adapt_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = None
 
 
 class PredictRequest(PredictOptions, PicturesRequest):
@@ -541,6 +545,21 @@ class Neighbor(Schema):
     thumbnail: str | None = Field(description="Where a small JPEG of it can be had, while there is the data set.")
 
 
+class Adaptation(Schema):
+    """How a copy of the model was tuned to the picture before it answered."""
+
+    method: Literal["neighbors", "entropy"]
+    parameters: Literal["head", "normalisation", "all"]
+    steps: int
+    learning_rate: float
+    share: float = Field(
+        description="How much the copy's answer counts beside the model's own, 0 to 1: the stranger the picture, the "
+        "more, and all of it where in_distribution is false."
+    )
+    before: ClassScore = Field(description="What the model itself says.")
+    seconds: float = Field(description="What it cost, waiting for the device included.")
+
+
 class Prediction(TaskPrediction):
     """Of several tasks, the first one's, and all of them as `tasks`."""
 
@@ -558,6 +577,7 @@ class Prediction(TaskPrediction):
         "0.1 or below, and 0.5 is where in_distribution ends."
     )
     neighbors: list[Neighbor] | None = _unless_none("With `neighbors`: the training pictures most like it.")
+    adaptation: Adaptation | None = _unless_none("With `adapt`.")
     explanation: str | None = _unless_none(
         "With `explain`: a PNG as data URL, the picture in grey and over it in colours what speaks for `label`; "
         "whitened where the network does not look."

@@ -9,7 +9,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import registry
-from app.api.check_pictures import check_pixels
+from app.api.dataset_pictures import check_pixels, training_pictures
 from app.api.kept_predictions import Shelf
 from app.api.metrics import Metrics
 from app.api.pictures import Pictures
@@ -79,6 +79,7 @@ def open_services(settings: Settings) -> Services:
         timeout_seconds=settings.predict_timeout_seconds,
         builds_engines=settings.serving_engine == "auto",
         check_pixels=lambda model_id, preprocessing: check_pixels(model_id, preprocessing, storage),
+        training_pictures=lambda dataset_id, image_ids: training_pictures(dataset_id, image_ids, storage),
         on_load=lambda is_loaded: metrics.count_model_load(is_loaded=is_loaded),
         on_batch=metrics.observe_batch,
     )

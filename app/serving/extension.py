@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +49,9 @@ def extend(parent: Artifact, support: Support, name: str, features: Tensor) -> E
     artifact = replace(parent, classifier=classifier.eval(), classes=[*parent.classes, name], support=longer)
     found, metrics, evaluation = _measured(artifact, longer)
     artifact.reference = parent.reference and parent.reference.extended(
-        features.numpy(), label=old.out_features, probability_of_true=found.probability_of_true
+        features.numpy(),
+        np.full((count, 1), old.out_features),
+        probability_of_true=[found.probability_of_true],
     )
     return Extension(artifact, metrics, evaluation)
 

@@ -28,8 +28,9 @@ import structlog
 import torch
 from torch import Tensor
 
-from app.errors import FieldError, ImageRefused, InvalidRequest, Overloaded, StorageFull
+from app.errors import Conflict, FieldError, ImageRefused, InvalidRequest, Overloaded, StorageFull
 from app.serving import engines
+from app.serving.adaptation import NEIGHBOURS, Head, Plan, by_entropy, by_neighbours, share_of, views_of
 from app.serving.batcher import Batcher
 from app.serving.engines import Engine, TorchEngine
 from app.storage import LocalStorage
@@ -40,6 +41,7 @@ from app.vision.classifier import Classifier
 from app.vision.device import usable_cores
 from app.vision.heatmaps import Heat, HeatMaps, drawn, log_odds
 from app.vision.images import ImageLimits, Pixels
+from app.vision.likeness import seen_alike
 from app.vision.outputs import Output, probabilities
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 
@@ -90,6 +92,18 @@ class Scores:
         return [(self.classes[i], self.values[i]) for i in best]
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """What a copy of a model says that was tuned to the picture. scores: the copy's, as far as they count: `share`.
+
+    seconds: that it took, waiting for the device included.
+    """
+
+    scores: Scores
+    share: float
+    seconds: float
+
+
 class Network:
     """A backbone on its device, which any number of models may share. key: the same for the same weights."""
 
@@ -115,17 +129,16 @@ class Network:
 
         Raises Overloaded if the device has no memory left for it.
         """
-        try:
+        with _memory_or_overloaded():
             image = normalise(pixels.unsqueeze(0).to(self._device), self.preprocessing, torch.float32)
             return self._heat_maps.evidence(image, score)
-        except torch.OutOfMemoryError:
-            raise Overloaded("The device is out of memory; try again soon.", retry_after_seconds=5) from None
 
 
 class LoadedModel:
     """A model that is ready: a network, maybe shared, and a head of its own.
 
     dataset_id: what it was trained on. reference: what its answers are held against; old models have none.
+    neighbours: the reference's pictures, uint8 (H, W, 3) where they are to be had; None until they were looked for.
     """
 
     def __init__(self, model_id: str, loaded: Artifact, network: Network) -> None:
@@ -135,25 +148,65 @@ class LoadedModel:
         self.preprocessing = loaded.preprocessing
         self.dataset_id: str | None = loaded.metadata.get("dataset")
         self.reference = loaded.reference
+        self.neighbours: Sequence[Pixels | None] | None = None
         head = loaded.classifier.head
-        self._weight, self._bias = head.weight.detach().T.contiguous(), head.bias.detach()
-        self.size_bytes = self._weight.nbytes + self._bias.nbytes
+        self.head = Head(head.weight.detach().T.contiguous(), head.bias.detach())
+        self.size_bytes = self.head.weight.nbytes + self.head.bias.nbytes
         self.size_bytes += self.reference.size_bytes if self.reference else 0
 
     def probabilities(self, features: Tensor) -> Tensor:
         """features: float32 (N, D). Returns float32 (N, C), calibrated, of all outputs."""
-        return probabilities(features @ self._weight + self._bias, self.outputs)
+        return probabilities(self.head.logits(features), self.outputs)
 
     def evidence(self, pixels: Tensor, label: int) -> Heat:
         """Where in one picture, uint8 (3, S, S), is what speaks for a label of the first task: (S, S), 0 to 1."""
         count = len(self.outputs[0].classes)
 
         def score(features: Tensor) -> Tensor:
-            device = features.device
-            logits = features @ self._weight[:, :count].to(device) + self._bias[:count].to(device)
-            return log_odds(logits, label)
+            weight, bias = (part[..., :count].to(features.device) for part in self.head)
+            return log_odds(features @ weight + bias, label)
 
         return self.network.evidence(pixels, score)
+
+    def ood_score(self, features: Tensor) -> float | None:
+        """Of one picture, by its features, float32 (D,); None without a reference."""
+        reference = self.reference
+        return None if reference is None else reference.ood_score(reference.similarities(features.numpy()))
+
+    def tuned_by_entropy(self, views: Tensor, plan: Plan) -> Tensor:
+        """Logits (C,) of a picture by a copy that was tuned to views of it, uint8 (V, 3, S, S). Raises Overloaded."""
+        reference = self.reference
+
+        def likeness(features: Tensor) -> Tensor:
+            assert reference is not None
+            return torch.from_numpy(reference.likeness(features.numpy()))
+
+        with _memory_or_overloaded():
+            return by_entropy(
+                self.network.backbone,
+                self.head,
+                views,
+                self.outputs,
+                self.preprocessing,
+                plan,
+                likeness=likeness if reference else None,
+            )
+
+    def neighbours_of(self, features: Tensor) -> list[int]:
+        """Places in the reference of the training pictures most like one, whose pictures are to be had.
+
+        Raises Conflict where none is.
+        """
+        assert self.reference is not None and self.neighbours is not None, "looked for before"
+        likeness = self.reference.similarities(features.numpy())
+        order = [place for place in likeness.argsort()[::-1].tolist() if self.neighbours[place] is not None]
+        if not order:
+            raise Conflict(
+                "The data set that this model was trained on was deleted, and with it the pictures that "
+                "adapt=neighbors tunes to; adapt=entropy needs none.",
+                code="no-training-pictures",
+            )
+        return order[:NEIGHBOURS]
 
 
 @dataclass(frozen=True)
@@ -178,15 +231,18 @@ class Predictor:
         timeout_seconds: float,
         builds_engines: bool,
         check_pixels: Callable[[str, Preprocessing], Tensor | None] = lambda _model_id, _preprocessing: None,
+        training_pictures: Callable[[str, Sequence[str | None]], Sequence[Pixels | None]] = lambda _dataset_id, ids: [
+            None for _ in ids
+        ],
         on_load: Callable[[bool], None] = lambda is_loaded: None,
         on_batch: Callable[[int], None] = lambda _size: None,
     ) -> None:
         """max_loaded_bytes: of weights, the default model's aside. max_pending: pictures that may wait or be worked on.
 
         timeout_seconds: the longest that a picture waits for the device. builds_engines: whether a busy network may be
-        given a faster engine than torch. check_pixels: validation pictures of a model,
-        uint8 (N, 3, S, S), to compare engines on. on_load: told of each load whether it succeeded. on_batch: told of
-        each batch's size.
+        given a faster engine than torch. check_pixels: validation pictures of a model, uint8 (N, 3, S, S), to compare
+        engines on. training_pictures: a data set's, by their ids; None for those that are not to be had. on_load: told
+        of each load whether it succeeded. on_batch: told of each batch's size.
         """
         self._storage = storage
         self._device = device
@@ -196,6 +252,7 @@ class Predictor:
         self._timeout_seconds = timeout_seconds
         self._builds_engines = builds_engines and device.type == "cpu"
         self._check_pixels = check_pixels
+        self._training_pictures = training_pictures
         self._on_load = on_load
         self._pending = 0
         self._default: str | None = None
@@ -267,6 +324,22 @@ class Predictor:
             model = await self.load(model_id)
             asked = zip(pictures, labels, strict=True)
             return await asyncio.gather(*(self._explain(model, picture, label) for picture, label in asked))
+
+    async def adapt(
+        self, model_id: str, pictures: Sequence[bytes], scores: Sequence[Scores], plan: Plan
+    ) -> list[Adapted]:
+        """What copies of the model say, each tuned to one of the pictures. scores: the model's own, of each.
+
+        One picture at a time on the device, so that other forward passes come in between.
+        Raises Conflict where there is nothing to tune to, ImageRefused, and what `predict` raises.
+        """
+        with self._place_for(len(pictures)):
+            model = await self.load(model_id)
+            if plan.method == "neighbors" and model.neighbours is None:
+                loop = asyncio.get_running_loop()
+                model.neighbours = await loop.run_in_executor(self._decoders, self._neighbours, model)
+            asked = zip(pictures, scores, strict=True)
+            return await asyncio.gather(*(self._adapt(model, picture, own, plan) for picture, own in asked))
 
     async def load(self, model_id: str) -> LoadedModel:
         """The model, ready for use; loaded first if need be, once however many ask. Raises ModelUnavailable."""
@@ -359,6 +432,49 @@ class Predictor:
         seen, pixels = await loop.run_in_executor(self._decoders, seen_and_prepared)
         heat = await self._batcher.alone(model.evidence, pixels, label)
         return await loop.run_in_executor(self._decoders, drawn, seen, heat, preprocessing)
+
+    async def _adapt(self, model: LoadedModel, picture: bytes, own: Scores, plan: Plan) -> Adapted:
+        loop, start = asyncio.get_running_loop(), time.perf_counter()
+        features = own.features
+        assert features is not None, "scores come with what they were made of"
+
+        def prepared() -> tuple[Tensor, list[int]]:
+            """What the device is to look at: views of the picture, or its neighbours, as it was taken."""
+            pixels = self._pixels(picture, model.preprocessing)
+            if plan.method == "entropy":
+                return views_of(pixels), []
+            places = model.neighbours_of(features)
+            found = [eval_pixels(each, model.preprocessing) for each in self._pictures_at(model, places)]
+            return seen_alike(torch.stack(found), pixels), places
+
+        def answered(logits: Tensor) -> Scores:
+            plain = model.head.logits(features)
+            blended = plain + share * (logits - plain)
+            (row,) = probabilities(blended.unsqueeze(0), model.outputs).tolist()
+            return Scores.of(row, model.outputs, features=features)
+
+        share = share_of(model.ood_score(features))
+        images, places = await loop.run_in_executor(self._decoders, prepared)
+        if plan.method == "entropy":
+            logits = await self._batcher.alone(model.tuned_by_entropy, images, plan)
+        else:
+            assert model.reference is not None
+            seen = await self._batcher.alone(model.network.features, images)
+            as_they_are = torch.from_numpy(model.reference.raw(places))
+            logits = await loop.run_in_executor(
+                self._decoders, by_neighbours, model.head, features, seen, as_they_are, model.outputs, plan
+            )
+        return Adapted(answered(logits), share, time.perf_counter() - start)
+
+    def _neighbours(self, model: LoadedModel) -> Sequence[Pixels | None]:
+        assert model.reference is not None, "checked by who asks for neighbours"
+        image_ids = [image and image[0] for image in model.reference.images]
+        return self._training_pictures(model.dataset_id or "", image_ids)
+
+    @staticmethod
+    def _pictures_at(model: LoadedModel, places: Sequence[int]) -> list[Pixels]:
+        pictures = model.neighbours or []
+        return [picture for place in places if (picture := pictures[place]) is not None]
 
     async def _run(self, model: LoadedModel, pixels: Tensor) -> Scores:
         network = model.network
@@ -464,6 +580,14 @@ def _run(network: Network, asked: Sequence[_Asked]) -> list[Scores]:
         for i, row in zip(places, rows, strict=True):
             scores[i] = Scores.of(row, model.outputs, features=found[i])
     return [one for one in scores if one is not None]
+
+
+@contextlib.contextmanager
+def _memory_or_overloaded() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise Overloaded("The device is out of memory; try again soon.", retry_after_seconds=5) from None
 
 
 def _check_preprocessed(batch: Tensor, preprocessing: Preprocessing) -> None:

@@ -232,6 +232,8 @@ def _save_reference(path: Path, reference: Reference) -> _ReferenceRecord:
         "labels": torch.from_numpy(reference.labels),
         **{f"errors.{task}": torch.from_numpy(errors) for task, errors in enumerate(reference.errors)},
     }
+    if reference.lengths is not None:
+        tensors["lengths"] = torch.from_numpy(reference.lengths)
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     return _ReferenceRecord(
         sha256=file_sha256(path),
@@ -248,9 +250,10 @@ def _load_reference(path: Path, model: _ModelFile, *, feature_width: int) -> Ref
         return None
     errors = [f"errors.{task}" for task in range(task_count)]
     what = "what its answers are held against"
-    tensors = _read_beside(path, record, names=["features", "labels", *errors], what=what)
-    count = len(record.images)
-    if tensors["features"].shape != (count, feature_width) or tensors["labels"].shape != (count, task_count):
+    tensors = _read_beside(path, record, names=["features", "labels", *errors], if_there=["lengths"], what=what)
+    count, lengths = len(record.images), tensors.get("lengths")
+    shapes = {"features": (count, feature_width), "labels": (count, task_count), "lengths": (count,)}
+    if any(tuple(tensors[name].shape) != shape for name, shape in shapes.items() if name in tensors):
         raise _damaged(f"{what} belongs to another model")
     return Reference(
         features=tensors["features"].float().numpy(),
@@ -258,17 +261,20 @@ def _load_reference(path: Path, model: _ModelFile, *, feature_width: int) -> Ref
         images=record.images,
         novelty=Novelty(record.typical_distance, record.limit_distance),
         errors=[tensors[name].numpy() for name in errors],
+        lengths=None if lengths is None else lengths.numpy(),
     )
 
 
-def _read_beside(path: Path, record: _WeightsRecord, *, names: Sequence[str], what: str) -> dict[str, Tensor]:
+def _read_beside(
+    path: Path, record: _WeightsRecord, *, names: Sequence[str], if_there: Sequence[str] = (), what: str
+) -> dict[str, Tensor]:
     """These tensors of a file beside the weights; what: it is, as the refusal of a damaged one calls it."""
     try:
         encoded = path.read_bytes()
         if hashlib.sha256(encoded).hexdigest() != record.sha256:
             raise _damaged(f"{what} differs from what was saved")
         tensors = safetensors.torch.load(encoded)
-        return {name: tensors[name] for name in names}
+        return {name: tensors[name] for name in (*names, *(name for name in if_there if name in tensors))}
     except (OSError, SafetensorError, KeyError) as error:
         raise _damaged(f"{what} is missing or damaged") from error
 

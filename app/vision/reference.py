@@ -80,7 +80,8 @@ class Reference:
     """features: float32 (N, D) of unit length, of training pictures, in half precision's values; labels: int64 (N, T).
 
     images: id and path of each; None for one that is in no data set. errors: for each task, float32, ascending, what
-    the calibrated probability of the true class lacked to 1 on held-out pictures.
+    the calibrated probability of the true class lacked to 1 on held-out pictures. lengths: float32 (N,), of the
+    features before they were made unit; models of earlier versions have none.
     """
 
     features: Features
@@ -88,6 +89,7 @@ class Reference:
     images: Sequence[tuple[str, str] | None]
     novelty: Novelty
     errors: Sequence[NDArray[np.float32]]
+    lengths: NDArray[np.float32] | None = None
 
     @classmethod
     def fit(
@@ -112,30 +114,38 @@ class Reference:
             images=images,
             novelty=Novelty.of(np.array(distances)),
             errors=[errors_of(each) for each in probability_of_true],
+            lengths=_lengths(features),
         )
 
     def extended(
-        self, features: NDArray[np.floating], *, label: int, probability_of_true: NDArray[np.floating]
+        self,
+        features: NDArray[np.floating],
+        labels: NDArray[np.int64],
+        *,
+        probability_of_true: Sequence[NDArray[np.floating]],
     ) -> Self:
-        """With pictures of a new class beside the others, (K, D), for a model of one task that knows it now.
+        """With pictures beside the others that are in no data set, (K, D) and (K, T), for a model that knows them now.
 
-        probability_of_true: of held-out pictures, by that model. What counts as known is left where it was: held-out
-        pictures are no further from more pictures than from fewer.
+        labels: may be of a class that is new; -1 for none. probability_of_true: as in `fit`, by that model. What
+        counts as known is left where it was: held-out pictures are no further from more pictures than from fewer.
         """
-        labels = np.concatenate([self.labels, np.full((len(features), 1), label)])
-        kept = choose(labels[:, 0], class_count=label + 1, seed=0)
+        every_label = np.concatenate([self.labels, labels])
+        kept = choose(every_label[:, 0], class_count=int(every_label[:, 0].max()) + 1, seed=0)
         images = [*self.images, *[None] * len(features)]
+        lengths = None if self.lengths is None else np.concatenate([self.lengths, _lengths(features)])[kept]
         return replace(
             self,
             features=np.concatenate([self.features, halved(unit(features))])[kept],
-            labels=labels[kept],
+            labels=every_label[kept],
             images=[images[i] for i in kept.tolist()],
-            errors=[errors_of(probability_of_true)],
+            errors=[errors_of(each) for each in probability_of_true],
+            lengths=lengths,
         )
 
     @property
     def size_bytes(self) -> int:
-        return self.features.nbytes + self.labels.nbytes + sum(errors.nbytes for errors in self.errors)
+        lengths = 0 if self.lengths is None else self.lengths.nbytes
+        return self.features.nbytes + self.labels.nbytes + lengths + sum(errors.nbytes for errors in self.errors)
 
     def similarities(self, features: NDArray[np.floating]) -> Features:
         """Cosine of a picture, (D,), to each training picture: (N,)."""
@@ -147,6 +157,17 @@ class Reference:
         Of held-out pictures half are at 0.1 or below, and 95 % at 0.5 or below.
         """
         return self.novelty.score(1 - float(similarities.max()))
+
+    def likeness(self, features: NDArray[np.floating]) -> Features:
+        """Cosine of each of several pictures, (K, D), to the training picture nearest to it: (K,)."""
+        nearest = [float(self.similarities(each).max()) for each in features]
+        return np.array(nearest, dtype=np.float32)
+
+    def raw(self, places: Sequence[int]) -> Features:
+        """Features of these pictures as the head sees them, to half precision: (K, D)."""
+        assert self.lengths is not None, "asked for where they are"
+        chosen = list(places)
+        return np.asarray(self.features[chosen] * self.lengths[chosen, np.newaxis], dtype=np.float32)
 
     def nearest(self, similarities: Features, count: int) -> list[Neighbour]:
         """The min(count, N) most similar training pictures, the nearest first."""
@@ -195,6 +216,10 @@ def unit(features: NDArray[np.floating]) -> Features:
     """(N, D), each row of length 1."""
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     return np.asarray(features / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)
+
+
+def _lengths(features: NDArray[np.floating]) -> NDArray[np.float32]:
+    return np.asarray(np.linalg.norm(features, axis=1), dtype=np.float32)
 
 
 def halved(features: Features) -> Features:

@@ -158,18 +158,6 @@ def test_top_k_out_of_range_is_pointed_at(client: httpx.Client, model: str, top_
         assert problem["errors"][0]["pointer"] == "#/top_k"
 
 
-@pytest.mark.parametrize("option", ["adapt"])
-def test_options_of_later_versions_are_refused(client: httpx.Client, model: str, option: str) -> None:
-    in_query = client.post(f"/predict?{option}=1", content=PICTURE)
-    in_json = client.post("/predict", json={"images": [{"b64": b64(PICTURE)}], option: 1})
-    in_form = client.post("/predict", files={"file": ("a.jpg", PICTURE)}, data={option: "1"})
-
-    for response in (in_query, in_json, in_form):
-        problem = assert_is_problem(response, 422, "invalid-request")
-        assert problem["errors"][0]["pointer"] == f"#/{option}"
-        assert "does not have" in problem["detail"]
-
-
 @pytest.mark.parametrize(
     "request_options",
     [

@@ -242,3 +242,102 @@ def test_explanations_count_as_work_and_leave_nothing_behind(server: RunningServ
 
     assert len({each["explanation"] for each in found}) == len(HELD_OUT)
     assert server.services.predictor.pending == 0
+
+
+# Instance tuning
+
+
+@FORMS
+def test_copy_tuned_by_entropy_answers_and_the_model_stays_as_it_was(client: httpx.Client, ask: Ask) -> None:
+    before = the_one(ask(client, STRANGE))
+
+    adapted = the_one(ask(client, STRANGE, adapt="entropy"))
+    after = the_one(ask(client, STRANGE))
+
+    assert set(adapted) == {*TRUSTED, "adaptation"}
+    assert after == before
+    assert adapted["score"] != before["score"]
+    assert sum(row["score"] for row in adapted["top"]) == pytest.approx(1.0, abs=1e-5)
+    assert (adapted["ood_score"], adapted["in_distribution"]) == (before["ood_score"], before["in_distribution"])
+    seconds = adapted["adaptation"].pop("seconds")
+    assert 0 < seconds < 60
+    assert adapted["adaptation"] == {
+        "method": "entropy",
+        "parameters": "normalisation",
+        "steps": 1,
+        "learning_rate": 0.005,
+        "share": 1.0,
+        "before": {"label": before["label"], "score": pytest.approx(before["score"], abs=1e-5)},
+    }
+
+
+@FORMS
+def test_steps_learning_rate_and_parameters_of_the_copy_can_be_chosen(client: httpx.Client, ask: Ask) -> None:
+    asked = {"adapt_parameters": "all", "adapt_steps": 2, "adapt_learning_rate": 0.001}
+
+    told = the_one(ask(client, STRANGE, adapt="entropy", **asked))["adaptation"]
+
+    assert {f"adapt_{name}": told[name] for name in ("parameters", "steps", "learning_rate")} == asked
+
+
+def test_picture_of_the_usual_kind_is_hardly_answered_by_the_copy(client: httpx.Client) -> None:
+    own, adapted = the_one(in_query(client)), the_one(in_query(client, adapt="entropy"))
+
+    assert adapted["adaptation"]["share"] < 0.04
+    assert adapted["score"] == pytest.approx(own["score"], abs=0.05)
+
+
+def test_each_picture_has_a_copy_of_its_own(client: httpx.Client) -> None:
+    files = [("file", ("a.jpg", STRANGE)), ("file", ("b.jpg", BROKEN)), ("file", ("c.jpg", PICTURE))]
+
+    strange, broken, known = client.post("/predict?adapt=entropy", files=files).json()["predictions"]
+
+    assert set(broken) == {"filename", "error"}
+    for together, picture in ((strange, STRANGE), (known, PICTURE)):
+        alone = the_one(in_query(client, picture, adapt="entropy"))
+        assert together["label"] == alone["label"]
+        assert together["score"] == pytest.approx(alone["score"], abs=1e-4)
+
+
+def test_model_without_statistics_is_tuned_by_its_surest_views(client: httpx.Client) -> None:
+    adapted = the_one(in_query(client, STRANGE, model="old", adapt="entropy"))
+
+    assert set(adapted) == {"filename", "label", "score", "top", "adaptation"}
+    assert adapted["adaptation"]["share"] == 1.0
+
+
+@pytest.mark.parametrize(("model", "code"), [("old", "no-statistics"), ("default", "no-training-pictures")])
+def test_neighbors_to_tune_to_that_are_not_there_are_a_conflict(client: httpx.Client, model: str, code: str) -> None:
+    problem = assert_is_problem(in_query(client, model=model, adapt="neighbors"), 409, code)
+
+    assert "adapt=neighbors" in problem["detail"]
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("options", "pointer"),
+    [
+        ({"adapt": "sometimes"}, "#/adapt"),
+        ({"adapt": "entropy", "adapt_steps": 0}, "#/adapt_steps"),
+        ({"adapt": "entropy", "adapt_steps": 51}, "#/adapt_steps"),
+        ({"adapt": "entropy", "adapt_learning_rate": 0}, "#/adapt_learning_rate"),
+        ({"adapt": "entropy", "adapt_parameters": "head"}, "#/adapt_parameters"),
+        ({"adapt": "neighbors", "adapt_parameters": "all"}, "#/adapt_parameters"),
+        ({"adapt_steps": 2}, "#/adapt_steps"),
+    ],
+)
+def test_adaptation_that_is_none_is_pointed_at(
+    client: httpx.Client, ask: Ask, options: dict[str, Any], pointer: str
+) -> None:
+    problem = assert_is_problem(ask(client, **options), 422, "invalid-request")
+
+    assert [error["pointer"] for error in problem["errors"]] == [pointer]
+
+
+def test_set_and_heat_map_go_with_an_adapted_answer(client: httpx.Client) -> None:
+    own = the_one(in_query(client, STRANGE, coverage=0.9))
+
+    adapted = the_one(in_query(client, STRANGE, adapt="entropy", coverage=0.9, explain="true", neighbors=1))
+
+    assert set(adapted) == {*TRUSTED, "adaptation", "prediction_set", "explanation", "neighbors"}
+    assert adapted["prediction_set"] == own["prediction_set"]

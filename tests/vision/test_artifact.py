@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,8 @@ def test_what_answers_are_held_against_comes_back_to_the_bit(tmp_path: Path) -> 
     assert after is not None
     assert np.array_equal(before.features, after.features)
     assert np.array_equal(before.labels, after.labels)
+    assert before.lengths is not None
+    assert np.array_equal(before.lengths, after.lengths)
     assert (before.novelty, list(before.images)) == (after.novelty, after.images)
     assert [errors.tolist() for errors in before.errors] == [errors.tolist() for errors in after.errors]
     record = json.loads((tmp_path / MODEL_FILE).read_bytes())["reference"]
@@ -245,6 +248,18 @@ def test_a_model_of_an_earlier_version_has_none(tmp_path: Path) -> None:
     (tmp_path / MODEL_FILE).write_text(json.dumps(record))
 
     assert artifact.load(tmp_path).reference is None
+
+
+def test_a_reference_of_an_earlier_version_has_no_lengths(tmp_path: Path) -> None:
+    model = with_reference()
+    assert model.reference is not None
+    model.reference = replace(model.reference, lengths=None)
+    artifact.save(tmp_path, model)
+
+    loaded = artifact.load(tmp_path).reference
+
+    assert loaded is not None
+    assert loaded.lengths is None
 
 
 def without_the_file(folder: Path) -> None:

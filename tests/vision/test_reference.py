@@ -212,7 +212,7 @@ def test_new_class_stands_beside_the_others() -> None:
     before = made(images=6, classes=2)
     shots = np.random.default_rng(9).normal(size=(3, 8))
 
-    after = before.extended(shots, label=2, probability_of_true=np.array([0.25, 0.75]))
+    after = before.extended(shots, np.full((len(shots), 1), 2), probability_of_true=[np.array([0.25, 0.75])])
 
     assert after.labels[:, 0].tolist() == [0, 1, 0, 1, 0, 1, 2, 2, 2]
     assert after.images == [*before.images, None, None, None]

@@ -1,7 +1,10 @@
-"""Validation pictures of a model's own data set: what a faster engine or an exported file is held against it on.
+"""Pictures of a model's own data set: those of validation, which an engine or an exported file is held against it on,
+and those of training, which a copy of it is tuned to.
 
 Knows the storage's models and data sets; not HTTP.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -36,3 +39,15 @@ def validation_pictures(model_id: str, storage: LocalStorage, *, most: int = MOS
     of_validation = manifest.indices("val")
     places = np.linspace(0, len(of_validation) - 1, min(most, len(of_validation))).round().astype(np.int64)
     return [pictures[i] for i in of_validation[places].tolist()]
+
+
+def training_pictures(dataset_id: str, image_ids: Sequence[str | None], storage: LocalStorage) -> list[Pixels | None]:
+    """uint8 (H, W, 3) of each, mapped and not read yet; None for what is in no data set, or in one that is gone."""
+    try:
+        manifest = Manifest.read(storage.path(manifest_key(dataset_id)))
+        pictures = PackedPixels(storage.path(packed_key(dataset_id, PACKED_SIDE)))
+    except (OSError, ValueError):
+        return [None] * len(image_ids)
+    places = {record.image_id: place for place, record in enumerate(manifest.records)}
+    found = [None if image_id is None else places.get(image_id) for image_id in image_ids]
+    return [None if place is None else pictures[place] for place in found]

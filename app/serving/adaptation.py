@@ -1,0 +1,236 @@
+"""Instance tuning: a copy of a model is tuned to one picture before it answers. The model itself is never written to.
+
+By neighbors: the nearest training pictures are made to look as this one was taken, and a copy of the head learns to
+answer on them so what the model answers on them as they are (local learning, Bottou and Vapnik 1992; at test time,
+Hardt and Sun 2024). By entropy: a copy of the parameters is moved so that several views of the picture get one sure
+answer (MEMO, Zhang et al. 2022). Either way the stranger the picture, the more its copy's answer counts.
+docs/adaptation.md has what was measured. Knows tensors and networks; not models' files, not HTTP.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torchvision.transforms.v2 import functional as transforms
+
+from app.vision.backbones import Backbone
+from app.vision.outputs import Output, of_outputs
+from app.vision.preprocessing import Preprocessing, normalise
+from app.vision.reference import LIMIT_SCORE
+
+Method = Literal["neighbors", "entropy"]
+Parameters = Literal["head", "normalisation", "all"]
+
+# Of the training pictures, those that a head is tuned to.
+NEIGHBOURS = 24
+# Neighbours count by their likeness to the picture: weights are a softmax of cosines over this.
+_LIKENESS = 0.05
+# Of the views, those that are to agree, beside the picture itself.
+_AGREEING = 4
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a copy is tuned. learning_rate: by neighbours in units of 1 over their features' mean squared length."""
+
+    method: Method
+    parameters: Parameters
+    steps: int
+    learning_rate: float
+
+    @classmethod
+    def of(
+        cls,
+        method: Method,
+        *,
+        parameters: Parameters | None = None,
+        steps: int | None = None,
+        learning_rate: float | None = None,
+    ) -> Self:
+        """What is left out as measurement chose it. Raises ValueError for parameters that the method does not tune."""
+        parameters = parameters or TUNED[method][0]
+        if parameters not in TUNED[method]:
+            raise ValueError(f"adapt={method} tunes {' or '.join(TUNED[method])}")
+        usual_steps, usual_rate = _USUAL[parameters]
+        return cls(method, parameters, steps or usual_steps, learning_rate or usual_rate)
+
+
+# The first one is the usual one.
+TUNED: dict[Method, tuple[Parameters, ...]] = {"neighbors": ("head",), "entropy": ("normalisation", "all")}
+_USUAL: dict[Parameters, tuple[int, float]] = {"head": (20, 10.0), "normalisation": (1, 5e-3), "all": (1, 1e-4)}
+
+
+class Head(NamedTuple):
+    """A linear head: weight float32 (D, C), bias (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        return features @ self.weight + self.bias
+
+
+def share_of(ood_score: float | None) -> float:
+    """How much the copy's answer counts, beside the model's own: 0 to 1, all of it where the picture is of no kind that
+    the model knows. What is as in training needs no tuning, and tuning can only harm it.
+
+    ood_score: 0 to 1; None where the model has no statistics to tell it.
+    """
+    return 1.0 if ood_score is None else min(ood_score / LIMIT_SCORE, 1.0) ** 2
+
+
+# By neighbours
+
+
+def tuned_head(
+    head: Head, examples: Tensor, targets: Tensor, weights: Tensor, outputs: Sequence[Output], plan: Plan
+) -> Head:
+    """A copy of the head after gradient steps on examples, by cross-entropy with their targets.
+
+    examples: float32 (K, D), features. targets: float32 (K, C), of each task summing to 1, or to 0 for none. weights:
+    (K,), summing to 1. What the steps add to the weight is a combination of the examples, so K numbers a class are
+    stepped in place of D: the same steps, for less.
+    """
+    products = examples @ examples.T + 1  # the 1 is the bias's
+    rate = plan.learning_rate / products.diagonal().mean() * weights.unsqueeze(1)
+    asked = torch.cat([part.sum(1, keepdim=True).expand_as(part) for part in of_outputs(targets, outputs)], dim=1)
+    plain, share = head.logits(examples), torch.zeros(len(examples), len(head.bias))
+    for _ in range(plan.steps):
+        share = share - rate * (_softmax(plain + products @ share, outputs) * asked - targets)
+    return Head(head.weight + examples.T @ share, head.bias + share.sum(0))
+
+
+def by_neighbours(
+    head: Head, picture: Tensor, seen: Tensor, as_they_are: Tensor, outputs: Sequence[Output], plan: Plan
+) -> Tensor:
+    """Logits (C,) of a picture by a head tuned to its neighbours.
+
+    picture: float32 (D,), its features. seen: (K, D), the neighbours' when they look as it does; as_they_are: (K, D).
+    """
+    targets = _softmax(head.logits(as_they_are), outputs)
+    likeness = nn.functional.cosine_similarity(seen, picture.unsqueeze(0))
+    return tuned_head(head, seen, targets, (likeness / _LIKENESS).softmax(0), outputs, plan).logits(picture)
+
+
+def _softmax(logits: Tensor, outputs: Sequence[Output]) -> Tensor:
+    return torch.cat([part.softmax(1) for part in of_outputs(logits, outputs)], dim=1)
+
+
+# By entropy
+
+
+def by_entropy(
+    backbone: Backbone,
+    head: Head,
+    views: Tensor,
+    outputs: Sequence[Output],
+    preprocessing: Preprocessing,
+    plan: Plan,
+    *,
+    likeness: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Logits (C,) of a picture by a copy that was tuned to its views.
+
+    views: uint8 (V, 3, S, S), the picture itself first. The backbone is in eval mode and stays as it is. likeness:
+    how near features (V, D) are to what the model knows, (V,); the nearest views are tuned to, or without it those
+    that the model is surest of (Shu et al. 2022). One picture at a time: copies of several beside each other (vmap)
+    took 2 to 5 times as long for each, on a CPU.
+    """
+    device = next(backbone.parameters()).device
+    here = Head(head.weight.to(device), head.bias.to(device))
+    everything = {name: tensor.detach() for name, tensor in backbone.named_parameters()}
+    tuned = _tuned_names(backbone, plan.parameters)
+    fixed = everything | dict(backbone.named_buffers())
+    images = normalise(views.to(device), preprocessing)
+    with torch.no_grad():
+        features = backbone(images).float().cpu()
+        nearness = likeness(features) if likeness else -_entropies(head.logits(features), outputs)
+    order = nearness[1:].topk(min(_AGREEING, len(views) - 1)).indices.tolist()
+    agreeing = images[[0, *(place + 1 for place in order)]]
+
+    def logits(copy: Sequence[Tensor], images: Tensor) -> Tensor:
+        parameters = fixed | dict(zip(tuned, copy, strict=True))
+        features: Tensor = functional_call(backbone, parameters, (images,))
+        return here.logits(features.float())
+
+    copy = [everything[name].clone() for name in tuned]
+    for _ in range(plan.steps):
+        with torch.enable_grad():
+            copy = [tensor.requires_grad_() for tensor in copy]
+            slopes = torch.autograd.grad(_marginal_entropy(logits(copy, agreeing), outputs), copy)
+        # The size of a step is the rate's alone, as in Adam's first one: views that agree have tiny gradients.
+        copy = [tensor.detach() - plan.learning_rate * slope.sign() for tensor, slope in zip(copy, slopes, strict=True)]
+    with torch.no_grad():
+        answer: Tensor = logits(copy, images[:1])
+    return answer[0].cpu()
+
+
+def _entropies(logits: Tensor, outputs: Sequence[Output]) -> Tensor:
+    """Of each view's answer, in sum over tasks: logits (V, C) to (V,)."""
+    parts = zip(of_outputs(logits, outputs), outputs, strict=True)
+    return torch.stack([_entropy((part / output.temperature).log_softmax(1)) for part, output in parts]).sum(0)
+
+
+def _marginal_entropy(logits: Tensor, outputs: Sequence[Output]) -> Tensor:
+    """Of the mean answer of views, in sum over tasks: logits (V, C) to one number."""
+    total = logits.new_zeros(())
+    for part, output in zip(of_outputs(logits, outputs), outputs, strict=True):
+        answers = (part / output.temperature).log_softmax(1)
+        total = total + _entropy(answers.logsumexp(0, keepdim=True) - math.log(len(answers))).sum()
+    return total
+
+
+def _entropy(log_probabilities: Tensor) -> Tensor:
+    """(N, C) to (N,)."""
+    return -(log_probabilities.exp() * log_probabilities).sum(1)
+
+
+def _tuned_names(backbone: Backbone, parameters: Parameters) -> list[str]:
+    """Of the backbone's parameters. A network without normalisation has nothing but all of it to tune."""
+    names = [name for name, _ in backbone.named_parameters()]
+    if parameters == "all":
+        return names
+    of_norms = {
+        f"{path}.{name}"
+        for path, module in backbone.named_modules()
+        if isinstance(module, _NORMS)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return [name for name in names if name in of_norms] or names
+
+
+def views_of(pixels: Tensor) -> Tensor:
+    """A picture, and how else it might have been taken: uint8 (V, 3, S, S), always the same. pixels: uint8 (3, S, S).
+
+    In light, contrast and sharpness the views go both ways: which one leads back to what the network knows is seen
+    afterwards. Crops and mirrored pictures, as MEMO has them too, cost accuracy on pictures that were not shifted.
+    """
+    return torch.stack([pixels, *(change(pixels) for change in _CHANGES)])
+
+
+def _blurred(pixels: Tensor, sigma: float) -> Tensor:
+    blurred: Tensor = transforms.gaussian_blur(pixels, [4 * round(sigma) + 1] * 2, [sigma] * 2)
+    return blurred
+
+
+_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (
+    transforms.autocontrast,
+    transforms.equalize,
+    lambda pixels: transforms.adjust_contrast(pixels, 1.5),
+    lambda pixels: transforms.adjust_contrast(pixels, 2.5),
+    lambda pixels: transforms.adjust_contrast(pixels, 4.0),
+    lambda pixels: transforms.adjust_brightness(pixels, 0.6),
+    lambda pixels: transforms.adjust_brightness(pixels, 1.4),
+    lambda pixels: transforms.adjust_gamma(pixels, 1.8),
+    lambda pixels: transforms.adjust_gamma(pixels, 0.6),
+    lambda pixels: transforms.adjust_sharpness(pixels, 3.0),
+    lambda pixels: transforms.adjust_sharpness(pixels, 8.0),
+    lambda pixels: _blurred(pixels, 1.0),
+    lambda pixels: _blurred(pixels, 2.0),
+    lambda pixels: transforms.autocontrast(_blurred(pixels, 1.0)),
+)
