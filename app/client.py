@@ -221,6 +221,15 @@ class GraftClient:
         files = [("file", (path.name, path.read_bytes(), _media_type(path))) for path in images]
         return self._json("POST", f"/v1/models/{model}/classes", data={"name": name}, files=files)
 
+    def personalise(self, model: str, images: Sequence[tuple[str, Path]]) -> JsonObject:
+        """A model that learnt a few pictures more. images: label and file of each."""
+        files = [
+            part
+            for label, path in images
+            for part in (("label", (None, label)), ("file", (path.name, path.read_bytes(), _media_type(path))))
+        ]
+        return self._json("POST", f"/v1/models/{model}/personalise", files=files)
+
     # Batches
 
     def submit_batch(

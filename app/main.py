@@ -25,6 +25,7 @@ from app.api import (
     models,
     open_inference,
     openapi,
+    personalise,
     predict,
     system,
 )
@@ -71,6 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
         models,
         model_files,
         classes,
+        personalise,
         predict,
         feedback,
         dataset_versions,

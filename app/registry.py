@@ -33,15 +33,15 @@ def register(
     metrics: Mapping[str, Any],
     size_bytes: int,
     sha256: str,
-    role: Literal["probe", "final", "extended"] = "final",
+    role: Literal["probe", "final", "extended", "personalised"] = "final",
     parent_id: str | None = None,
     promotion: Mapping[str, Any] | None = None,
 ) -> ModelRow:
     """Records a model whose artifact is published. promotion: what the promotion gate said of it. tasks: name and
     classes of each where there are several.
 
-    role: probe for the one that a job of method auto serves until it has its final one; extended for one made from
-    the model `parent_id`, of whose job there may be several.
+    role: probe for the one that a job of method auto serves until it has its final one; extended and personalised for
+    those made from the model `parent_id`, of whose job there may be several.
     Raises sqlalchemy's IntegrityError if the job has one of this role already.
     """
     model = ModelRow(
@@ -128,7 +128,7 @@ def list_of_methods(session: Session, methods: Sequence[str], *, limit: int) -> 
 
 def list_of_job(session: Session, job_id: str) -> list[ModelRow]:
     """What a job itself made and is still there, newest first."""
-    made = select(ModelRow).where(ModelRow.job_id == job_id, ModelRow.role != "extended")
+    made = select(ModelRow).where(ModelRow.job_id == job_id, ModelRow.role.in_(("probe", "final")))
     return list(session.scalars(made.order_by(ModelRow.seq.desc())))
 
 

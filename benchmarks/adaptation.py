@@ -2,12 +2,14 @@ r"""What instance tuning is worth: validation pictures as they are and shifted, 
 
     python benchmarks/adaptation.py --data FOLDER_OF_ZIPS --weights FOLDER --results adaptation.jsonl \
         [--networks mobilenet_v3_small:feature_extraction,…] [--sets hymenoptera,…] [--pictures 40] [--skip 40] \
-        [--severities 1,2,3,4,5] [--plans neighbors,entropy,entropy:all] [--threads 1]
+        [--severities 1,2,3,4,5] [--plans neighbors,entropy,entropy:all,personal:12] [--threads 1]
 
 Each picture is shifted (blur, noise, brightness, contrast, JPEG, in the strengths of ImageNet-C as far as it has them;
 Hendrycks and Dietterich 2019), and answered by the model and by a copy tuned to it. The first --skip pictures of a
-random order are left out: on them the plans' numbers were chosen. A JSON line is written per set, network and shift;
-runs that the file has are not made again. Prints accuracy, and right answers won and lost against the model itself.
+random order are left out: on them the plans' numbers were chosen. personal:12 personalises the model with 12 shifted
+pictures, of any classes, and asks it about the others, shifted and as they are. A JSON line is written per set,
+network and shift; runs that the file has are not made again. Prints accuracy, and right answers won and lost against
+the model itself.
 """
 
 import argparse
@@ -30,7 +32,9 @@ from torch import Tensor
 
 from app.datasets.packed import PackedPixels
 from app.serving.adaptation import NEIGHBOURS, Head, Plan, by_entropy, by_neighbours, share_of, views_of
+from app.serving.personal import Labelled, personalise
 from app.storage import LocalStorage
+from app.vision.artifact import Artifact
 from app.vision.likeness import seen_alike
 from app.vision.outputs import Output
 from app.vision.preprocessing import eval_pixels, normalise
@@ -101,10 +105,12 @@ def main() -> None:
             if key not in subjects:
                 subjects.clear()  # one network in memory at a time
                 subjects[key] = _subject(*key, storage, arguments)
-            return subjects[key].outcome(run["shift"], run["severity"], arguments.plans[run["plan"]])
+            plan = arguments.plans[run["plan"]]
+            ask = subjects[key].outcome if isinstance(plan, Plan) else subjects[key].personal
+            return ask(run["shift"], run["severity"], plan)
 
         lines = measure(runs, outcome_of, arguments.results)
-    print(table(lines))
+    print(f"{table(lines)}\n\n{personal_table(lines)}")
     print(f"\n{hardware(CPU)}.")
 
 
@@ -119,10 +125,34 @@ class Subject:
     labels: Sequence[int]
     outputs: Sequence[Output]
 
-    def outcome(self, kind: str, severity: int, plan: Plan) -> dict[str, Any]:
-        prepared = self.training.preprocessing
+    def pixels(self, kind: str, severity: int) -> Tensor:
         shifted = [SHIFTS[kind](picture, severity - 1) if severity else picture for picture in self.pictures]
-        pixels = torch.stack([eval_pixels(picture, prepared) for picture in shifted])
+        return torch.stack([eval_pixels(picture, self.training.preprocessing) for picture in shifted])
+
+    def personal(self, kind: str, severity: int, count: int) -> dict[str, Any]:
+        """So many shifted pictures are learnt; the others are asked for, and as they are too."""
+        labels = np.array(self.labels)
+        order = np.random.default_rng(1).permutation(len(labels))
+        mine, others = order[:count], order[count:]
+        shifted, clean = self._features(self.pixels(kind, severity)), self._features(self.pixels("none", 0))
+        classes = self.outputs[0].classes
+        parent = Artifact(
+            self.training.classifier, list(classes), self.training.preprocessing, reference=self.reference
+        )
+        start = time.perf_counter()
+        made = personalise(parent, Labelled(shifted[mine], labels[mine]), Labelled(clean, labels, [None] * len(labels)))
+        seconds = time.perf_counter() - start
+        after = made.artifact.classifier.head
+        found: dict[str, Any] = {"seconds": seconds, "asked": len(others)}
+        for name, features in (("", shifted[others]), ("_clean", clean[others])):
+            truth = torch.from_numpy(labels[others])
+            with torch.no_grad():
+                found[f"right{name}_before"] = int((self.head.logits(features).argmax(1) == truth).sum())
+                found[f"right{name}"] = int((after(features).argmax(1) == truth).sum())
+        return found
+
+    def outcome(self, kind: str, severity: int, plan: Plan) -> dict[str, Any]:
+        pixels = self.pixels(kind, severity)
         features = self._features(pixels)
         plain = self.head.logits(features)
         start = time.perf_counter()
@@ -211,6 +241,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row per set, network and plan; accuracy before and after, as they are and by kind of shift."""
     groups: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
+        if line["plan"].startswith("personal"):
+            continue
         groups[line["network"], line["set"], line["plan"]][line["shift"]].append(line)
     rows = []
     for key, by_shift in groups.items():
@@ -219,6 +251,22 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         cells = [_cell(by_shift["none"]), _cell(shifted), *(_cell(by_shift[kind]) for kind in SHIFTS)]
         rows.append([*key, *cells, f"{statistics.median(line['seconds_each'] for line in every):.2f}"])
     return markdown(["network", "set", "plan", "as they are", "shifted", *SHIFTS, "seconds"], rows)
+
+
+def personal_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row per set and network; accuracy before and after on the others, shifted and as they are."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        if line["plan"].startswith("personal") and line["shift"] != "none":
+            groups[line["network"], line["set"], line["plan"]].append(line)
+    rows = []
+    for key, found in groups.items():
+        asked = sum(line["asked"] for line in found)
+        shares = [sum(line[name] for line in found) / asked for name in ("right_before", "right")]
+        shares += [sum(line[name] for line in found) / asked for name in ("right_clean_before", "right_clean")]
+        seconds = statistics.median(line["seconds"] for line in found)
+        rows.append([*key, *("{:.3f} → {:.3f}".format(*pair) for pair in (shares[:2], shares[2:])), f"{seconds:.2f}"])
+    return markdown(["network", "set", "plan", "shifted", "as they are", "seconds"], rows)
 
 
 def _cell(lines: Sequence[dict[str, Any]]) -> str:
@@ -230,10 +278,13 @@ def _cell(lines: Sequence[dict[str, Any]]) -> str:
     return f"{before:.3f} → {after:.3f} (+{won} −{lost})"
 
 
-def _plans(text: str) -> dict[str, Plan]:
-    """neighbors, entropy:all, entropy:normalisation:0.001, …: method, parameters, learning rate, steps."""
-    found = {}
+def _plans(text: str) -> dict[str, Plan | int]:
+    """neighbors, entropy:all, entropy:normalisation:0.001, …: method, parameters, learning rate, steps; personal:12."""
+    found: dict[str, Plan | int] = {}
     for word in text.split(","):
+        if word.startswith("personal:"):
+            found[word] = int(word.partition(":")[2])
+            continue
         method, parameters, rate, steps = (word.split(":") + [""] * 3)[:4]
         found[word] = Plan.of(
             method,  # type: ignore[arg-type]
@@ -253,7 +304,7 @@ def _arguments() -> argparse.Namespace:
         "--networks", type=lambda text: text.split(","), default=["mobilenet_v3_small:feature_extraction"]
     )
     parser.add_argument("--sets", type=lambda text: text.split(","), default=list(SETS))
-    parser.add_argument("--plans", type=_plans, default=_plans("neighbors,entropy,entropy:all"))
+    parser.add_argument("--plans", type=_plans, default=_plans("neighbors,entropy,entropy:all,personal:12"))
     parser.add_argument(
         "--severities", type=lambda text: [int(each) for each in text.split(",")], default=[1, 2, 3, 4, 5]
     )

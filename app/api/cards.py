@@ -82,6 +82,9 @@ def render(facts: Facts) -> str:
     return "\n".join(line for section in sections for line in section(facts)).rstrip() + "\n"
 
 
+_MADE_FROM = {"extended": "with one class more", "personalised": "after it learnt a few labelled pictures more"}
+
+
 def _head(facts: Facts) -> list[str]:
     model = facts.model
     classes = f"tells {len(model.classes)} classes apart" if model.classes else "is a backbone without classes"
@@ -93,7 +96,7 @@ def _head(facts: Facts) -> list[str]:
         "",
         f"A {model.backbone['name']} that {classes}. Model `{model.id}`, made by Graft "
         f"{facts.description['graft_version']} on {model.created_at:%Y-%m-%d} with the method `{model.method}`.",
-        *([f"It is `{model.parent_id}` with one class more."] if model.parent_id else []),
+        *([f"It is `{model.parent_id}` {_MADE_FROM[model.role]}."] if model.parent_id else []),
         "",
     ]
 

@@ -1,30 +1,26 @@
 """POST /v1/models/{model}/classes: a few-shot model with one class more, as a new version and without training."""
 
-import hashlib
-import json
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
-from safetensors import SafetensorError
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from app import registry
 from app.api.deps import ServicesDep
+from app.api.derived_models import encoded_pictures, open_parent, publish
 from app.api.openapi import problems
 from app.api.picture_bodies import PictureBody, form_content, read_pictures
 from app.api.schemas import ClassRequest, Model
 from app.api.services import Services
 from app.datasets.layout import folded
-from app.db.tables import ModelRow, new_id
-from app.errors import Conflict, FieldError, ImageRefused, InvalidRequest, StorageFull
-from app.serving.extension import Extension, extend
-from app.storage import LocalStorage
+from app.db.tables import ModelRow
+from app.errors import Conflict, FieldError, InvalidRequest
+from app.serving.extension import extend
 from app.vision import artifact
-from app.vision.artifact import Artifact, Saved, Support
+from app.vision.artifact import Support
 
 MAX_NAME_CHARACTERS = 255
 
@@ -58,7 +54,7 @@ async def add_class(
 ) -> Model:
     settings = services.settings
     body = await read_pictures(request, schema=ClassRequest, max_bytes=settings.max_predict_bytes)
-    name, pictures = _name(body), _encoded(body, most=settings.max_predict_images)
+    name, pictures = _name(body), encoded_pictures(body, most=settings.max_predict_images)
     parent = await run_in_threadpool(_open, services, model, name)
     features = await services.predictor.features(parent.row.id, pictures)
     return await run_in_threadpool(_publish, services, parent, _NewClass(name, pictures, features))
@@ -95,65 +91,8 @@ def _open(services: Services, model: str, name: str) -> _Parent:
 
 
 def _publish(services: Services, parent: _Parent, new: _NewClass) -> Model:
-    """Files first, whole and synced; then the model's row."""
-    storage = services.storage
-    folder = storage.path(f"models/{parent.row.id}")
-    # The version is as large as the model, but for a class and its pictures' features.
-    storage.check_room(sum(file.stat().st_size for file in folder.glob("*")))
-    extension = extend(artifact.load(folder), parent.support, new.name, new.features)
-    model_id = new_id("mdl")
-    key = f"models/{model_id}"
-    try:
-        made = _described(extension, new, model_id, parent_id=parent.row.id)
-        saved = _stored(storage, key, made, extension.evaluation)
-        with services.database.write() as session:
-            row = registry.register(
-                session,
-                model_id=model_id,
-                job_id=parent.row.job_id,
-                dataset_id=parent.row.dataset_id,
-                method=parent.row.method,
-                backbone=parent.row.backbone,
-                classes=extension.artifact.classes,
-                metrics=extension.metrics,
-                size_bytes=saved.size_bytes,
-                sha256=saved.sha256,
-                role="extended",
-                parent_id=parent.row.id,
-            )
-            return Model.of(row, aliases=[])
-    finally:
-        # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
-        with services.database.read() as session:
-            is_kept = registry.exists(session, model_id)
-        storage.settle(key, is_wanted=is_kept)
-
-
-def _stored(storage: LocalStorage, key: str, made: Artifact, evaluation: Mapping[str, Any]) -> Saved:
-    """Raises StorageFull where the disk does not take it."""
-    try:
-        storage.announce(key)
-        with storage.staging() as folder:
-            saved = artifact.save(folder, made)
-            (folder / "evaluation.json").write_text(json.dumps(evaluation, ensure_ascii=False), "utf-8")
-            storage.publish(folder, key)
-            return saved
-    except (OSError, SafetensorError) as error:
-        raise StorageFull("The server could not store the model: its disk is full or failing.") from error
-
-
-def _described(extension: Extension, new: _NewClass, model_id: str, *, parent_id: str) -> Artifact:
-    """shots: digests as a manifest has them, so that the promotion gate knows what the model has seen."""
-    made = extension.artifact
-    shots = [hashlib.sha256(picture).hexdigest() for picture in new.pictures]
-    made.metadata = {
-        **made.metadata,
-        "model": model_id,
-        "parent": parent_id,
-        "shots": [*made.metadata.get("shots", []), *shots],
-        "metrics": extension.metrics,
-    }
-    return made
+    derived = extend(open_parent(services, parent.row), parent.support, new.name, new.features)
+    return publish(services, derived, parent.row, role="extended", shots=new.pictures)
 
 
 def _name(body: PictureBody) -> str:
@@ -171,17 +110,3 @@ def _check_new(name: str, classes: list[str]) -> None:
             f"The model has the class {same!r} already, and {name!r} is no other name; give the new one another.",
             code="class-exists",
         )
-
-
-def _encoded(body: PictureBody, *, most: int) -> list[bytes]:
-    if len(body.pictures) > most:
-        raise InvalidRequest(
-            f"{len(body.pictures)} pictures are more than the {most} that one request may have.",
-            errors=[FieldError("#/file", "too many")],
-        )
-    refused = [picture.encoded for picture in body.pictures if isinstance(picture.encoded, ImageRefused)]
-    if refused:
-        raise ImageRefused(
-            "A picture is not valid base64.", errors=[error for refusal in refused for error in refusal.errors]
-        )
-    return [picture.encoded for picture in body.pictures if isinstance(picture.encoded, bytes)]

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from app.api.data_urls import bytes_of
 from app.api.deps import read_body, refuse_declared_size
 from app.api.problems import pointer_to
-from app.api.schemas import PicturesRequest
+from app.api.schemas import PersonaliseRequest, PicturesRequest
 from app.api.strict_json import parse_as, strict_json
 from app.errors import FieldError, ImageRefused, InvalidRequest, TooLarge
 from app.vision.images import sniff
@@ -27,10 +27,11 @@ _HOW_TO = (
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as it came. encoded: its bytes, or why there are none."""
+    """A picture as it came. encoded: its bytes, or why there are none. label: where the body may say what it is."""
 
     filename: str | None
     encoded: bytes | ImageRefused
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ class PictureBody:
 
 
 async def read_pictures(request: Request, *, schema: type[PicturesRequest], max_bytes: int) -> PictureBody:
-    """schema: of the JSON form; its members besides `images` are the fields that a form may have.
+    """schema: of the JSON form; its members besides `images` are the fields that a form may have. Where the schema's
+    pictures have a label, a form has one for the files behind it.
 
     Raises InvalidRequest and TooLarge. A picture whose base64 is none is there as the reason for that.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
-        return await _read_form(request, known=set(schema.model_fields) - {"images"}, max_bytes=max_bytes)
+        known = set(schema.model_fields) - {"images"} | ({"label"} if issubclass(schema, PersonaliseRequest) else set())
+        return await _read_form(request, known=known, max_bytes=max_bytes)
     body = await read_body(request, max_bytes=max_bytes)
     if not body:
         raise InvalidRequest(f"The request has no body. {_HOW_TO}")
@@ -74,7 +77,8 @@ async def _read_form(request: Request, *, known: set[str], max_bytes: int) -> Pi
         async with counted.form(max_files=1000, max_fields=MAX_FORM_FIELDS) as form:
             for name, part in form.multi_items():
                 if isinstance(part, UploadFile):
-                    pictures.append(Picture(filename=_base_name(part.filename), encoded=await part.read()))
+                    label = fields.get("label") if "label" in known else None
+                    pictures.append(Picture(_base_name(part.filename), await part.read(), label))
                 else:
                     fields[name] = part
     except HTTPException as error:
@@ -114,7 +118,7 @@ def _read_json(body: bytes, schema: type[PicturesRequest]) -> PictureBody:
     content = strict_json(body)
     asked = parse_as(schema, content)
     pictures = [
-        Picture(filename=_base_name(image.filename), encoded=_decoded(image.b64, index))
+        Picture(_base_name(image.filename), _decoded(image.b64, index), getattr(image, "label", None))
         for index, image in enumerate(asked.images)
     ]
     return PictureBody(pictures, {name: getattr(asked, name) for name in asked.model_fields_set - {"images"}})

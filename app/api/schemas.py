@@ -339,11 +339,11 @@ class Model(Schema):
     metrics: JsonObject
     size_bytes: int
     sha256: str = Field(description="Of its weights file.")
-    role: Literal["probe", "final", "extended"] = Field(
+    role: Literal["probe", "final", "extended", "personalised"] = Field(
         description="probe: served by a job of method auto until its final model was there; extended: another model "
-        "with one class more."
+        "with one class more; personalised: another model that learnt a few pictures more."
     )
-    parent: str | None = Field(description="The model that this one extends.")
+    parent: str | None = Field(description="The model that this one was made from, without a job.")
     promotion: Promotion | None = Field(description="Whether it became the default and why; null if that is unknown.")
     created_at: datetime
     created: int = Field(description="The same in seconds since 1970, for clients that read only this.")
@@ -513,6 +513,16 @@ class ClassRequest(PicturesRequest):
     """The JSON form of POST /v1/models/{model}/classes."""
 
     name: Annotated[str, Field(min_length=1, max_length=255, description="Of the new class.")]
+
+
+class LabelledPicture(EncodedPicture):
+    label: Annotated[str, Field(min_length=1, max_length=255, description="One of the model's classes.")]
+
+
+class PersonaliseRequest(PicturesRequest):
+    """The JSON form of POST /v1/models/{model}/personalise."""
+
+    images: Annotated[list[LabelledPicture], Field(min_length=1)]  # type: ignore[assignment]
 
 
 class ClassScore(Schema):

@@ -265,6 +265,32 @@ def extend_model(
             describe_model(client, model)
 
 
+@models.command("personalise")
+def personalise_model(
+    model_id: ModelId,
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="With a folder of pictures per class.")],
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+) -> None:
+    """Let a copy of a model learn a few pictures of your own, as a new model."""
+    files = sorted(path for path in folder.glob("*/*") if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise typer.BadParameter("it has no folders with pictures in them", param_hint="folder")
+    with connect(url, api_key) as client:
+        model = client.personalise(model_id, [(path.parent.name, path) for path in files])
+        if as_json:
+            print_json(model)
+            return
+        describe_model(client, model)
+    mine = model["metrics"]["personal"]
+    held_out = mine["accuracy_left_out"]
+    print_line(
+        f"  Of your {mine['images']} pictures it was right about {mine['accuracy_before']:.0%}, and is about "
+        f"{mine['accuracy']:.0%}" + ("." if held_out is None else f"; about {held_out:.0%} of those left out in turn.")
+    )
+
+
 @models.command("export")
 def export_model(
     model_id: ModelId,

@@ -208,8 +208,8 @@ class ModelRow(Base):
             "job_id",
             "role",
             unique=True,
-            sqlite_where=text("role <> 'extended'"),
-            postgresql_where=text("role <> 'extended'"),
+            sqlite_where=text("role IN ('probe', 'final')"),
+            postgresql_where=text("role IN ('probe', 'final')"),
         ),
         {"sqlite_autoincrement": True},
     )
@@ -226,8 +226,8 @@ class ModelRow(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str]  # of weights.safetensors
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
-    # probe: the instant model that a job of method auto serves until its final one. extended: another with one class
-    # more, made without a job; job_id is the other's.
+    # probe: the instant model that a job of method auto serves until its final one. Made without a job, whose id is the
+    # other's: extended, another with one class more, and personalised, another that learnt a few pictures more.
     role: Mapped[str] = mapped_column(default="final", server_default="final")
     parent_id: Mapped[str | None]  # the model that this one extends; no foreign key, since that may be deleted
     promotion: Mapped[dict[str, Any] | None]  # {"promoted", "reason", ...}: what the promotion gate said

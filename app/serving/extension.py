@@ -19,15 +19,18 @@ from app.vision.prototypes import Prototypes
 
 
 @dataclass(frozen=True)
-class Extension:
-    """artifact: to be saved; its classifier is a copy. metrics, evaluation: as a job's model has them, JSON."""
+class Derived:
+    """A model that was made from another one. artifact: to be saved; its classifier is a copy.
+
+    metrics, evaluation: as a job's model has them, JSON.
+    """
 
     artifact: Artifact
     metrics: dict[str, Any]
     evaluation: dict[str, Any]
 
 
-def extend(parent: Artifact, support: Support, name: str, features: Tensor) -> Extension:
+def extend(parent: Artifact, support: Support, name: str, features: Tensor) -> Derived:
     """The model with the class `name` behind its own, whose rows stay as they are.
 
     features: float32 (N, D), N > 0, what the model's head sees of the new class's images.
@@ -53,7 +56,7 @@ def extend(parent: Artifact, support: Support, name: str, features: Tensor) -> E
         np.full((count, 1), old.out_features),
         probability_of_true=[found.probability_of_true],
     )
-    return Extension(artifact, metrics, evaluation)
+    return Derived(artifact, metrics, evaluation)
 
 
 def _measured(artifact: Artifact, support: Support) -> tuple[Evaluation, dict[str, Any], dict[str, Any]]:

@@ -314,6 +314,25 @@ class Predictor:
             ]
             return torch.cat(parts)
 
+    async def features_of(self, model_id: str, pictures: Sequence[Pixels]) -> Tensor:
+        """The same of decoded pictures, uint8 (H, W, 3), as many as there are, a batch at a time between others'.
+
+        Raises what `predict` raises.
+        """
+        with self._place_for(FORWARD_BATCH_SIZE):
+            model = await self.load(model_id)
+            loop = asyncio.get_running_loop()
+
+            def prepared(start: int) -> Tensor:
+                some = pictures[start : start + FORWARD_BATCH_SIZE]
+                return torch.stack([eval_pixels(picture, model.preprocessing) for picture in some])
+
+            parts = []
+            for start in range(0, len(pictures), FORWARD_BATCH_SIZE):
+                batch = await loop.run_in_executor(self._decoders, prepared, start)
+                parts.append(await self._batcher.alone(model.network.torch.features, batch))
+            return torch.cat(parts)
+
     async def explain(self, model_id: str, pictures: Sequence[bytes], labels: Sequence[int]) -> list[bytes]:
         """PNGs of the pictures, with a heat map of what speaks for these labels of the first task.
 

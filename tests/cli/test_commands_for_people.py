@@ -394,6 +394,37 @@ def test_extend_sends_the_pictures_of_the_new_class(server: ScriptedServer, graf
     assert all(part in sent.body for part in (b'name="name"\r\n\r\nwasp', b"1.jpg", b"2.jpg"))
 
 
+def test_personalise_sends_each_picture_behind_the_name_of_its_folder(
+    server: ScriptedServer, graft: Graft, tmp_path: Path
+) -> None:
+    for name in ("rose/1.jpg", "rose/2.jpg", "daisy/3.jpg", "daisy/.hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    personal = {"images": 3, "accuracy_before": 1 / 3, "accuracy": 1.0, "accuracy_left_out": 2 / 3}
+    made = MODEL | {"id": "mdl_2", "aliases": [], "metrics": MODEL["metrics"] | {"personal": personal}}
+    server.answers["POST", "/v1/models/mdl_1/personalise"] = (201, made)
+
+    result = graft("models", "personalise", "mdl_1", str(tmp_path))
+
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0] == "Model mdl_2: fine_tuning on resnet50"
+    said = "Of your 3 pictures it was right about 33%, and is about 100%; about 67% of those left out in turn."
+    assert lines[-1].strip() == said
+    [sent] = server.sent("POST", "/v1/models/mdl_1/personalise")
+    expected = [b"daisy\r\n", b"3.jpg", b"rose\r\n", b"1.jpg", b"2.jpg"]
+    parts = [sent.body.index(part) for part in expected]
+    assert parts == sorted(parts)
+    assert b".hidden" not in sent.body
+
+
+def test_personalise_wants_folders_of_pictures(graft: Graft, tmp_path: Path) -> None:
+    result = graft("models", "personalise", "mdl_1", str(tmp_path))
+
+    assert result.exit_code == 2
+    assert "no folders with pictures" in " ".join(result.errors.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(("method", "is_told"), [("feature_extraction", True), ("full_fine_tuning", False)])
 def test_the_forecast_is_told_of_the_models_that_it_is_made_with(
     training: ScriptedServer, graft: Graft, method: str, is_told: bool
