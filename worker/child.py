@@ -25,6 +25,7 @@ from app.errors import GraftError, JobFailed
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim, ClaimLost
 from app.jobs.states import JobKind, JobStatus
+from app.precedence import Precedence
 from app.settings import Settings
 from app.storage import LocalStorage
 from worker import endings
@@ -84,7 +85,7 @@ def main(load_story: Callable[[JobKind], Story]) -> int:
     structlog.contextvars.bind_contextvars(job_id=claim.job_id, dataset_id=claim.dataset_id, fence=claim.fence)
     database = Database(settings.resolved_database_url)
     storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
-    reporter = Reporter(database, claim, shutdown=shutdown)
+    reporter = Reporter(database, claim, shutdown=shutdown, give_way=Precedence.of(settings).give_way)
     return run(story, claim, settings=settings, database=database, storage=storage, reporter=reporter)
 
 

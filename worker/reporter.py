@@ -48,12 +48,16 @@ class Reporter:
         claim: Claim,
         *,
         shutdown: Wakeup,
+        give_way: Callable[[], object] = lambda: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """shutdown: set, by a signal handler for example, when the work is to be given back."""
+        """shutdown: set, by a signal handler for example, when the work is to be given back. give_way: waits while
+        somebody waits for an answer of a server beside; part of `tick` and `progress`, and for steps without them.
+        """
         self._database = database
         self._claim = claim
         self._shutdown = shutdown
+        self.give_way = give_way
         self._monotonic = monotonic
         self._signal = Signal(cancel_requested=False, stop_requested=False)
         self._progress: dict[str, Any] = {}
@@ -66,6 +70,7 @@ class Reporter:
 
     def tick(self) -> None:
         """Says that work moves, nothing more. Cheap: call it per batch, or per image."""
+        self.give_way()
         if self._is_due():
             self._write_if_possible(lambda session: queue.tick(session, self._claim))
         self._raise_if_asked()
@@ -85,6 +90,7 @@ class Reporter:
         What is known of epochs and fraction stays until it is said anew; a fraction does not go back, though a pass may
         begin again and a budget prove to have room for more.
         """
+        self.give_way()
         lasting = {"epoch": epoch, "epochs": epochs, "fraction": self._furthest(fraction)}
         self._progress = {
             "stage": stage,

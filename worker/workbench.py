@@ -155,7 +155,12 @@ class Workbench:
         if training.solved is not None:
             self._record(training.solved, training.epochs, share)
             return
-        hooks = Hooks(on_progress=on_progress, save=save, log=lambda message, details: reporter.log(message, **details))
+        hooks = Hooks(
+            on_step=reporter.give_way,
+            on_progress=on_progress,
+            save=save,
+            log=lambda message, details: reporter.log(message, **details),
+        )
         reporter.progress("train")
         with closing(loop.fit(training.state, training.plan, hooks)) as epochs:
             while True:

@@ -16,6 +16,7 @@ from app.api.pictures import Pictures
 from app.api.remembered import Remembered
 from app.db.engine import Database
 from app.errors import GraftError
+from app.precedence import Precedence
 from app.serving.exporter import Exporter
 from app.serving.predictor import Predictor
 from app.settings import Settings
@@ -70,6 +71,7 @@ def open_services(settings: Settings) -> Services:
     database = Database(settings.resolved_database_url)
     storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
     metrics = Metrics(database)
+    precedence = Precedence.of(settings)
     predictor = Predictor(
         storage=storage,
         device=resolve_device(settings.device),
@@ -80,6 +82,7 @@ def open_services(settings: Settings) -> Services:
         builds_engines=settings.serving_engine == "auto",
         check_pixels=lambda model_id, preprocessing: check_pixels(model_id, preprocessing, storage),
         training_pictures=lambda dataset_id, image_ids: training_pictures(dataset_id, image_ids, storage),
+        on_pending=lambda count: precedence.claim() if count else precedence.release(),
         on_load=lambda is_loaded: metrics.count_model_load(is_loaded=is_loaded),
         on_batch=metrics.observe_batch,
     )

@@ -234,6 +234,7 @@ class Predictor:
         training_pictures: Callable[[str, Sequence[str | None]], Sequence[Pixels | None]] = lambda _dataset_id, ids: [
             None for _ in ids
         ],
+        on_pending: Callable[[int], None] = lambda _count: None,
         on_load: Callable[[bool], None] = lambda is_loaded: None,
         on_batch: Callable[[int], None] = lambda _size: None,
     ) -> None:
@@ -241,8 +242,9 @@ class Predictor:
 
         timeout_seconds: the longest that a picture waits for the device. builds_engines: whether a busy network may be
         given a faster engine than torch. check_pixels: validation pictures of a model, uint8 (N, 3, S, S), to compare
-        engines on. training_pictures: a data set's, by their ids; None for those that are not to be had. on_load: told
-        of each load whether it succeeded. on_batch: told of each batch's size.
+        engines on. training_pictures: a data set's, by their ids; None for those that are not to be had. on_pending:
+        told how many pictures wait or are worked on, when that changes and with each batch. on_load: told of each load
+        whether it succeeded. on_batch: told of each batch's size.
         """
         self._storage = storage
         self._device = device
@@ -254,6 +256,7 @@ class Predictor:
         self._check_pixels = check_pixels
         self._training_pictures = training_pictures
         self._on_load = on_load
+        self._on_pending = on_pending
         self._pending = 0
         self._default: str | None = None
         self._aliased: frozenset[str] = frozenset()
@@ -265,7 +268,12 @@ class Predictor:
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self._build_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="build")
         self._builder = engines.Builder()
-        self._batcher: Batcher[_Asked, Scores] = Batcher(_run, max_batch=FORWARD_BATCH_SIZE, on_batch=on_batch)
+
+        def batch_begins(size: int) -> None:
+            on_pending(self._pending)
+            on_batch(size)
+
+        self._batcher: Batcher[_Asked, Scores] = Batcher(_run, max_batch=FORWARD_BATCH_SIZE, on_batch=batch_begins)
 
     async def predict(self, model_id: str, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
         """Scores for each encoded picture; in the place of one that cannot be read, the reason.
@@ -419,10 +427,12 @@ class Predictor:
         if self._pending + count > self._max_pending:
             raise Overloaded("Too many pictures wait for prediction; try again soon.", retry_after_seconds=1)
         self._pending += count
+        self._on_pending(self._pending)
         try:
             yield
         finally:
             self._pending -= count
+            self._on_pending(self._pending)
 
     # One picture
 

@@ -56,6 +56,7 @@ def with_predictor(models: Path) -> Callable[..., list[int]]:
                 max_pending=options.get("max_pending", 100),
                 timeout_seconds=options.get("timeout_seconds", 60.0),
                 builds_engines=options.get("builds_engines", False),
+                on_pending=options.get("on_pending", lambda _count: None),
                 on_batch=sizes.append,
             )
             try:
@@ -316,3 +317,15 @@ def test_device_without_memory_for_one_picture_is_overloaded(network: Network, m
 
     with pytest.raises(Overloaded):
         network.features(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_how_many_pictures_wait_is_told_until_none_does(with_predictor: Callable[..., list[int]]) -> None:
+    told: list[int] = []
+
+    async def story(predictor: Predictor) -> None:
+        await predictor.predict("a", PICTURES[:3])
+
+    with_predictor(story, on_pending=told.append)
+
+    assert (told[0], told[-1]) == (3, 0)
+    assert set(told[1:-1]) == {3}  # each batch says it anew

@@ -379,6 +379,17 @@ def test_a_checkpoint_is_due_at_each_epochs_end_and_after_the_interval(monkeypat
     assert saved == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (1, 5), (2, 0)]
 
 
+def test_after_every_step_and_every_batch_of_validation_is_a_moment_to_give_way() -> None:
+    moments: list[tuple[int, int]] = []
+    state = builders.state(builders.network())
+    hooks = Hooks(on_step=lambda: moments.append((state.epoch, state.step)))
+    list(fit(state, builders.plan(epochs=1), hooks))
+    steps, validation = moments[:5], moments[5:]
+    assert steps == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5)]
+    assert len(validation) > 0
+    assert set(validation) == {(0, 5)}
+
+
 def test_batch_norm_of_a_frozen_part_keeps_its_statistics() -> None:
     network = builders.network()
     frozen = network[1]

@@ -129,10 +129,12 @@ class EpochResult:
 class Hooks:
     """What the loop asks of whoever drives it.
 
-    on_progress: called about once a second; may raise to leave; True asks to end with the best epoch so far.
+    on_step: called after every step and every batch of validation; may wait. on_progress: called about once a second;
+    may raise to leave; True asks to end with the best epoch so far.
     save: called with the state at checkpoints. log: something worth telling happened.
     """
 
+    on_step: Callable[[], object] = lambda: None
     on_progress: Callable[[StepProgress], bool] = lambda _progress: False
     save: Callable[["LoopState"], None] = lambda _state: None
     log: Callable[[str, Mapping[str, Any]], None] = lambda _message, _details: None
@@ -587,6 +589,7 @@ class _Pace:
     def after_step(self, images: int) -> bool:
         """Reports and saves where it is time. Returns whether the run was asked to end."""
         self._window_images += images
+        self.hooks.on_step()
         now = time.monotonic()
         if now - self._reported < TICK_SECONDS:
             return False
@@ -607,6 +610,7 @@ class _Pace:
         return self._report(now) or self.is_budget_spent()
 
     def during_validation(self) -> None:
+        self.hooks.on_step()
         now = time.monotonic()
         if now - self._reported >= TICK_SECONDS:
             self._report(now)

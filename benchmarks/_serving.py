@@ -1,0 +1,183 @@
+"""Servers under test, as processes of their own on loopback, and pictures and models for them.
+
+Knows how a server is started and asked; not what is measured.
+"""
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from app import registry
+from app.db.engine import Database
+from app.db.migrate import upgrade
+from app.db.tables import new_id
+from app.settings import Settings
+from app.storage import LocalStorage
+from app.vision import artifact
+from app.vision.artifact import Artifact
+from app.vision.backbones import BACKBONES
+from app.vision.classifier import Classifier
+from app.vision.weights import WeightStore
+
+PICTURES = 64
+CLASSES = [f"class {i}" for i in range(10)]
+HERE = Path(__file__).parent
+_WARM_UP_SECONDS = 90.0
+
+LUA = """
+local bodies = {}
+for i = 1, %d do
+  local file = io.open(string.format("%s/%%d.jpg", i - 1), "rb")
+  bodies[i] = file:read("*all")
+  file:close()
+end
+local at = 0
+request = function()
+  at = at %% #bodies + 1
+  return wrk.format("POST", "%s", {["Content-Type"] = "image/jpeg"}, bodies[at])
+end
+done = function(summary, latency, requests)
+  io.write(string.format("RESULT %%f %%d %%d %%f %%f %%f\\n", summary.duration / 1e6, summary.requests,
+    summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.status +
+    summary.errors.timeout,
+    latency:percentile(50) / 1000, latency:percentile(99) / 1000, latency.max / 1000))
+end
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """per_second: requests; p50, p99: milliseconds; cpu: milliseconds of the server's processes per request."""
+
+    per_second: float
+    p50: float
+    p99: float
+    cpu: float
+    errors: int
+
+
+@dataclass(frozen=True)
+class Server:
+    name: str
+    port: int
+    process: subprocess.Popen[bytes]
+    path: str = "/predict"
+
+    def cpu_seconds(self) -> float:
+        found = psutil.Process(self.process.pid)
+        times = [each.cpu_times() for each in (found, *found.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
+
+
+def write_pictures(archive: Path, folder: Path) -> None:
+    folder.mkdir()
+    with zipfile.ZipFile(archive) as opened:
+        names = [name for name in opened.namelist() if name.endswith(".jpg")]
+        for i, name in enumerate(names[:: max(1, len(names) // PICTURES)][:PICTURES]):
+            (folder / f"{i}.jpg").write_bytes(opened.read(name))
+
+
+def prepare(data: Path, backbone: str, weights: Path) -> None:
+    """A model with the backbone's weights and a head of chance, registered as a worker does it."""
+    settings = Settings(data_dir=data, weights_dir=weights)
+    upgrade(settings.resolved_database_url)
+    storage, database = LocalStorage(data), Database(settings.resolved_database_url)
+    store = WeightStore.from_settings(settings)
+    found = store.find(backbone)
+    state_dict = None if found is None else store.load(found)
+    classifier = Classifier.new(backbone, len(CLASSES), seed=0, state_dict=state_dict).eval()
+    model_id = new_id("mdl")
+    with storage.staging() as staged:
+        saved = artifact.save(staged, Artifact(classifier, CLASSES, BACKBONES[backbone].preprocessing))
+        storage.publish(staged, f"models/{model_id}")
+    with database.write() as session:
+        registry.register(
+            session,
+            model_id=model_id,
+            job_id="job_none",
+            dataset_id="ds_none",
+            method="feature_extraction",
+            backbone={"name": backbone, "weights": None},
+            classes=CLASSES,
+            metrics={},
+            size_bytes=saved.size_bytes,
+            sha256=saved.sha256,
+        )
+        registry.point_alias(session, registry.DEFAULT_ALIAS, model_id)
+    database.dispose()
+
+
+@contextlib.contextmanager
+def served(
+    name: str, command: list[str], folder: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    port = free_port()
+    whole = os.environ | {
+        "GRAFT_DATA_DIR": str(folder / "data"),
+        "GRAFT_PORT": str(port),
+        "GRAFT_LOG_LEVEL": "warning",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    process = subprocess.Popen(
+        [sys.executable, *command], env=whole | dict(environment or {}), stdout=subprocess.DEVNULL
+    )
+    try:
+        yield Server(name, port, process)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def warm_up(server: Server, folder: Path) -> None:
+    """Until it answers, and until Graft has chosen its engine."""
+    picture = (folder / "pictures" / "0.jpg").read_bytes()
+    deadline = time.monotonic() + _WARM_UP_SECONDS
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as client:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if client.post(server.path, content=picture).status_code == 200:
+                    break
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{server.name} does not answer")
+            time.sleep(0.2)
+        for _ in range(120):
+            client.post(server.path, content=picture)
+        while server.name == "graft" and not engine(folder) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        time.sleep(2)
+
+
+def engine(folder: Path) -> str:
+    reports = list((folder / "data" / "engines").glob("*/engine.json"))
+    return reports[0].read_text() if reports else ""
+
+
+def loaded(server: Server, folder: Path, *, concurrency: int, seconds: float) -> Measured:
+    script = folder / "load.lua"
+    script.write_text(LUA % (PICTURES, folder / "pictures", server.path))
+    before = server.cpu_seconds()
+    command = ["wrk", "-t1", f"-c{concurrency}", f"-d{round(seconds)}s", "--timeout", "30s", "-s", str(script)]
+    ran = subprocess.run([*command, f"http://127.0.0.1:{server.port}"], capture_output=True, text=True, check=True)
+    result = re.search(r"RESULT (\S+) (\S+) (\S+) (\S+) (\S+) (\S+)", ran.stdout)
+    assert result is not None, ran.stdout
+    duration, requests, errors, p50, p99 = (float(value) for value in result.groups()[:5])
+    cpu = 1000 * (server.cpu_seconds() - before) / max(requests, 1)
+    return Measured(requests / duration, p50, p99, cpu, int(errors))
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
