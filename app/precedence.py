@@ -10,6 +10,8 @@ import struct
 import time
 from pathlib import Path
 
+import structlog
+
 from app.settings import Settings
 
 # Longer than the longest batch of a small network on a CPU; each picture and each batch says it anew.
@@ -21,17 +23,19 @@ _LOOK_SECONDS = 0.001
 # This machine since it was started, whose clock it is; and when the server will be free, in seconds of that clock.
 _RECORD = struct.Struct("<16sd")
 
+log = structlog.get_logger(__name__)
+
 
 class Precedence:
     """One end of the file; either end may be opened first."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError where the file cannot be made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            if file.seek(0, 2) < _RECORD.size:
-                file.truncate(_RECORD.size)
-            self._bytes = mmap.mmap(file.fileno(), _RECORD.size)
+        """Where the file cannot be made, nobody is told and nobody waits: neither serving nor a job fails of it."""
+        try:
+            self._bytes = _mapped(path)
+        except OSError as error:
+            log.warning("jobs do not give way to predictions", error=type(error).__name__)
+            self._bytes = mmap.mmap(-1, _RECORD.size)
         self._machine = _this_machine()
         self._worked_from = time.monotonic()
 
@@ -68,6 +72,14 @@ class Precedence:
         if machine != self._machine:  # a folder that several machines share, or of before the last start
             return 0.0
         return float(busy_until)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.seek(0, 2) < _RECORD.size:
+            file.truncate(_RECORD.size)
+        return mmap.mmap(file.fileno(), _RECORD.size)
 
 
 def _this_machine() -> bytes:

@@ -97,25 +97,33 @@ def prepare(data: Path, backbone: str, weights: Path) -> None:
     found = store.find(backbone)
     state_dict = None if found is None else store.load(found)
     classifier = Classifier.new(backbone, len(CLASSES), seed=0, state_dict=state_dict).eval()
+    made = Artifact(classifier, CLASSES, BACKBONES[backbone].preprocessing)
+    model_id = register(made, storage, database)
+    with database.write() as session:
+        registry.point_alias(session, registry.DEFAULT_ALIAS, model_id)
+    database.dispose()
+
+
+def register(made: Artifact, storage: LocalStorage, database: Database) -> str:
+    """Stores and registers a model as a worker does it, of a job and a data set that never were. Returns its id."""
     model_id = new_id("mdl")
     with storage.staging() as staged:
-        saved = artifact.save(staged, Artifact(classifier, CLASSES, BACKBONES[backbone].preprocessing))
+        saved = artifact.save(staged, made)
         storage.publish(staged, f"models/{model_id}")
     with database.write() as session:
         registry.register(
             session,
             model_id=model_id,
-            job_id="job_none",
+            job_id=new_id("job"),
             dataset_id="ds_none",
             method="feature_extraction",
-            backbone={"name": backbone, "weights": None},
-            classes=CLASSES,
+            backbone={"name": made.classifier.backbone.name, "weights": None},
+            classes=made.classes,
             metrics={},
             size_bytes=saved.size_bytes,
             sha256=saved.sha256,
         )
-        registry.point_alias(session, registry.DEFAULT_ALIAS, model_id)
-    database.dispose()
+    return model_id
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import psutil
 import torch
-from _serving import CLASSES, Server, served, warm_up, write_pictures
+from _serving import CLASSES, Server, register, served, warm_up, write_pictures
 from _setup import hardware, markdown, spread
 
 from app import registry
@@ -26,7 +26,6 @@ from app.db.engine import Database
 from app.db.migrate import upgrade
 from app.settings import Settings
 from app.storage import LocalStorage
-from app.vision import artifact
 from app.vision.artifact import Artifact
 from app.vision.backbones import BACKBONES
 from app.vision.classifier import Classifier
@@ -78,9 +77,9 @@ def _prepare(data: Path, weights: Path, count: int) -> list[str]:
         raise SystemExit(f"no weights of {BACKBONE} in {weights}")
     state_dict = store.load(found)
     random = np.random.default_rng(0)
-    ids = [f"mdl_{i:04}" for i in range(count)]
-    for i, model_id in enumerate(ids):
-        classifier = Classifier.new(BACKBONE, len(CLASSES), seed=i, state_dict=state_dict).eval()
+    ids = []
+    for seed in range(count):
+        classifier = Classifier.new(BACKBONE, len(CLASSES), seed=seed, state_dict=state_dict).eval()
         reference = Reference.fit(
             random.random((MAX_IMAGES, classifier.head.in_features)),
             np.arange(MAX_IMAGES) % len(CLASSES),
@@ -89,24 +88,9 @@ def _prepare(data: Path, weights: Path, count: int) -> list[str]:
             probability_of_true=[random.random(20)],
         )
         made = Artifact(classifier, CLASSES, BACKBONES[BACKBONE].preprocessing, reference=reference)
-        with storage.staging() as staged:
-            saved = artifact.save(staged, made)
-            storage.publish(staged, f"models/{model_id}")
-        with database.write() as session:
-            registry.register(
-                session,
-                model_id=model_id,
-                job_id=f"job_{i}",
-                dataset_id="ds_none",
-                method="feature_extraction",
-                backbone={"name": BACKBONE, "weights": None},
-                classes=CLASSES,
-                metrics={},
-                size_bytes=saved.size_bytes,
-                sha256=saved.sha256,
-            )
-            if i == 0:
-                registry.point_alias(session, registry.DEFAULT_ALIAS, model_id)
+        ids.append(register(made, storage, database))
+    with database.write() as session:
+        registry.point_alias(session, registry.DEFAULT_ALIAS, ids[0])
     database.dispose()
     return ids
 

@@ -90,3 +90,12 @@ def test_another_machine_with_the_same_folder_is_none_of_the_jobs_business(path:
     server.claim()
 
     assert worked(job).give_way() == 0.0
+
+
+def test_without_the_file_nobody_waits_and_nothing_fails(path: Path) -> None:
+    path.parent.write_bytes(b"a file where the folder should be")
+
+    job, server = Precedence(path), Precedence(path)
+    server.claim()
+
+    assert worked(job).give_way() == 0.0

@@ -12,7 +12,7 @@ from app import registry
 from app.api.deps import ServicesDep
 from app.api.derived_models import encoded_pictures, open_parent, publish
 from app.api.openapi import problems
-from app.api.picture_bodies import PictureBody, form_content, read_pictures
+from app.api.picture_bodies import PictureBody, form_or_json, read_pictures
 from app.api.schemas import ClassRequest, Model
 from app.api.services import Services
 from app.datasets.layout import folded
@@ -35,17 +35,9 @@ router = APIRouter(tags=["models"])
     description="For models of method few_shot. The model itself stays as it is, and aliases stay where they point; "
     "the new version is measured on the same images, and on the new ones left out one by one.",
     responses=problems(404, 408, 409, 413, 507),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                **form_content({"name": {"type": "string", "maxLength": MAX_NAME_CHARACTERS}}, required=["name"]),
-                "application/json": {
-                    "schema": ClassRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-                },
-            },
-        }
-    },
+    openapi_extra=form_or_json(
+        ClassRequest, {"name": {"type": "string", "maxLength": MAX_NAME_CHARACTERS}}, required=["name"]
+    ),
 )
 async def add_class(
     request: Request,

@@ -15,7 +15,7 @@ from app.api.dataset_pictures import Validation, validation_of
 from app.api.deps import ServicesDep
 from app.api.derived_models import encoded_pictures, open_parent, publish
 from app.api.openapi import problems
-from app.api.picture_bodies import Picture, form_content, read_pictures
+from app.api.picture_bodies import Picture, form_or_json, read_pictures
 from app.api.schemas import Model, PersonaliseRequest
 from app.api.services import Services
 from app.db.tables import ModelRow
@@ -34,17 +34,9 @@ router = APIRouter(tags=["models"])
     "validation images, and on the pictures themselves by parts left out (`metrics.personal`). The model itself stays "
     "as it is, and aliases stay where they point. In a form a `label` is that of the files behind it.",
     responses=problems(404, 408, 409, 413, 507),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                **form_content({"label": {"type": "array", "items": {"type": "string"}}}, required=["label"]),
-                "application/json": {
-                    "schema": PersonaliseRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-                },
-            },
-        }
-    },
+    openapi_extra=form_or_json(
+        PersonaliseRequest, {"label": {"type": "array", "items": {"type": "string"}}}, required=["label"]
+    ),
 )
 async def personalise_model(
     request: Request,

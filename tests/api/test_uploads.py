@@ -18,9 +18,9 @@ ARCHIVE = api_builders.archive_of_classes()
 
 
 def stored_files(server: RunningServer) -> list[Path]:
-    """All files of the storage but the database's own."""
-    root = server.services.settings.storage_root
-    return [path for path in root.rglob("*") if path.is_file() and not path.name.startswith("graft.db")]
+    """All files of the storage but those that a server has from its start: the database's, and what jobs look at."""
+    root, own = server.services.settings.storage_root, ("graft.db", "serving-busy")
+    return [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(own)]
 
 
 def raw_exchange(server: RunningServer, request: bytes) -> bytes:
