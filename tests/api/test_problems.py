@@ -71,7 +71,7 @@ def test_mistyped_query_parameter_is_refused_with_the_known_ones(client: httpx.C
     problem = assert_is_problem(client.post("/predict?topk=3"), 422, "invalid-request")
 
     assert problem["errors"] == [{"pointer": "#/topk", "detail": "there is no such query parameter"}]
-    assert "known are: coverage, explain, model, neighbors, store, top_k" in problem["detail"]
+    assert "adapt_steps, coverage, explain, model, neighbors, store, top_k." in problem["detail"]
 
 
 @pytest.mark.parametrize("value", ["0", "201", "x", "nan", ""])
