@@ -223,11 +223,13 @@ class GraftClient:
 
     def personalise(self, model: str, images: Sequence[tuple[str, Path]]) -> JsonObject:
         """A model that learnt a few pictures more. images: label and file of each."""
-        files = [
-            part
-            for label, path in images
-            for part in (("label", (None, label)), ("file", (path.name, path.read_bytes(), _media_type(path))))
-        ]
+        files: list[tuple[str, tuple[Any, ...]]] = []
+        said = None
+        for label, path in images:
+            if label != said:
+                files.append(("label", (None, label)))
+            files.append(("file", (path.name, path.read_bytes(), _media_type(path))))
+            said = label
         return self._json("POST", f"/v1/models/{model}/personalise", files=files)
 
     # Batches

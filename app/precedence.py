@@ -78,7 +78,9 @@ def _mapped(path: Path) -> mmap.mmap:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         if file.seek(0, 2) < _RECORD.size:
-            file.truncate(_RECORD.size)
+            # Real bytes and no hole: a full disk says so here, and not by a signal at the first write to the map.
+            file.write(bytes(_RECORD.size))
+            file.flush()
         return mmap.mmap(file.fileno(), _RECORD.size)
 
 

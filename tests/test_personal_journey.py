@@ -104,6 +104,16 @@ def test_in_a_form_a_label_is_that_of_the_files_behind_it(client: httpx.Client, 
     }
 
 
+def test_as_many_pictures_as_a_request_may_have_each_with_its_label(client: httpx.Client, model: str) -> None:
+    known = list(builders.class_folders(20, first_seed=9000).items())
+    files = [part for path, each in known for part in form(path.partition("/")[0], [each])]
+
+    answer = client.post(f"/v1/models/{model}/personalise", files=files)
+
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["metrics"]["personal"]["images"] == 40
+
+
 @pytest.mark.parametrize(
     ("files", "pointers"),
     [

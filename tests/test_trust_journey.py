@@ -5,7 +5,7 @@ from typing import Any
 import builders
 import httpx
 import pytest
-from api_builders import RunningServer
+from api_builders import RunningServer, assert_is_problem
 from test_pretraining_journey import train, upload
 
 SMALL: dict[str, Any] = {"image_size": 64}
@@ -138,6 +138,7 @@ def test_copy_is_tuned_to_the_neighbors_as_the_picture_was_taken_while_they_are_
     assert adapted["adaptation"]["share"] > 0
     assert len({own["score"], adapted["score"], again["score"]}) == 3
 
-    # What is mapped stays readable; a server that starts after the deletion has nothing to tune to.
     assert client.delete(f"/v1/datasets/{dataset['id']}").status_code == 200
-    assert ask(client, strange, "adapt=neighbors")["score"] == pytest.approx(adapted["score"], abs=1e-5)
+    refused = client.post("/predict?adapt=neighbors", content=strange)
+    assert_is_problem(refused, 409, "no-training-pictures")
+    assert ask(client, strange, "") == own

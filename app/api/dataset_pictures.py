@@ -6,6 +6,8 @@ Knows the storage's models and data sets; not HTTP.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -72,11 +74,17 @@ def validation_of(model_id: str, storage: LocalStorage, *, most: int = MOST_MEAS
 
 def training_pictures(dataset_id: str, image_ids: Sequence[str | None], storage: LocalStorage) -> list[Pixels | None]:
     """uint8 (H, W, 3) of each, mapped and not read yet; None for what is in no data set, or in one that is gone."""
+    path = storage.path(manifest_key(dataset_id))
     try:
-        manifest = Manifest.read(storage.path(manifest_key(dataset_id)))
+        places = _places(path, path.stat().st_mtime_ns)
         pictures = PackedPixels(storage.path(packed_key(dataset_id, PACKED_SIDE)))
     except (OSError, ValueError):
         return [None] * len(image_ids)
-    places = {record.image_id: place for place, record in enumerate(manifest.records)}
     found = [None if image_id is None else places.get(image_id) for image_id in image_ids]
     return [None if place is None else pictures[place] for place in found]
+
+
+@lru_cache(maxsize=8)
+def _places(manifest: Path, _changed_ns: int) -> dict[str, int]:
+    """Where each image is, by its id: reading the manifest takes a second for a hundred thousand."""
+    return {record.image_id: place for place, record in enumerate(Manifest.read(manifest).records)}

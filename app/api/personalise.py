@@ -12,7 +12,7 @@ from torch import Tensor
 
 from app.api.classifiers import find_classifier
 from app.api.dataset_pictures import Validation, validation_of
-from app.api.deps import ServicesDep
+from app.api.deps import ServicesDep, unless_disconnected
 from app.api.derived_models import encoded_pictures, open_parent, publish
 from app.api.openapi import problems
 from app.api.picture_bodies import Picture, form_or_json, read_pictures
@@ -31,8 +31,9 @@ router = APIRouter(tags=["models"])
     response_model=Model,
     summary="Make a model of one's own from a few labelled pictures",
     description="A copy of the model's head learns the pictures and rehearses what it knew; measured on the same "
-    "validation images, and on the pictures themselves by parts left out (`metrics.personal`). The model itself stays "
-    "as it is, and aliases stay where they point. In a form a `label` is that of the files behind it.",
+    "validation images, 1,000 of them at most, and on the pictures themselves by parts left out "
+    "(`metrics.personal`). The model itself stays as it is, and aliases stay where they point. In a form a `label` is "
+    "that of the files behind it.",
     responses=problems(404, 408, 409, 413, 507),
     openapi_extra=form_or_json(
         PersonaliseRequest, {"label": {"type": "array", "items": {"type": "string"}}}, required=["label"]
@@ -48,8 +49,9 @@ async def personalise_model(
     pictures = encoded_pictures(body, most=settings.max_predict_images)
     parent = await run_in_threadpool(_open, services, model)
     labels = _labels(body.pictures, parent.row.classes)
-    mine = await services.predictor.features(parent.row.id, pictures)
-    known = await services.predictor.features_of(parent.row.id, parent.validation.pictures)
+    predictor, model_id = services.predictor, parent.row.id
+    mine = await unless_disconnected(request, predictor.features(model_id, pictures))
+    known = await unless_disconnected(request, predictor.features_of(model_id, parent.validation.pictures))
     return await run_in_threadpool(_publish, services, parent, pictures, Labelled(mine, labels), known)
 
 
@@ -69,7 +71,7 @@ def _open(services: Services, model: str) -> _Parent:
     validation = validation_of(row.id, services.storage)
     if validation is None:
         raise Conflict(
-            "The data set that this model was trained on was deleted, and a new model could not be measured.",
+            "The validation pictures of this model's data set are gone, and a new model could not be measured.",
             code="no-validation-pictures",
         )
     return _Parent(row, validation)

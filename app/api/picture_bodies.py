@@ -18,6 +18,7 @@ from app.errors import FieldError, ImageRefused, InvalidRequest, TooLarge
 from app.vision.images import sniff
 
 MAX_FORM_FIELDS = 20
+MAX_FORM_FILES = 1000
 
 _HOW_TO = (
     "Send pictures as `-F file=@cat.jpg` (one or many), as raw bytes `--data-binary @cat.jpg`, or as JSON "
@@ -83,7 +84,9 @@ async def _read_form(request: Request, *, known: set[str], max_bytes: int) -> Pi
     fields: dict[str, Any] = {}
     try:
         # The whole body is bounded, so a part need not be; large parts go to a temporary file, not into memory.
-        async with counted.form(max_files=1000, max_fields=MAX_FORM_FIELDS) as form:
+        # A label for each picture, where there are labels.
+        max_fields = MAX_FORM_FIELDS + (MAX_FORM_FILES if "label" in known else 0)
+        async with counted.form(max_files=MAX_FORM_FILES, max_fields=max_fields) as form:
             for name, part in form.multi_items():
                 if isinstance(part, UploadFile):
                     label = fields.get("label") if "label" in known else None

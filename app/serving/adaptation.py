@@ -8,7 +8,7 @@ docs/adaptation.md has what was measured. Knows tensors and networks; not models
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
@@ -94,10 +94,14 @@ def tuned_head(
 
     examples: float32 (K, D), features. targets: float32 (K, C), of each task summing to 1, or to 0 for none. weights:
     (K,), summing to 1. What the steps add to the weight is a combination of the examples, so K numbers a class are
-    stepped in place of D: the same steps, for less.
+    stepped in place of D: the same steps, for less. A learning rate by which they would not come down is lowered.
     """
     products = examples @ examples.T + 1  # the 1 is the bias's
-    rate = plan.learning_rate / products.diagonal().mean() * weights.unsqueeze(1)
+    roots = weights.sqrt()
+    # Of the softmax's curvature, at most a half, times the steepest direction of the examples: with twice this rate
+    # steps begin to go up and down, and their number's parity would decide.
+    steepest = torch.linalg.eigvalsh(roots.unsqueeze(1) * products * roots)[-1]
+    rate = torch.minimum(plan.learning_rate / products.diagonal().mean(), 2 / steepest) * weights.unsqueeze(1)
     asked = torch.cat([part.sum(1, keepdim=True).expand_as(part) for part in of_outputs(targets, outputs)], dim=1)
     plain, share = head.logits(examples), torch.zeros(len(examples), len(head.bias))
     for _ in range(plan.steps):
@@ -124,7 +128,7 @@ def _softmax(logits: Tensor, outputs: Sequence[Output]) -> Tensor:
 # By entropy
 
 
-def by_entropy(
+def entropy_steps(
     backbone: Backbone,
     head: Head,
     views: Tensor,
@@ -133,8 +137,8 @@ def by_entropy(
     plan: Plan,
     *,
     likeness: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
-    """Logits (C,) of a picture by a copy that was tuned to its views.
+) -> Generator[None, None, Tensor]:
+    """Logits (C,) of a picture by a copy that was tuned to its views; the device is free at each yield.
 
     views: uint8 (V, 3, S, S), the picture itself first. The backbone is in eval mode and stays as it is. likeness:
     how near features (V, D) are to what the model knows, (V,); the nearest views are tuned to, or without it those
@@ -160,6 +164,7 @@ def by_entropy(
 
     copy = [everything[name].clone() for name in tuned]
     for _ in range(plan.steps):
+        yield
         with torch.enable_grad():
             copy = [tensor.requires_grad_() for tensor in copy]
             slopes = torch.autograd.grad(_marginal_entropy(logits(copy, agreeing), outputs), copy)
@@ -168,6 +173,33 @@ def by_entropy(
     with torch.no_grad():
         answer: Tensor = logits(copy, images[:1])
     return answer[0].cpu()
+
+
+def by_entropy(
+    backbone: Backbone,
+    head: Head,
+    views: Tensor,
+    outputs: Sequence[Output],
+    preprocessing: Preprocessing,
+    plan: Plan,
+    *,
+    likeness: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """`entropy_steps`, one after the other."""
+    turns = entropy_steps(backbone, head, views, outputs, preprocessing, plan, likeness=likeness)
+    while (found := advanced(turns)) is None:
+        pass
+    return found
+
+
+def advanced(turns: Generator[None, None, Tensor]) -> Tensor | None:
+    """What the turns came to, after one more of them; None before the last."""
+    try:
+        next(turns)
+    except StopIteration as end:
+        found: Tensor = end.value
+        return found
+    return None
 
 
 def _entropies(logits: Tensor, outputs: Sequence[Output]) -> Tensor:

@@ -16,12 +16,12 @@ import subprocess
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import onnxruntime
 import structlog
@@ -30,7 +30,16 @@ from torch import Tensor
 
 from app.errors import Conflict, FieldError, ImageRefused, InvalidRequest, Overloaded, StorageFull
 from app.serving import engines
-from app.serving.adaptation import NEIGHBOURS, Head, Plan, by_entropy, by_neighbours, share_of, views_of
+from app.serving.adaptation import (
+    NEIGHBOURS,
+    Head,
+    Plan,
+    advanced,
+    by_neighbours,
+    entropy_steps,
+    share_of,
+    views_of,
+)
 from app.serving.batcher import Batcher
 from app.serving.engines import Engine, TorchEngine
 from app.storage import LocalStorage
@@ -51,6 +60,8 @@ FORWARD_BATCH_SIZE = 32
 BUILD_AFTER_PICTURES = 100
 # Built engines that are kept on disk for the next start; the oldest goes first.
 KEPT_ENGINES = 32
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -138,7 +149,6 @@ class LoadedModel:
     """A model that is ready: a network, maybe shared, and a head of its own.
 
     dataset_id: what it was trained on. reference: what its answers are held against; old models have none.
-    neighbours: the reference's pictures, uint8 (H, W, 3) where they are to be had; None until they were looked for.
     """
 
     def __init__(self, model_id: str, loaded: Artifact, network: Network) -> None:
@@ -148,7 +158,6 @@ class LoadedModel:
         self.preprocessing = loaded.preprocessing
         self.dataset_id: str | None = loaded.metadata.get("dataset")
         self.reference = loaded.reference
-        self.neighbours: Sequence[Pixels | None] | None = None
         head = loaded.classifier.head
         self.head = Head(head.weight.detach().T.contiguous(), head.bias.detach())
         self.size_bytes = self.head.weight.nbytes + self.head.bias.nbytes
@@ -173,40 +182,35 @@ class LoadedModel:
         reference = self.reference
         return None if reference is None else reference.ood_score(reference.similarities(features.numpy()))
 
-    def tuned_by_entropy(self, views: Tensor, plan: Plan) -> Tensor:
-        """Logits (C,) of a picture by a copy that was tuned to views of it, uint8 (V, 3, S, S). Raises Overloaded."""
+    def entropy_steps(self, views: Tensor, plan: Plan) -> Generator[None, None, Tensor]:
+        """Logits (C,) of a picture by a copy that was tuned to views of it, uint8 (V, 3, S, S)."""
         reference = self.reference
 
         def likeness(features: Tensor) -> Tensor:
             assert reference is not None
             return torch.from_numpy(reference.likeness(features.numpy()))
 
-        with _memory_or_overloaded():
-            return by_entropy(
-                self.network.backbone,
-                self.head,
-                views,
-                self.outputs,
-                self.preprocessing,
-                plan,
-                likeness=likeness if reference else None,
-            )
+        known = likeness if reference else None
+        backbone = self.network.backbone
+        return entropy_steps(backbone, self.head, views, self.outputs, self.preprocessing, plan, likeness=known)
 
-    def neighbours_of(self, features: Tensor) -> list[int]:
-        """Places in the reference of the training pictures most like one, whose pictures are to be had.
+    def neighbours_of(self, features: Tensor, pictures: Sequence[Pixels | None]) -> tuple[list[int], list[Pixels]]:
+        """Places in the reference of the training pictures most like one, and the pictures, as far as they are there.
 
-        Raises Conflict where none is.
+        pictures: the reference's. Raises Conflict where none is there.
         """
-        assert self.reference is not None and self.neighbours is not None, "looked for before"
+        assert self.reference is not None, "checked by who asks for neighbours"
         likeness = self.reference.similarities(features.numpy())
-        order = [place for place in likeness.argsort()[::-1].tolist() if self.neighbours[place] is not None]
-        if not order:
+        found = [
+            (place, picture) for place in likeness.argsort()[::-1].tolist() if (picture := pictures[place]) is not None
+        ][:NEIGHBOURS]
+        if not found:
             raise Conflict(
                 "The data set that this model was trained on was deleted, and with it the pictures that "
                 "adapt=neighbors tunes to; adapt=entropy needs none.",
                 code="no-training-pictures",
             )
-        return order[:NEIGHBOURS]
+        return [place for place, _ in found], [picture for _, picture in found]
 
 
 @dataclass(frozen=True)
@@ -268,6 +272,8 @@ class Predictor:
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self._build_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="build")
         self._builder = engines.Builder()
+        # What takes long for one picture is done for one at a time, so that what is short comes in between.
+        self._long_work = asyncio.Semaphore(1)
 
         def batch_begins(size: int) -> None:
             on_pending(self._pending)
@@ -317,7 +323,7 @@ class Predictor:
             readable = torch.stack([pixels for pixels in decoded if isinstance(pixels, Tensor)])
             # By themselves, since the last digits depend on what runs beside them, and by torch, as in training.
             parts = [
-                await self._batcher.alone(model.network.torch.features, part)
+                await self._alone(model.network.torch.features, part)
                 for part in torch.split(readable, FORWARD_BATCH_SIZE)
             ]
             return torch.cat(parts)
@@ -327,7 +333,7 @@ class Predictor:
 
         Raises what `predict` raises.
         """
-        with self._place_for(FORWARD_BATCH_SIZE):
+        with self._place_for(min(FORWARD_BATCH_SIZE, self._max_pending)):
             model = await self.load(model_id)
             loop = asyncio.get_running_loop()
 
@@ -338,7 +344,7 @@ class Predictor:
             parts = []
             for start in range(0, len(pictures), FORWARD_BATCH_SIZE):
                 batch = await loop.run_in_executor(self._decoders, prepared, start)
-                parts.append(await self._batcher.alone(model.network.torch.features, batch))
+                parts.append(await self._alone(model.network.torch.features, batch))
             return torch.cat(parts)
 
     async def explain(self, model_id: str, pictures: Sequence[bytes], labels: Sequence[int]) -> list[bytes]:
@@ -362,11 +368,13 @@ class Predictor:
         """
         with self._place_for(len(pictures)):
             model = await self.load(model_id)
-            if plan.method == "neighbors" and model.neighbours is None:
+            known: Sequence[Pixels | None] = []
+            if plan.method == "neighbors":
+                # Looked for each time: what is kept mapped would outlive its deletion.
                 loop = asyncio.get_running_loop()
-                model.neighbours = await loop.run_in_executor(self._decoders, self._neighbours, model)
+                known = await loop.run_in_executor(self._decoders, self._neighbours, model)
             asked = zip(pictures, scores, strict=True)
-            return await asyncio.gather(*(self._adapt(model, picture, own, plan) for picture, own in asked))
+            return await asyncio.gather(*(self._adapt(model, picture, own, plan, known) for picture, own in asked))
 
     async def load(self, model_id: str) -> LoadedModel:
         """The model, ready for use; loaded first if need be, once however many ask. Raises ModelUnavailable."""
@@ -458,52 +466,76 @@ class Predictor:
             seen = images.decode(picture, side=side, limits=self._limits)
             return seen, eval_pixels(seen, preprocessing)
 
-        seen, pixels = await loop.run_in_executor(self._decoders, seen_and_prepared)
-        heat = await self._batcher.alone(model.evidence, pixels, label)
+        async with self._one_by_one():
+            seen, pixels = await loop.run_in_executor(self._decoders, seen_and_prepared)
+            heat = await self._alone(model.evidence, pixels, label)
         return await loop.run_in_executor(self._decoders, drawn, seen, heat, preprocessing)
 
-    async def _adapt(self, model: LoadedModel, picture: bytes, own: Scores, plan: Plan) -> Adapted:
+    async def _adapt(
+        self, model: LoadedModel, picture: bytes, own: Scores, plan: Plan, known: Sequence[Pixels | None]
+    ) -> Adapted:
         loop, start = asyncio.get_running_loop(), time.perf_counter()
         features = own.features
         assert features is not None, "scores come with what they were made of"
+        share = share_of(model.ood_score(features))
 
         def prepared() -> tuple[Tensor, list[int]]:
             """What the device is to look at: views of the picture, or its neighbours, as it was taken."""
             pixels = self._pixels(picture, model.preprocessing)
             if plan.method == "entropy":
                 return views_of(pixels), []
-            places = model.neighbours_of(features)
-            found = [eval_pixels(each, model.preprocessing) for each in self._pictures_at(model, places)]
+            places, pictures = model.neighbours_of(features, known)
+            found = [eval_pixels(each, model.preprocessing) for each in pictures]
             return seen_alike(torch.stack(found), pixels), places
 
         def answered(logits: Tensor) -> Scores:
             plain = model.head.logits(features)
             blended = plain + share * (logits - plain)
+            if not torch.isfinite(blended).all():
+                detail = "is so large that the copy makes no numbers any more"
+                raise InvalidRequest(
+                    f"adapt_learning_rate {detail}; leave it out, or choose a smaller one.",
+                    errors=[FieldError("#/adapt_learning_rate", detail)],
+                )
             (row,) = probabilities(blended.unsqueeze(0), model.outputs).tolist()
             return Scores.of(row, model.outputs, features=features)
 
-        share = share_of(model.ood_score(features))
-        images, places = await loop.run_in_executor(self._decoders, prepared)
-        if plan.method == "entropy":
-            logits = await self._batcher.alone(model.tuned_by_entropy, images, plan)
-        else:
-            assert model.reference is not None
-            seen = await self._batcher.alone(model.network.features, images)
-            as_they_are = torch.from_numpy(model.reference.raw(places))
-            logits = await loop.run_in_executor(
-                self._decoders, by_neighbours, model.head, features, seen, as_they_are, model.outputs, plan
-            )
+        async with self._one_by_one():
+            images, places = await loop.run_in_executor(self._decoders, prepared)
+            if plan.method == "entropy":
+                turns, logits = model.entropy_steps(images, plan), None
+                while logits is None:
+                    logits = await self._alone(_advanced_in_memory, turns)
+            else:
+                assert model.reference is not None
+                seen = await self._alone(model.network.features, images)
+                as_they_are = torch.from_numpy(model.reference.raw(places))
+                logits = await loop.run_in_executor(
+                    self._decoders, by_neighbours, model.head, features, seen, as_they_are, model.outputs, plan
+                )
         return Adapted(answered(logits), share, time.perf_counter() - start)
+
+    @contextlib.asynccontextmanager
+    async def _one_by_one(self) -> AsyncIterator[None]:
+        """Raises Overloaded for what waited too long for its turn."""
+        try:
+            await asyncio.wait_for(self._long_work.acquire(), self._timeout_seconds)
+        except TimeoutError:
+            raise Overloaded("The picture waited too long; try again soon.", retry_after_seconds=1) from None
+        try:
+            yield
+        finally:
+            self._long_work.release()
+
+    async def _alone(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Something else in the thread of the forward passes, between two batches; jobs hear of it."""
+        self._on_pending(self._pending)
+        return await self._batcher.alone(function, *arguments)
 
     def _neighbours(self, model: LoadedModel) -> Sequence[Pixels | None]:
         assert model.reference is not None, "checked by who asks for neighbours"
         image_ids = [image and image[0] for image in model.reference.images]
         return self._training_pictures(model.dataset_id or "", image_ids)
-
-    @staticmethod
-    def _pictures_at(model: LoadedModel, places: Sequence[int]) -> list[Pixels]:
-        pictures = model.neighbours or []
-        return [picture for place in places if (picture := pictures[place]) is not None]
 
     async def _run(self, model: LoadedModel, pixels: Tensor) -> Scores:
         network = model.network
@@ -609,6 +641,12 @@ def _run(network: Network, asked: Sequence[_Asked]) -> list[Scores]:
         for i, row in zip(places, rows, strict=True):
             scores[i] = Scores.of(row, model.outputs, features=found[i])
     return [one for one in scores if one is not None]
+
+
+def _advanced_in_memory(turns: Generator[None, None, Tensor]) -> Tensor | None:
+    """One turn more; see `advanced`. Raises Overloaded."""
+    with _memory_or_overloaded():
+        return advanced(turns)
 
 
 @contextlib.contextmanager

@@ -341,3 +341,11 @@ def test_set_and_heat_map_go_with_an_adapted_answer(client: httpx.Client) -> Non
 
     assert set(adapted) == {*TRUSTED, "adaptation", "prediction_set", "explanation", "neighbors"}
     assert adapted["prediction_set"] == own["prediction_set"]
+
+
+@FORMS
+def test_step_so_large_that_no_numbers_are_left_is_pointed_at(client: httpx.Client, ask: Ask) -> None:
+    answer = ask(client, STRANGE, adapt="entropy", adapt_learning_rate=1000, adapt_steps=3)
+
+    problem = assert_is_problem(answer, 422, "invalid-request")
+    assert [error["pointer"] for error in problem["errors"]] == ["#/adapt_learning_rate"]

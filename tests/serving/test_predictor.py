@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from app.errors import ImageRefused, InvalidRequest, ModelUnavailable, Overloaded
+from app.serving.adaptation import Plan
 from app.serving.predictor import Network, Predictor, Scores
 from app.storage import LocalStorage
 from app.vision import artifact, images
@@ -329,3 +330,34 @@ def test_how_many_pictures_wait_is_told_until_none_does(with_predictor: Callable
 
     assert (told[0], told[-1]) == (3, 0)
     assert set(told[1:-1]) == {3}  # each batch says it anew
+
+
+def test_other_pictures_are_answered_between_those_that_are_adapted(with_predictor: Callable[..., list[int]]) -> None:
+    ended: list[str] = []
+
+    async def story(predictor: Predictor) -> None:
+        own = [scores for scores in await predictor.predict("a", PICTURES) if isinstance(scores, Scores)]
+
+        async def adapt() -> None:
+            found = await predictor.adapt("a", PICTURES, own, Plan.of("entropy", steps=5))
+            assert len(found) == len(PICTURES)
+            ended.append("adapted")
+
+        async def predict() -> None:
+            await predictor.predict("b", PICTURES[:1])
+            ended.append("predicted")
+
+        await asyncio.gather(adapt(), predict())
+
+    with_predictor(story)
+
+    assert ended == ["predicted", "adapted"]
+
+
+def test_adaptation_that_waits_too_long_for_its_turn_is_refused(with_predictor: Callable[..., list[int]]) -> None:
+    async def story(predictor: Predictor) -> None:
+        own = [scores for scores in await predictor.predict("a", PICTURES) if isinstance(scores, Scores)]
+        with pytest.raises(Overloaded, match="waited too long"):
+            await predictor.adapt("a", PICTURES * 12, own * 12, Plan.of("entropy", steps=50))
+
+    with_predictor(story, timeout_seconds=1.0)

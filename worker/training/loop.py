@@ -134,11 +134,11 @@ class Hooks:
     save: called with the state at checkpoints. log: something worth telling happened.
     """
 
-    on_step: Callable[[], object] = lambda: None
     on_progress: Callable[[StepProgress], bool] = lambda _progress: False
     save: Callable[["LoopState"], None] = lambda _state: None
     log: Callable[[str, Mapping[str, Any]], None] = lambda _message, _details: None
     checkpoint_seconds: float = CHECKPOINT_SECONDS
+    on_step: Callable[[], object] = lambda: None
 
 
 @dataclass
