@@ -356,7 +356,7 @@ class Predictor:
         with self._place_for(len(pictures)):
             model = await self.load(model_id)
             asked = zip(pictures, labels, strict=True)
-            return await asyncio.gather(*(self._explain(model, picture, label) for picture, label in asked))
+            return [await self._explain(model, picture, label) for picture, label in asked]
 
     async def adapt(
         self, model_id: str, pictures: Sequence[bytes], scores: Sequence[Scores], plan: Plan
@@ -374,7 +374,8 @@ class Predictor:
                 loop = asyncio.get_running_loop()
                 known = await loop.run_in_executor(self._decoders, self._neighbours, model)
             asked = zip(pictures, scores, strict=True)
-            return await asyncio.gather(*(self._adapt(model, picture, own, plan, known) for picture, own in asked))
+            # One after the other, so that a request waits for others' turns and never for its own.
+            return [await self._adapt(model, picture, own, plan, known) for picture, own in asked]
 
     async def load(self, model_id: str) -> LoadedModel:
         """The model, ready for use; loaded first if need be, once however many ask. Raises ModelUnavailable."""
