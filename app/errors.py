@@ -192,3 +192,8 @@ class JobFailed(GraftError):
 
     code = "job-failed"
     title = "The job failed"
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Names for a sentence: all of them, or the first ones and how many more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -61,9 +61,6 @@ class Precedence:
         self._worked_from = now
         return now - start
 
-    def close(self) -> None:
-        self._bytes.close()
-
     def _write(self, busy_until: float) -> None:
         _RECORD.pack_into(self._bytes, 0, self._machine, busy_until)
 

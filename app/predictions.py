@@ -15,7 +15,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.db.tables import ModelRow, PredictionRow, utc_now
-from app.errors import Conflict, FieldError, InvalidRequest, NotFound
+from app.errors import Conflict, FieldError, InvalidRequest, NotFound, listed
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ def _checked(label: str, classes: Sequence[str], *, is_new_class: bool) -> str:
         said = f"differs from the class {twin!r} only in case" if twin else "has no or unprintable characters"
         raise InvalidRequest(f"The label {said}.", errors=[FieldError("#/label", said)])
     if not is_new_class:
-        listed = ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else "")
         raise InvalidRequest(
-            f'The model has no such class; its classes are: {listed}. With "new_class": true it is a class to come.',
+            f"The model has no such class; its classes are: {listed(classes)}. "
+            'With "new_class": true it is a class to come.',
             errors=[FieldError("#/label", "is no class of the model")],
         )
     return label

@@ -31,7 +31,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from app.datasets.packed import PackedPixels
-from app.serving.adaptation import NEIGHBOURS, Head, Plan, by_entropy, by_neighbours, share_of, views_of
+from app.serving.adaptation import NEIGHBOURS, Head, Plan, advanced, by_neighbours, entropy_steps, share_of, views_of
 from app.serving.personal import Labelled, personalise
 from app.storage import LocalStorage
 from app.vision.artifact import Artifact
@@ -178,7 +178,7 @@ class Subject:
     def _adapted(self, pixels: Tensor, features: Tensor, plan: Plan) -> Tensor:
         prepared = self.training.preprocessing
         if plan.method == "entropy":
-            return by_entropy(
+            turns = entropy_steps(
                 self.training.classifier.backbone,
                 self.head,
                 views_of(pixels),
@@ -187,6 +187,9 @@ class Subject:
                 plan,
                 likeness=lambda found: torch.from_numpy(self.reference.likeness(found.numpy())),
             )
+            while (logits := advanced(turns)) is None:
+                pass
+            return logits
         likeness = self.reference.similarities(features.numpy())
         places = np.argsort(-likeness, kind="stable")[:NEIGHBOURS].tolist()
         seen = self._features(seen_alike(torch.stack([self.neighbours[place] for place in places]), pixels))

@@ -4,6 +4,7 @@ The numbers come from `app.serving.insight`; here they become the members of an 
 """
 
 import base64
+from dataclasses import asdict
 from typing import Any
 
 from app.api.problems import pointer_to
@@ -90,20 +91,15 @@ def answer(
         in_distribution=found and found.in_distribution,
         ood_score=found and found.ood_score,
         neighbors=[_neighbor(each, loaded) for each in found.neighbours] if found and options.neighbors else None,
-        adaptation=adapted and _adaptation(adapted, own, options),
+        adaptation=adapted and _adaptation(adapted, own),
         explanation=None if explanation is None else f"data:image/png;base64,{base64.b64encode(explanation).decode()}",
     )
 
 
-def _adaptation(adapted: Adapted, own: Scores, options: PredictOptions) -> Adaptation:
-    plan = plan_of(options)
-    assert plan is not None, "adapted by it"
+def _adaptation(adapted: Adapted, own: Scores) -> Adaptation:
     ((label, score),) = own.top(1)
     return Adaptation(
-        method=plan.method,
-        parameters=plan.parameters,
-        steps=plan.steps,
-        learning_rate=plan.learning_rate,
+        **asdict(adapted.plan),
         share=adapted.share,
         before=ClassScore(label=label, score=score),
         seconds=round(adapted.seconds, 4),

@@ -73,13 +73,13 @@ def _open(services: Services, model: str, name: str) -> _Parent:
         row = registry.find(session, model)
     _check_new(name, row.classes)
     support = artifact.load_support(services.storage.path(f"models/{row.id}"))
-    if support is None and row.role == "personalised":
-        raise Conflict(
-            "A model that was personalised keeps the classes that it has; add the class to its parent, and personalise "
-            "that.",
-            code="not-extensible",
-        )
     if support is None:
+        if row.role == "personalised":
+            raise Conflict(
+                "A model that was personalised keeps the classes that it has; add the class to its parent, and "
+                "personalise that.",
+                code="not-extensible",
+            )
         raise Conflict(
             f'Classes can be added to models of method few_shot, and this one is {row.method}. Train one: {{"dataset": '
             f'"{row.dataset_id}", "method": "few_shot"}} to /v1/jobs.',

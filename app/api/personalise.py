@@ -19,7 +19,7 @@ from app.api.picture_bodies import Picture, form_or_json, read_pictures
 from app.api.schemas import Model, PersonaliseRequest
 from app.api.services import Services
 from app.db.tables import ModelRow
-from app.errors import Conflict, FieldError, InvalidRequest
+from app.errors import Conflict, FieldError, InvalidRequest, listed
 from app.serving.personal import Labelled, personalise
 
 router = APIRouter(tags=["models"])
@@ -93,10 +93,9 @@ def _labels(pictures: Sequence[Picture], classes: Sequence[str]) -> "np.ndarray[
         if place is None
     ]
     if unknown:
-        listed = ", ".join(classes[:20]) + (f" and {len(classes) - 20} more" if len(classes) > 20 else "")
         raise InvalidRequest(
-            f"Each picture needs a label that is a class of the model: {listed}. In a form, `-F label=NAME` comes "
-            "before its files.",
+            f"Each picture needs a label that is a class of the model: {listed(classes)}. "
+            "In a form, `-F label=NAME` comes before its files.",
             errors=unknown,
         )
     return np.array(found, dtype=np.int64)

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from app.api.data_urls import bytes_of
 from app.api.deps import read_body, refuse_declared_size
 from app.api.problems import pointer_to
-from app.api.schemas import PersonaliseRequest, PicturesRequest
+from app.api.schemas import PicturesRequest
 from app.api.strict_json import parse_as, strict_json
 from app.errors import FieldError, ImageRefused, InvalidRequest, TooLarge
 from app.vision.images import sniff
@@ -51,8 +51,10 @@ async def read_pictures(request: Request, *, schema: type[PicturesRequest], max_
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
-        known = set(schema.model_fields) - {"images"} | ({"label"} if issubclass(schema, PersonaliseRequest) else set())
-        return await _read_form(request, known=known, max_bytes=max_bytes)
+        known = set(schema.model_fields) - {"images"}
+        (of_picture,) = get_args(schema.model_fields["images"].annotation)
+        labels = {"label"} & of_picture.model_fields.keys()
+        return await _read_form(request, known=known | labels, has_labels=bool(labels), max_bytes=max_bytes)
     body = await read_body(request, max_bytes=max_bytes)
     if not body:
         raise InvalidRequest(f"The request has no body. {_HOW_TO}")
@@ -77,7 +79,7 @@ def form_or_json(
     return {"requestBody": {"required": True, "content": content}}
 
 
-async def _read_form(request: Request, *, known: set[str], max_bytes: int) -> PictureBody:
+async def _read_form(request: Request, *, known: set[str], has_labels: bool, max_bytes: int) -> PictureBody:
     refuse_declared_size(request, max_bytes=max_bytes)
     counted = Request(request.scope, _counting(request.receive, max_bytes))
     pictures: list[Picture] = []
@@ -85,11 +87,11 @@ async def _read_form(request: Request, *, known: set[str], max_bytes: int) -> Pi
     try:
         # The whole body is bounded, so a part need not be; large parts go to a temporary file, not into memory.
         # A label for each picture, where there are labels.
-        max_fields = MAX_FORM_FIELDS + (MAX_FORM_FILES if "label" in known else 0)
+        max_fields = MAX_FORM_FIELDS + (MAX_FORM_FILES if has_labels else 0)
         async with counted.form(max_files=MAX_FORM_FILES, max_fields=max_fields) as form:
             for name, part in form.multi_items():
                 if isinstance(part, UploadFile):
-                    label = fields.get("label") if "label" in known else None
+                    label = fields.get("label") if has_labels else None
                     pictures.append(Picture(_base_name(part.filename), await part.read(), label))
                 else:
                     fields[name] = part

@@ -1,7 +1,7 @@
 """POST /predict: pictures in any of three bodies, told apart by their first bytes, answered by a trained model."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -17,6 +17,7 @@ from app.api.schemas import FailedPrediction, Prediction, Predictions, PredictOp
 from app.api.services import Services
 from app.api.strict_json import parse_as
 from app.errors import FieldError, ImageRefused, InvalidRequest
+from app.serving.adaptation import Method, Parameters, Plan
 from app.serving.predictor import Adapted, LoadedModel, Scores
 
 router = APIRouter(tags=["prediction"])
@@ -79,11 +80,11 @@ async def predict(
         int | None, Query(ge=1, le=50, description="Add so many of the training pictures that are most like it.")
     ] = None,
     adapt: Annotated[
-        Literal["neighbors", "entropy"] | None,
+        Method | None,
         Query(description="Tune a copy of the model to each picture before it answers; the model stays as it is."),
     ] = None,
     adapt_parameters: Annotated[
-        Literal["head", "normalisation", "all"] | None,
+        Parameters | None,
         Query(description="What is tuned: head by neighbors; normalisation, the usual, or all by entropy."),
     ] = None,
     adapt_steps: Annotated[int | None, Query(ge=1, le=50, description="Gradient steps.")] = None,
@@ -95,7 +96,7 @@ async def predict(
     in_query |= {"adapt": adapt, "adapt_parameters": adapt_parameters}
     in_query |= {"adapt_steps": adapt_steps, "adapt_learning_rate": adapt_learning_rate}
     options = _options(in_query, asked.fields)
-    plan_of(options)  # for what it refuses
+    plan = plan_of(options)
     if options.store:
         services.shelf.check_is_open()
     if len(asked.pictures) > services.settings.max_predict_images:
@@ -119,7 +120,7 @@ async def predict(
     services.metrics.count_predictions(answered=len(results) - len(refused), refused=len(refused))
     if len(refused) == len(results):
         raise _nothing_readable(refused)
-    answers = iter(await _answers(request, services, loaded, results, options))
+    answers = iter(await _answers(request, services, loaded, results, options, plan))
     predictions = [
         next(answers)
         if isinstance(outcome, Scores)
@@ -149,13 +150,18 @@ def _options(in_query: Mapping[str, Any], in_body: Mapping[str, Any]) -> Predict
 
 
 async def _answers(
-    request: Request, services: Services, loaded: LoadedModel, results: Results, options: PredictOptions
+    request: Request,
+    services: Services,
+    loaded: LoadedModel,
+    results: Results,
+    options: PredictOptions,
+    plan: Plan | None,
 ) -> list[Prediction]:
-    """What is said of each picture that could be read."""
+    """What is said of each picture that could be read, by copies tuned as planned or by the model itself."""
     read = [(picture, scores) for picture, scores in results if isinstance(scores, Scores)]
     encoded = [picture.encoded for picture, _ in read if isinstance(picture.encoded, bytes)]
     adapted: Sequence[Adapted | None] = [None] * len(read)
-    if plan := plan_of(options):
+    if plan is not None:
         own = [scores for _, scores in read]
         adapted = await unless_disconnected(request, services.predictor.adapt(loaded.id, encoded, own, plan))
     explanations: Sequence[bytes | None] = [None] * len(read)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.datasets.manifest import Record
 from app.db.tables import AliasRow, DatasetRow, EpochRow, EventRow, JobRow, ModelRow
+from app.serving.adaptation import Method, Parameters
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -497,8 +498,8 @@ class PredictOptions(BaseModel):
     explain: bool | None = None
     coverage: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
     neighbors: Annotated[int, Field(ge=1, le=50)] | None = None
-    adapt: Literal["neighbors", "entropy"] | None = None
-    adapt_parameters: Literal["head", "normalisation", "all"] | None = None
+    adapt: Method | None = None
+    adapt_parameters: Parameters | None = None
     adapt_steps: Annotated[int, Field(ge=1, le=50)] | None = None
     adapt_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = None
 
@@ -558,8 +559,8 @@ class Neighbor(Schema):
 class Adaptation(Schema):
     """How a copy of the model was tuned to the picture before it answered."""
 
-    method: Literal["neighbors", "entropy"]
-    parameters: Literal["head", "normalisation", "all"]
+    method: Method
+    parameters: Parameters
     steps: int
     learning_rate: float
     share: float = Field(

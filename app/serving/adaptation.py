@@ -88,7 +88,14 @@ def share_of(ood_score: float | None) -> float:
 
 
 def tuned_head(
-    head: Head, examples: Tensor, targets: Tensor, weights: Tensor, outputs: Sequence[Output], plan: Plan
+    head: Head,
+    examples: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    outputs: Sequence[Output],
+    *,
+    steps: int,
+    learning_rate: float,
 ) -> Head:
     """A copy of the head after gradient steps on examples, by cross-entropy with their targets.
 
@@ -101,10 +108,10 @@ def tuned_head(
     # Of the softmax's curvature, at most a half, times the steepest direction of the examples: with twice this rate
     # steps begin to go up and down, and their number's parity would decide.
     steepest = torch.linalg.eigvalsh(roots.unsqueeze(1) * products * roots)[-1]
-    rate = torch.minimum(plan.learning_rate / products.diagonal().mean(), 2 / steepest) * weights.unsqueeze(1)
+    rate = torch.minimum(learning_rate / products.diagonal().mean(), 2 / steepest) * weights.unsqueeze(1)
     asked = torch.cat([part.sum(1, keepdim=True).expand_as(part) for part in of_outputs(targets, outputs)], dim=1)
     plain, share = head.logits(examples), torch.zeros(len(examples), len(head.bias))
-    for _ in range(plan.steps):
+    for _ in range(steps):
         share = share - rate * (_softmax(plain + products @ share, outputs) * asked - targets)
     return Head(head.weight + examples.T @ share, head.bias + share.sum(0))
 
@@ -118,7 +125,9 @@ def by_neighbours(
     """
     targets = _softmax(head.logits(as_they_are), outputs)
     likeness = nn.functional.cosine_similarity(seen, picture.unsqueeze(0))
-    return tuned_head(head, seen, targets, (likeness / _LIKENESS).softmax(0), outputs, plan).logits(picture)
+    weights = (likeness / _LIKENESS).softmax(0)
+    tuned = tuned_head(head, seen, targets, weights, outputs, steps=plan.steps, learning_rate=plan.learning_rate)
+    return tuned.logits(picture)
 
 
 def _softmax(logits: Tensor, outputs: Sequence[Output]) -> Tensor:
@@ -173,23 +182,6 @@ def entropy_steps(
     with torch.no_grad():
         answer: Tensor = logits(copy, images[:1])
     return answer[0].cpu()
-
-
-def by_entropy(
-    backbone: Backbone,
-    head: Head,
-    views: Tensor,
-    outputs: Sequence[Output],
-    preprocessing: Preprocessing,
-    plan: Plan,
-    *,
-    likeness: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
-    """`entropy_steps`, one after the other."""
-    turns = entropy_steps(backbone, head, views, outputs, preprocessing, plan, likeness=likeness)
-    while (found := advanced(turns)) is None:
-        pass
-    return found
 
 
 def advanced(turns: Generator[None, None, Tensor]) -> Tensor | None:

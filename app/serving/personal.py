@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from app.serving.adaptation import Head, Plan, tuned_head
+from app.serving.adaptation import Head, tuned_head
 from app.serving.extension import Derived
 from app.vision import evaluate
 from app.vision.artifact import Artifact
@@ -28,7 +28,7 @@ NEW_SHARE = 0.1
 MOST_REHEARSED = 400
 # Parts of the new pictures that are left out in turn; each picture is a part where there are fewer.
 PARTS = 5
-_PLAN = Plan("neighbors", "head", steps=100, learning_rate=10.0)
+_STEPS, _LEARNING_RATE = 100, 10.0
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,17 @@ def personalise(parent: Artifact, mine: Labelled, validation: Labelled) -> Deriv
     classifier = copy.deepcopy(parent.classifier)
     head = Head(parent.classifier.head.weight.detach().T, parent.classifier.head.bias.detach())
     rehearsed = _rehearsed(parent, head.weight.shape[0])
-    tuned = _learnt(head, mine, rehearsed)
+    outputs = parent.outputs
+    tuned = _learnt(head, mine, rehearsed, outputs)
     with torch.no_grad():
         classifier.head.load_state_dict({"weight": tuned.weight.T, "bias": tuned.bias})
     logits = tuned.logits(validation.features)
     temperature = evaluate.fit_temperature(logits, validation.labels)
     found = evaluate.evaluate(logits, validation.labels, parent.classes, temperature=temperature)
-    metrics = found.metrics("val") | {"temperature": temperature, "personal": _on_mine(head, tuned, mine, rehearsed)}
+    metrics = found.metrics("val") | {
+        "temperature": temperature,
+        "personal": _on_mine(head, tuned, mine, rehearsed, outputs),
+    }
     made = replace(parent, classifier=classifier.eval(), temperature=temperature)
     made.reference = parent.reference and parent.reference.extended(
         mine.features.numpy(),
@@ -64,7 +68,7 @@ def personalise(parent: Artifact, mine: Labelled, validation: Labelled) -> Deriv
     return Derived(made, metrics, evaluate.as_record(found, validation.images))
 
 
-def _learnt(head: Head, mine: Labelled, rehearsed: Tensor) -> Head:
+def _learnt(head: Head, mine: Labelled, rehearsed: Tensor, outputs: Sequence[Output]) -> Head:
     """rehearsed: float32 (R, D), R >= 0."""
     classes = head.weight.shape[1]
     wanted = functional.one_hot(torch.from_numpy(mine.labels), classes).float()
@@ -74,8 +78,7 @@ def _learnt(head: Head, mine: Labelled, rehearsed: Tensor) -> Head:
         weights.append(torch.full((len(rehearsed),), (1 - share) / len(rehearsed)))
     examples = torch.cat([mine.features, rehearsed])
     targets = torch.cat([wanted, head.logits(rehearsed).softmax(1)])
-    outputs = [Output("", [""] * classes, 1.0)]
-    return tuned_head(head, examples, targets, torch.cat(weights), outputs, _PLAN)
+    return tuned_head(head, examples, targets, torch.cat(weights), outputs, steps=_STEPS, learning_rate=_LEARNING_RATE)
 
 
 def _rehearsed(parent: Artifact, width: int) -> Tensor:
@@ -88,7 +91,9 @@ def _rehearsed(parent: Artifact, width: int) -> Tensor:
     return torch.from_numpy(reference.raw(places.tolist()))
 
 
-def _on_mine(head: Head, tuned: Head, mine: Labelled, rehearsed: Tensor) -> dict[str, int | float | None]:
+def _on_mine(
+    head: Head, tuned: Head, mine: Labelled, rehearsed: Tensor, outputs: Sequence[Output]
+) -> dict[str, int | float | None]:
     """How many of one's own pictures are right: before, now, and each by a copy that has not seen it."""
     truth, count = torch.from_numpy(mine.labels), len(mine.labels)
 
@@ -101,7 +106,7 @@ def _on_mine(head: Head, tuned: Head, mine: Labelled, rehearsed: Tensor) -> dict
         parts = np.arange(count) % min(PARTS, count)
         for part in range(parts.max() + 1):
             others, these = np.flatnonzero(parts != part), np.flatnonzero(parts == part)
-            without = _learnt(head, Labelled(mine.features[others], mine.labels[others]), rehearsed)
+            without = _learnt(head, Labelled(mine.features[others], mine.labels[others]), rehearsed, outputs)
             logits[these] = without.logits(mine.features[these])
         left_out = accuracy(logits)
     return {

@@ -107,9 +107,10 @@ class Scores:
 class Adapted:
     """What a copy of a model says that was tuned to the picture. scores: the copy's, as far as they count: `share`.
 
-    seconds: that it took, waiting for the device included.
+    plan: by which it was tuned. seconds: that it took, waiting for the device included.
     """
 
+    plan: Plan
     scores: Scores
     share: float
     seconds: float
@@ -514,7 +515,7 @@ class Predictor:
                 logits = await loop.run_in_executor(
                     self._decoders, by_neighbours, model.head, features, seen, as_they_are, model.outputs, plan
                 )
-        return Adapted(answered(logits), share, time.perf_counter() - start)
+        return Adapted(plan, answered(logits), share, time.perf_counter() - start)
 
     @contextlib.asynccontextmanager
     async def _one_by_one(self) -> AsyncIterator[None]:

@@ -1,6 +1,7 @@
 """Copies of a model that are tuned to one picture: by its neighbours, and by its views."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import builders
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from app.serving import adaptation
-from app.serving.adaptation import Head, Plan, by_entropy, by_neighbours, share_of, tuned_head, views_of
+from app.serving.adaptation import Head, Plan, advanced, by_neighbours, entropy_steps, share_of, tuned_head, views_of
 from app.vision import images
 from app.vision.backbones import Backbone, build
 from app.vision.images import ImageLimits
@@ -39,9 +40,8 @@ def test_tuned_head_is_what_gradient_descent_on_its_copy_comes_to(outputs: Seque
     if outputs is TWO:
         parts[1][3] = 0  # a picture without a label of the second task
     targets = torch.cat(parts, dim=1)
-    plan = Plan("neighbors", "head", steps=7, learning_rate=0.9)
 
-    tuned = tuned_head(start, examples, targets, weights, outputs, plan)
+    tuned = tuned_head(start, examples, targets, weights, outputs, steps=7, learning_rate=0.9)
 
     weight, bias = start.weight.clone().requires_grad_(), start.bias.clone().requires_grad_()
     rate = 0.9 / (examples.square().sum(1).mean() + 1)
@@ -63,9 +63,9 @@ def test_steps_come_down_whatever_their_number_where_the_head_is_unsure_and_exam
     examples = numbers(1, 64, seed=1) + 0.3 * numbers(24, 64, seed=2)  # mean cosine 0.9
     outputs = [Output("", ["a", "b"], 1.0)]
     targets = torch.tensor([[0.6, 0.4]]).expand(24, 2)
-    plan = Plan("neighbors", "head", steps=steps, learning_rate=100.0)
 
-    tuned = tuned_head(start, examples, targets, torch.full((24,), 1 / 24), outputs, plan)
+    weights = torch.full((24,), 1 / 24)
+    tuned = tuned_head(start, examples, targets, weights, outputs, steps=steps, learning_rate=100.0)
 
     found = tuned.logits(examples).softmax(1)
     assert float((found[:, 0] - 0.6).abs().max()) < 0.1
@@ -96,6 +96,14 @@ def test_copy_answers_on_shifted_neighbours_what_the_model_answers_on_them_as_th
 )
 def test_stranger_pictures_are_answered_more_by_the_copy(ood_score: float | None, share: float) -> None:
     assert share_of(ood_score) == pytest.approx(share)
+
+
+def by_entropy(*asked: Any, **options: Any) -> Tensor:
+    """All steps, one after the other."""
+    turns = entropy_steps(*asked, **options)
+    while (found := advanced(turns)) is None:
+        pass
+    return found
 
 
 def network(name: str) -> tuple[Backbone, Head]:

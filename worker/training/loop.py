@@ -129,9 +129,9 @@ class EpochResult:
 class Hooks:
     """What the loop asks of whoever drives it.
 
-    on_step: called after every step and every batch of validation; may wait. on_progress: called about once a second;
-    may raise to leave; True asks to end with the best epoch so far.
-    save: called with the state at checkpoints. log: something worth telling happened.
+    on_progress: called about once a second; may raise to leave; True asks to end with the best epoch so far.
+    save: called with the state at checkpoints. log: something worth telling happened. on_step: called after every step
+    and every batch of validation; may wait.
     """
 
     on_progress: Callable[[StepProgress], bool] = lambda _progress: False
