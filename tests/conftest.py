@@ -1,6 +1,7 @@
 """Fixtures every test may use: where real data lie, a fresh database and storage, a real server and its client."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from app.storage import LocalStorage
 
 # The networks of tests are tiny: threads would wait for each other most of the time. Exact results need it, too.
 torch.set_num_threads(1)
+# A shell starts what it puts in the background with Ctrl-C ignored, and programs that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

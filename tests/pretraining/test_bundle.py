@@ -115,6 +115,7 @@ def command(folder: Path, **options: object) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_the_command_trains_writes_the_file_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "graft_small.safetensors"
     first = command(tmp_path)

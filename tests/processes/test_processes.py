@@ -183,6 +183,7 @@ def test_a_killed_worker_is_restarted_and_its_job_goes_on(graft: RunningGraft, h
     assert_whole(http, job, epochs=LONG["epochs"])
 
 
+@pytest.mark.slow
 def test_a_batch_whose_process_is_killed_goes_on_and_tells_the_same(graft: RunningGraft, http: httpx.Client) -> None:
     job = finished(http, submit(http, ready_dataset(http), SHORT))
     chance = random.Random(4)
@@ -222,6 +223,7 @@ def test_a_killed_api_is_restarted_at_the_same_address(graft: RunningGraft, http
     assert graft.program("app.main").pid != killed.pid
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_training_leaves_no_process_and_the_job_for_the_next_start(tmp_path: Path) -> None:
     with graft_up(tmp_path) as graft, httpx.Client(base_url=graft.url, timeout=90) as http:
         job_id = submit(http, ready_dataset(http), LONG)

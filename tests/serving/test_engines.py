@@ -57,7 +57,8 @@ def opened(storage: LocalStorage) -> Predictor:
     )
 
 
-@pytest.mark.parametrize("feature_layer", [None, pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("feature_layer", [None, "all"])
 def test_built_engine_gives_torchs_features_for_batches_of_any_size(tmp_path: Path, feature_layer: str | None) -> None:
     model = save(tmp_path / "model", feature_layer=feature_layer)
     pixels = torch.randint(0, 256, (9, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -193,6 +193,7 @@ def test_pt2_takes_square_pictures_and_others(files: Files, side: int) -> None:
         assert found.tolist() == pytest.approx(served(model, builders.encoded(pixels)).tolist(), abs=1e-2)
 
 
+@pytest.mark.slow
 def test_several_tasks_are_told_apart(tmp_path: Path) -> None:
     model = model_of(outputs=TASKS)
     picture = builders.jpeg(5)
@@ -206,6 +207,7 @@ def test_several_tasks_are_told_apart(tmp_path: Path) -> None:
         assert [*answer["kind"].values(), *answer["colour"].values()] == pytest.approx(expected, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_a_backbone_alone_answers_features(tmp_path: Path) -> None:
     model = model_of(outputs=())
     picture = builders.jpeg(5)
