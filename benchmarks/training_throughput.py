@@ -9,10 +9,12 @@ three alike; ratios are taken within a round, and their median is shown with the
 
 - Tutorial: see _tutorial.py; it gets its best number of loader processes of 0, 1 and 2, measured first.
 - Graft: `methods.prepare` and `loop.fit`, nothing replaced. full_fine_tuning and from_scratch: an epoch of training.
-  fine_tuning and feature_extraction compute frozen stages as they see fit, so there a whole job of --epochs epochs
-  counts, preparation and validation included, against the tutorial's epoch (training and validation) times --epochs.
-- Limit: the frozen stages once, the trained ones in each epoch, on batches that are in memory already; precision,
-  memory format, optimiser and batches are Graft's.
+  fine_tuning and feature_extraction compute frozen stages as they see fit, so there a whole job counts, preparation and
+  validation included, against the tutorial's epoch (training and validation) times --epochs: of --epochs epochs, or of
+  a head that is solved for, as the recipe has it.
+- Limit: the same network on batches that are in memory already; precision, memory format, optimiser and batches are
+  Graft's. An epoch of Graft's stands against an epoch of steps, for fine_tuning from what the frozen stages gave; a
+  job with a head that is solved for, against one pass through the network, and nothing for the head.
 
 Waiting is the share of Graft's time in which training stood still for its next batch. CPU time, of all threads and
 loader processes, says on a busy machine what the clock cannot; with --threads 1, for idle threads spin.
@@ -57,8 +59,9 @@ from app.storage import LocalStorage
 from app.vision.device import pass_batch_size, resolve_device
 from app.vision.preprocessing import normalise
 from worker.training import loop, methods
+from worker.training.features import ActivationSource
 from worker.training.methods import Training
-from worker.training.pixels import PixelSource, Split, ordered_batches
+from worker.training.pixels import PixelSource, Source, Split, ordered_batches
 
 # These may do their frozen stages once and for all, so only whole jobs compare.
 WHOLE_JOB = ("feature_extraction", "fine_tuning")
@@ -76,6 +79,7 @@ class Measured:
     precision: str = ""
     tutorial: list[float] = field(default_factory=list)
     graft: list[float] = field(default_factory=list)
+    graft_part: list[float] = field(default_factory=list)  # what stands against the limit
     limit: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
     tutorial_cpu: list[float] = field(default_factory=list)
@@ -85,7 +89,7 @@ class Measured:
         return self.__dict__ | {
             "times_tutorial": [t / g for t, g in zip(self.tutorial, self.graft, strict=True)],
             "times_tutorial_cpu": [t / g for t, g in zip(self.tutorial_cpu, self.graft_cpu, strict=True)],
-            "share_of_limit": [c / g for c, g in zip(self.limit, self.graft, strict=True)],
+            "share_of_limit": [c / g for c, g in zip(self.limit, self.graft_part, strict=True)],
             "waiting_share": [w / g for w, g in zip(self.waited, self.graft, strict=True)],
         }
 
@@ -123,7 +127,7 @@ def table(found: list[Measured]) -> str:
             [
                 each.model,
                 each.method,
-                f"job of {each.epochs} epochs" if each.method in WHOLE_JOB else "epoch of training",
+                "job" if each.method in WHOLE_JOB else "epoch of training",
                 f"{each.images / statistics.median(each.tutorial):.0f}",
                 f"{each.images / statistics.median(each.graft):.0f}",
                 f"×{spread(record['times_tutorial'])}",
@@ -147,8 +151,12 @@ def _measure(
         backbone=model,
         recipe=arguments.recipe,
         device_type=device.type,
-        hyperparameters={"epochs": arguments.epochs if is_job else 1000, "batch_size": BATCH_SIZE},
+        # Solved heads have neither.
+        hyperparameters={}
+        if method == "feature_extraction" and arguments.recipe == "modern"
+        else {"epochs": arguments.epochs, "batch_size": BATCH_SIZE},
     )
+    is_solved = spec.hyperparameters.is_solved
 
     def begin(workers: int) -> Tutorial:
         return Tutorial.begin(pictures, backbone=model, method=method, workers=workers, device=device)
@@ -157,14 +165,14 @@ def _measure(
     tutorial = begin(workers)
     epochs = arguments.epochs if is_job else 1
     measured = Measured(model, method, images=data.facts.train * epochs, epochs=epochs, workers=workers)
-    graft: Callable[[], float]
-    if is_job:
-        graft, precision = _whole_job(spec, data, device), None
-    else:
-        training = _prepared(spec, data, device)
-        graft, precision = _epochs(training), training.state.precision
-        graft()  # wakes threads and caches
-    limit = _Limit(spec, data, device, precision)
+    # More epochs than any round asks for.
+    training = _prepared(spec if is_solved else _endless(spec), data, device)
+    job, epoch = _whole_job(spec, data, device), _epochs(training)
+    limit = _Limit(spec, data, device, training.state.precision)
+    graft = job if is_job else epoch
+    graft_part, bound = (job, limit.forward) if is_solved else (epoch, limit.epoch)
+    for action in {graft, graft_part, bound}:
+        action()  # wakes threads and caches
     for _ in range(arguments.rounds):
         gc.collect()
         start, before = time.perf_counter(), _cpu_seconds()
@@ -178,9 +186,14 @@ def _measure(
             measured.graft.append(graft())
         measured.graft_cpu.append(_cpu_seconds() - before)
         measured.waited.append(waited[0])
-        measured.limit.append(limit.seconds(epochs, with_validation=is_job))
-    measured.precision = limit.training.state.precision
+        measured.limit.append(bound())
+        measured.graft_part.append(measured.graft[-1] if graft_part is graft else graft_part())
+    measured.precision = training.state.precision
     return measured
+
+
+def _endless(spec: TrainingSpec) -> TrainingSpec:
+    return spec.model_copy(update={"hyperparameters": spec.hyperparameters.model_copy(update={"epochs": 10**6})})
 
 
 def _prepared(spec: TrainingSpec, data: Ingested, device: torch.device, precision: Any = None) -> Training:
@@ -196,8 +209,12 @@ def _prepared(spec: TrainingSpec, data: Ingested, device: torch.device, precisio
 
 def _epochs(training: Training) -> Callable[[], float]:
     """Each call trains one epoch more. Two validation images only: the tutorial's epoch is without them, too."""
-    val = training.val.split
-    few = replace(training.val, split=Split(val.images, val.indices[:2], val.labels[:2]))
+    val = training.plan.val
+    if isinstance(val, ActivationSource):
+        few: Source = replace(val, labels=val.labels[:2], rows=val.rows[:2])
+    else:
+        split = training.val.split
+        few = replace(training.val, split=Split(split.images, split.indices[:2], split.labels[:2]))
     running = loop.fit(training.state, replace(training.plan, val=few, early_stopping_patience=None))
 
     def epoch() -> float:
@@ -230,28 +247,27 @@ class _Limit:
         train = replace(val, split=Split(val.split.images, indices, manifest.labels[indices]))
         self._normalise = partial(normalise, preprocessing=spec.preprocessing)
         self._train = self._batches(train, self.training.plan.batch_size)
-        self._val = self._batches(val, pass_batch_size(device.type))
-        self._passes = 1 + (spec.hyperparameters.augmented_views or 0)
-        self._activations: list[tuple[Tensor, Tensor]] = []
-        self.seconds(1, with_validation=True)  # wakes threads and caches
+        self._all = [each for part in (train, val) for each in self._batches(part, pass_batch_size(device.type))]
+        self._activations = [(self._frozen(images), labels) for images, labels in self._train]
 
-    def seconds(self, epochs: int, *, with_validation: bool) -> float:
-        """Of the frozen stages once for each view, and `epochs` epochs of the rest; one of each is measured."""
-        network = self.training.classifier
-        network.train()
+    def epoch(self) -> float:
+        """Seconds of the steps of an epoch, from what the frozen stages gave."""
+        self.training.classifier.train()
         start = time.perf_counter()
-        train = [(self._frozen(images), labels) for images, labels in self._train]
-        val = [self._frozen(images) for images, _ in self._val] if with_validation else []
-        synchronise(self._device)
-        between = time.perf_counter()
-        for activations, labels in train:
+        for activations, labels in self._activations:
             self._step(activations, labels)
-        network.eval()
-        for activations in val:
-            with torch.inference_mode(), self._autocast():
-                network.trainable_suffix(activations)
         synchronise(self._device)
-        return (between - start) * self._passes + (time.perf_counter() - between) * epochs
+        return time.perf_counter() - start
+
+    def forward(self) -> float:
+        """Seconds of a pass of all images through the network, training and validation."""
+        self.training.classifier.eval()
+        start = time.perf_counter()
+        with torch.inference_mode(), self._autocast():
+            for images, _ in self._all:
+                self.training.classifier(images)
+        synchronise(self._device)
+        return time.perf_counter() - start
 
     def _frozen(self, images: Tensor) -> Tensor:
         with self._autocast():

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from app.errors import Overloaded
 from app.vision import artifact
 from app.vision.backbones import Backbone
+from app.vision.folding import folded
 from app.vision.preprocessing import Preprocessing, normalise
 
 # Largest difference of any class's score that another engine may make; measured ones are below 1e-5.
@@ -59,9 +60,10 @@ class TorchEngine:
     name = "torch"
 
     def __init__(self, backbone: Backbone, preprocessing: Preprocessing, device: torch.device) -> None:
-        self._backbone = backbone.to(device).eval()
+        backbone.to(device).eval()
         if device.type != "mps":
-            self._backbone.to(memory_format=torch.channels_last)
+            backbone.to(memory_format=torch.channels_last)
+        self._backbone = folded(backbone)
         self._preprocessing, self._device = preprocessing, device
 
     def features(self, pixels: Tensor) -> Tensor:

@@ -119,10 +119,15 @@ class Classifier(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        for stage in list(self.backbone.stages)[: self._frozen_stages]:
-            stage.eval()
-        if self._keeps_statistics:
+        # Not super's way, through all modules: most are frozen, and an epoch of a head alone is shorter than that.
+        self.training = self.backbone.training = self.backbone.stages.training = mode
+        self.head.train(mode)
+        for index, stage in enumerate(self.backbone.stages):
+            if index >= self._frozen_stages:
+                stage.train(mode)
+            elif stage.training:
+                stage.eval()
+        if mode and self._keeps_statistics:
             for module in self.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()

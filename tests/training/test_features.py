@@ -90,7 +90,8 @@ def test_what_the_head_sees_is_kept_exactly(cache: FeatureCache) -> None:
     with torch.inference_mode():
         first = network.frozen_prefix(normalise(source().batch(np.arange(64)).inputs, builders.SMALL))
     assert found.rows(0, np.arange(64)).dtype == torch.float32
-    assert torch.equal(found.rows(0, np.arange(64)), first)
+    # But for what folding batch-norms into convolutions rounds otherwise.
+    torch.testing.assert_close(found.rows(0, np.arange(64)), first, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backbone", ["swin_t", "vit_b_16", "mobilenet_v3_small"])

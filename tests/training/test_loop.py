@@ -401,7 +401,7 @@ def test_batch_norm_of_a_frozen_part_keeps_its_statistics() -> None:
     before = builders.weights(frozen)
     list(fit(state, builders.plan()))
     assert builders.same(builders.weights(frozen), before)
-    assert not any(name.startswith("1.") for name in state.changing)
+    assert not any(name.startswith("1.") for name in state.live)
 
 
 def test_the_average_of_the_weights_is_what_is_validated_and_kept() -> None:

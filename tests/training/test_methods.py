@@ -87,7 +87,7 @@ def test_a_method_moves_its_stages_and_the_head_and_nothing_else(
     assert stages == moved
     assert {"head.weight", "head.bias"} <= changed
     # What changes is what a checkpoint holds: batch-norm statistics of trained stages too, of frozen ones not.
-    assert changed <= set(prepared.state.changing)
+    assert changed <= set(prepared.state.live)
 
 
 def test_what_has_no_head_is_not_prepared_as_if_it_had_one() -> None:

@@ -25,6 +25,7 @@ from app.storage import LocalStorage
 from app.vision.backbones import ALL_LAYERS, weights_digest
 from app.vision.classifier import Classifier
 from app.vision.device import pass_batch_size
+from app.vision.folding import folded_prefix
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 from worker.training.pixels import (
     CPU,
@@ -38,7 +39,7 @@ from worker.training.pixels import (
     random_stream,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _VALUES = "values.bin"
 _SHAPE = "shape.json"
 
@@ -201,7 +202,8 @@ def activations(
     found = cache.find(key) if cache else None
     if found is not None:
         return found
-    first = _forward(classifier, _view(source, [0], None, seed, device), normalise, device, precision)
+    prefix = folded_prefix(classifier)
+    first = _forward(prefix, _view(source, [0], None, seed, device), normalise, device, precision)
     is_map = first.ndim > 2
     channels_last = first.ndim == 4 and classifier.backbone.layout == "NCHW"
     row = first.permute(0, 2, 3, 1).shape[1:] if channels_last else first.shape[1:]
@@ -214,7 +216,7 @@ def activations(
         done = 0
         with prefetched(_all_views(source, views, seed, device), device=device) as batches:
             for view, start, batch in batches:
-                made = _forward(classifier, batch, normalise, device, precision)
+                made = _forward(prefix, batch, normalise, device, precision)
                 made = made.permute(0, 2, 3, 1) if channels_last else made
                 kept = made.to(torch.bfloat16 if is_map else torch.float32).contiguous()
                 values[view, start : start + len(batch)] = (kept.view(torch.uint16) if is_map else kept).numpy()
@@ -280,10 +282,14 @@ def _view(source: PixelSource, positions: Sequence[int], view: int | None, seed:
 
 
 def _forward(
-    classifier: Classifier, batch: Batch, normalise: Callable[[Tensor], Tensor], device: torch.device, precision: str
+    prefix: Callable[[Tensor], Tensor],
+    batch: Batch,
+    normalise: Callable[[Tensor], Tensor],
+    device: torch.device,
+    precision: str,
 ) -> Tensor:
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        return classifier.frozen_prefix(normalise(batch.inputs.to(device, non_blocking=True))).cpu()
+        return prefix(normalise(batch.inputs.to(device, non_blocking=True))).cpu()
 
 
 def _read(folder: Path) -> Activations:

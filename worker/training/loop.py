@@ -178,8 +178,7 @@ class LoopState:
     is_finished: bool = False
     val_accuracies: list[float] = field(default_factory=list)  # one per done epoch
     best: Best | None = None
-    changing: tuple[str, ...] = field(default=())
-    live: dict[str, Tensor] = field(default_factory=dict)  # of `changing`, in the network's own memory: see begin
+    live: dict[str, Tensor] = field(default_factory=dict)  # what training changes, in the network's own memory
     epochs: int | None = None  # fewer than planned, where budget_seconds has no room for all
 
     @classmethod
@@ -190,17 +189,16 @@ class LoopState:
         """
         network.train()
         device = next(network.parameters()).device
-        changing = changing_tensors(network)
         weights = network.state_dict()
+        live = {name: weights[name] for name in changing_tensors(network)}
         return cls(
             network=network,
             optimizer=optimizer,
             precision=precision,
             sums=torch.zeros(3, dtype=_sum_dtype(device), device=device),
-            ema={name: weights[name].clone() for name in changing} if ema > 0 else None,
+            ema={name: tensor.clone() for name, tensor in live.items()} if ema > 0 else None,
             ema_decay=ema,
-            changing=changing,
-            live={name: weights[name] for name in changing},
+            live=live,
         )
 
     @property
@@ -209,8 +207,7 @@ class LoopState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, by name, on the CPU and contiguous."""
-        weights = self.network.state_dict()
-        named = {f"network.{name}": weights[name] for name in self.changing}
+        named = {f"network.{name}": tensor for name, tensor in self.live.items()}
         named |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
         named |= {f"ema.{name}": tensor for name, tensor in (self.ema or {}).items()}
         named |= {f"best.{name}": tensor for name, tensor in (self.best.weights if self.best else {}).items()}
@@ -243,7 +240,7 @@ class LoopState:
             part, _, name = key.partition(".")
             if name:
                 parts[part][name] = tensor
-        _copy_into(self.network, parts["network"])
+        _copy_into(self.live, parts["network"])
         load_optimizer_tensors(self.optimizer, parts["optimizer"])
         if self.ema is not None:
             for name, tensor in parts["ema"].items():
@@ -258,8 +255,7 @@ class LoopState:
         """Keeps the network's weights as the best epoch's, if it beats the one before."""
         if self.best is not None and not self.best.is_beaten_by(val_accuracy, val_loss):
             return False
-        weights = self.network.state_dict()
-        kept = {name: weights[name].detach().to("cpu", copy=True).contiguous() for name in self.changing}
+        kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.live.items()}
         self.best = Best(epoch, val_accuracy, val_loss, kept)
         return True
 
@@ -297,7 +293,7 @@ class LoopState:
     def load_best(self) -> None:
         """Makes the network what it was at its best validation epoch."""
         assert self.best is not None
-        _copy_into(self.network, self.best.weights)
+        _copy_into(self.live, self.best.weights)
 
 
 def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[EpochResult, None, None]:
@@ -447,7 +443,6 @@ def _update_ema(state: LoopState) -> None:
     decay = min(state.ema_decay, (1 + state.total_steps) / (10 + state.total_steps))
     floating = [name for name, average in state.ema.items() if average.is_floating_point()]
     # One kernel where there is one for lists: on a GPU launching one for each tensor would be part of a short step.
-    # The live tensors, because collecting them anew from the network took 5 % of a step of fine_tuning.
     torch._foreach_lerp_([state.ema[name] for name in floating], [state.live[name] for name in floating], 1 - decay)
     for name in state.ema.keys() - set(floating):
         state.ema[name].copy_(state.live[name])
@@ -459,12 +454,12 @@ def _averaged(state: LoopState) -> Iterator[None]:
     if state.ema is None:
         yield
         return
-    own = {name: tensor.clone() for name, tensor in state.network.state_dict().items() if name in state.ema}
-    _copy_into(state.network, state.ema)
+    own = {name: tensor.clone() for name, tensor in state.live.items()}
+    _copy_into(state.live, state.ema)
     try:
         yield
     finally:
-        _copy_into(state.network, own)
+        _copy_into(state.live, own)
 
 
 def _validate(state: LoopState, plan: Plan, pace: "_Pace") -> Measured:
@@ -745,11 +740,10 @@ def _attempt(action: Callable[[], None]) -> bool:
     return True
 
 
-def _copy_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    weights = network.state_dict()  # shares memory with the network
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            weights[name].copy_(tensor)
+@torch.no_grad()
+def _copy_into(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        live[name].copy_(tensor)
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

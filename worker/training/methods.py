@@ -27,6 +27,7 @@ from app.jobs.spec import ResolvedHyperparameters, TrainingSpec
 from app.vision import evaluate
 from app.vision.artifact import Support
 from app.vision.classifier import Classifier
+from app.vision.folding import folded
 from app.vision.outputs import Output
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 from app.vision.prototypes import Prototypes
@@ -60,8 +61,8 @@ class Training:
 
     train, val, test: as pixels, for the conclusion; test is used once, there. solved: the one epoch of a head that was
     solved for. support: what prototypes can be extended with. forecast: what more pictures would bring, by probes on
-    fewer; None for a training without a probe. frozen_features: what the head sees of these images of the data set;
-    None where the backbone is trained, and what was seen before the training is no more.
+    fewer; None for a training without a probe. frozen_features: what the head sees of these images of the data set,
+    where that was computed for its start; None where the backbone is trained, and what was seen then is no more.
     """
 
     classifier: Classifier
@@ -221,7 +222,7 @@ def prepare(
         spec.preprocessing,
         support=frozen.support(),
         forecast=frozen.forecast if starts_as_probe else None,
-        frozen_features=frozen.features if spec.method in FROZEN_METHODS else None,
+        frozen_features=frozen.features if spec.method in FROZEN_METHODS and start is not None else None,
     )
     if values.is_solved:
         training.solved = _solved(training, seconds=time.monotonic() - began)
@@ -378,9 +379,8 @@ class _Frozen:
         return np.array([i for i in indices.tolist() if labels[i] != UNLABELLED], dtype=np.int64)
 
     def features(self, indices: NDArray[np.int64]) -> Tensor:
-        """What the head sees of these images of the data set, in full precision. The whole backbone is frozen."""
-        seen = self._seen[0].features if self._seen else self._head_features()
-        return seen.rows(0, indices)
+        """What the head sees of these images of the data set, in full precision: what it began from."""
+        return self._seen[0].features.rows(0, indices)
 
     @property
     def _class_count(self) -> int:
@@ -522,8 +522,10 @@ def conclude(
 
 def head_features(training: Training, source: PixelSource, *, on_batch: Callable[[], None] = lambda: None) -> Tensor:
     """What the head sees of the source's images as they are served: float32 (N, D) on the CPU."""
+    if training.frozen_features is not None:
+        return training.frozen_features(source.split.indices)
     return predict_logits(
-        training.classifier.backbone,
+        folded(training.classifier.backbone.eval()),
         source,
         normalise=normaliser(training.preprocessing),
         device=training.state.device,

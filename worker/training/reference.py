@@ -7,7 +7,6 @@ once more, 1,000 at most: less than the forward passes of one epoch.
 from collections.abc import Callable
 
 import numpy as np
-from torch import Tensor
 
 from app.datasets.manifest import Manifest
 from app.vision.reference import Reference, choose
@@ -30,16 +29,10 @@ def fit_reference(
     chosen = Split(split.images, split.indices[kept], split.labels[kept])
     records = [manifest.records[i] for i in chosen.indices.tolist()]
     return Reference.fit(
-        _features(training, chosen, on_batch).numpy(),
+        head_features(training, PixelSource(chosen, None, training.train.prepare), on_batch=on_batch).numpy(),
         chosen.labels,
         [(record.image_id, record.path) for record in records],
         held_out=conclusion.val_features.numpy(),
         # A task that no validation image has a label of promises nothing.
         probability_of_true=[task.val.probability_of_true if task.val else np.zeros(0) for task in conclusion.tasks],
     )
-
-
-def _features(training: Training, chosen: Split, on_batch: Callable[[], None]) -> Tensor:
-    if training.frozen_features is not None:
-        return training.frozen_features(chosen.indices)
-    return head_features(training, PixelSource(chosen, None, training.train.prepare), on_batch=on_batch)
