@@ -7,7 +7,8 @@ r"""How fast each method trains, against the loop that courses teach and against
 A round measures the tutorial, Graft and the limit one after the other, so that other work on the machine hits all
 three alike; ratios are taken within a round, and their median is shown with the smallest and largest. Random weights.
 
-- Tutorial: see _tutorial.py; it gets its best number of loader processes of 0, 1 and 2, measured first.
+- Tutorial: see _tutorial.py; it gets its best number of loader processes of 0, 1 and 2, measured first, and its own
+  process, since the others run with the memory settings that the worker gives its children.
 - Graft: `methods.prepare` and `loop.fit`, nothing replaced. full_fine_tuning and from_scratch: an epoch of training.
   fine_tuning and feature_extraction compute frozen stages as they see fit, so there a whole job counts, preparation and
   validation included, against the tutorial's epoch (training and validation) times --epochs: of --epochs epochs, or of
@@ -23,6 +24,8 @@ loader processes, says on a busy machine what the clock cannot; with --threads 1
 import argparse
 import gc
 import json
+import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -32,6 +35,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,6 +62,7 @@ from app.jobs.spec import TrainingSpec
 from app.storage import LocalStorage
 from app.vision.device import pass_batch_size, resolve_device
 from app.vision.preprocessing import normalise
+from worker.main import KEEPS_MEMORY
 from worker.training import loop, methods
 from worker.training.features import ActivationSource
 from worker.training.methods import Training
@@ -95,6 +100,9 @@ class Measured:
 
 
 def main() -> None:
+    if not KEEPS_MEMORY.keys() <= os.environ.keys():
+        # Read when a process starts, so this one starts again.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEPS_MEMORY)
     arguments = _arguments()
     device = resolve_device(arguments.device)
     if arguments.threads:
@@ -157,14 +165,9 @@ def _measure(
         else {"epochs": arguments.epochs, "batch_size": BATCH_SIZE},
     )
     is_solved = spec.hyperparameters.is_solved
-
-    def begin(workers: int) -> Tutorial:
-        return Tutorial.begin(pictures, backbone=model, method=method, workers=workers, device=device)
-
-    workers, _ = best_workers(begin)
-    tutorial = begin(workers)
+    tutorial = _TutorialProcess(pictures, backbone=model, method=method, device=device)
     epochs = arguments.epochs if is_job else 1
-    measured = Measured(model, method, images=data.facts.train * epochs, epochs=epochs, workers=workers)
+    measured = Measured(model, method, images=data.facts.train * epochs, epochs=epochs, workers=tutorial.workers)
     # More epochs than any round asks for.
     training = _prepared(spec if is_solved else _endless(spec), data, device)
     job, epoch = _whole_job(spec, data, device), _epochs(training)
@@ -175,12 +178,9 @@ def _measure(
         action()  # wakes threads and caches
     for _ in range(arguments.rounds):
         gc.collect()
-        start, before = time.perf_counter(), _cpu_seconds()
-        tutorial.train_epoch()
-        if is_job:
-            tutorial.validate()
-        measured.tutorial.append((time.perf_counter() - start) * epochs)
-        measured.tutorial_cpu.append((_cpu_seconds() - before) * epochs)
+        seconds, cpu_seconds = tutorial.epoch(with_validation=is_job)
+        measured.tutorial.append(seconds * epochs)
+        measured.tutorial_cpu.append(cpu_seconds * epochs)
         before = _cpu_seconds()
         with _waiting() as waited:
             measured.graft.append(graft())
@@ -188,8 +188,55 @@ def _measure(
         measured.waited.append(waited[0])
         measured.limit.append(bound())
         measured.graft_part.append(measured.graft[-1] if graft_part is graft else graft_part())
+    tutorial.end()
     measured.precision = training.state.precision
     return measured
+
+
+class _TutorialProcess:
+    """The tutorial in a process with the environment that a user has."""
+
+    def __init__(self, pictures: Path, *, backbone: str, method: str, device: torch.device) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        options = {"backbone": backbone, "method": method, "device": device}
+        self._process = context.Process(
+            target=_run_tutorial, args=(theirs, pictures, torch.get_num_threads()), kwargs=options
+        )
+        for name in KEEPS_MEMORY:
+            del os.environ[name]
+        self._process.start()
+        os.environ.update(KEEPS_MEMORY)
+        self.workers: int = self._ours.recv()
+
+    def epoch(self, *, with_validation: bool) -> tuple[float, float]:
+        """Seconds by the clock, and of CPU time."""
+        self._ours.send(with_validation)
+        seconds, cpu_seconds = self._ours.recv()
+        return seconds, cpu_seconds
+
+    def end(self) -> None:
+        self._ours.send(None)
+        self._process.join()
+
+
+def _run_tutorial(
+    theirs: Connection, pictures: Path, threads: int, *, backbone: str, method: str, device: torch.device
+) -> None:
+    torch.set_num_threads(threads)
+
+    def begin(workers: int) -> Tutorial:
+        return Tutorial.begin(pictures, backbone=backbone, method=method, workers=workers, device=device)
+
+    workers, _ = best_workers(begin)
+    tutorial = begin(workers)
+    theirs.send(workers)
+    while (with_validation := theirs.recv()) is not None:
+        start, before = time.perf_counter(), _cpu_seconds()
+        tutorial.train_epoch()
+        if with_validation:
+            tutorial.validate()
+        theirs.send((time.perf_counter() - start, _cpu_seconds() - before))
 
 
 def _endless(spec: TrainingSpec) -> TrainingSpec:
