@@ -137,3 +137,36 @@ def test_too_few_pictures_without_labels_are_refused_at_once(client: httpx.Clien
 def test_an_unknown_kind_is_refused(client: httpx.Client) -> None:
     form = client.post("/v1/datasets", files={"file": ("x.zip", builders.zip_of(UNLABELLED))}, data={"kind": "maybe"})
     assert [error["pointer"] for error in assert_is_problem(form, 422, "invalid-request")["errors"]] == ["#/kind"]
+
+
+def test_pictures_that_the_backbone_was_trained_on_are_told_where_they_measure(
+    server: RunningServer, client: httpx.Client
+) -> None:
+    labelled = {f"{split}/{path}": data for split in ("train", "val") for path, data in folders(split).items()}
+    roll = {**UNLABELLED, **{path: data for path, data in labelled.items() if path.startswith("val/cat")}}
+    pictures = upload(server, client, roll, kind="unlabelled")
+    hyperparameters = {"epochs": 1, "batch_size": 16, **SMALL}
+    backbone = train(server, client, dataset=pictures["id"], method="self_supervised", hyperparameters=hyperparameters)
+    dataset = upload(server, client, labelled)["id"]
+
+    warned = train(server, client, dataset=dataset, method="few_shot", backbone=backbone["model"])
+    again = train(server, client, dataset=dataset, method="feature_extraction", backbone=warned["model"])
+    plain = train(server, client, dataset=dataset, method="few_shot")
+
+    told = "The backbone had been trained on 3 of the 6 pictures that this was measured on"
+    for job in (warned, again):
+        assert told in job["metrics"]["validation_warning"]
+        evaluation = client.get(f"/v1/models/{job['model']}/evaluation").json()
+        assert any(warning.startswith(told) for warning in evaluation["warnings"])
+    assert told not in plain["metrics"]["validation_warning"]
+
+
+def folders(split: str) -> dict[str, bytes]:
+    """Three pictures a class, other ones in each split."""
+    first = {"train": 100, "val": 200}[split]
+    tints = {"cat": (200, 60, 60), "dog": (60, 60, 200)}
+    return {
+        f"{name}/{i}.jpg": builders.jpeg(first + 10 * place + i, tint=tint)
+        for place, (name, tint) in enumerate(tints.items())
+        for i in range(3)
+    }

@@ -23,6 +23,7 @@ from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.outputs import of_outputs
 from app.vision.preprocessing import eval_pixels, normalise
+from worker.lineage import trained_on
 from worker.training.compare import Paired, Predictions, Ties, is_promotable, of_task, pair, without_task
 from worker.training.loop import predict_logits
 from worker.training.pixels import PixelSource, Split
@@ -67,14 +68,6 @@ class _Incumbent:
     knows: Mapping[str, frozenset[str]]
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Digests of the pictures that a model, and those it began with, were trained on. is_complete: all are known."""
-
-    digests: frozenset[str]
-    is_complete: bool
-
-
 def decide(
     candidate: Candidate,
     *,
@@ -108,13 +101,13 @@ def decide(
         )
         return Decision(True, reason, incumbent.id)
 
-    trained_on = _trained_on(incumbent.dataset_id, incumbent.start, database=database, storage=storage)
-    trained_on = replace(trained_on, digests=trained_on.digests | _shots(incumbent.id, storage))
-    own = _trained_on(candidate.dataset_id, candidate.start, database=database, storage=storage)
+    seen = trained_on(incumbent.dataset_id, incumbent.start, database=database, storage=storage)
+    seen = replace(seen, digests=seen.digests | _shots(incumbent.id, storage))
+    own = trained_on(candidate.dataset_id, candidate.start, database=database, storage=storage)
     true = {
         digest: name
         for digest, name in candidate.predictions.true_classes().items()
-        if without_task(digest) not in trained_on.digests | own.digests
+        if without_task(digest) not in seen.digests | own.digests
     }
     if not true:
         reason = (
@@ -136,7 +129,7 @@ def decide(
         return Decision(False, reason, incumbent.id)
     paired = pair(true, candidate.predictions.predicted_classes(), answers)
     ties: Ties = "candidate" if incumbent.id == interim else "incumbent"
-    return _decision(paired, incumbent.id, ties=ties, is_new=stored is not None or trained_on.is_complete)
+    return _decision(paired, incumbent.id, ties=ties, is_new=stored is not None or seen.is_complete)
 
 
 def _decision(paired: Paired, incumbent_id: str, *, ties: Ties, is_new: bool) -> Decision:
@@ -171,29 +164,6 @@ def _incumbent(database: Database) -> _Incumbent | None:
             return None
         knows = {task["name"]: frozenset(task["classes"]) for task in row.each_task}
         return _Incumbent(row.id, row.dataset_id, row.backbone.get("model"), knows)
-
-
-def _trained_on(dataset_id: str, start: str | None, *, database: Database, storage: LocalStorage) -> _Seen:
-    """What a model of this data set, begun with the model `start`, has seen: its training pictures and theirs."""
-    datasets, is_complete = {dataset_id}, True
-    with database.read() as session:
-        while start is not None:
-            try:
-                row = registry.find(session, start)
-            except NotFound:
-                is_complete = False
-                break
-            datasets.add(row.dataset_id)
-            start = row.backbone.get("model")
-    digests: set[str] = set()
-    for one in datasets:
-        try:
-            manifest = Manifest.read(storage.path(manifest_key(one)))
-        except (OSError, ValueError, KeyError, TypeError):
-            is_complete = False
-            continue
-        digests.update(record.digest for record in manifest.records if record.split == "train")
-    return _Seen(frozenset(digests), is_complete)
 
 
 def _shots(model_id: str, storage: LocalStorage) -> frozenset[str]:

@@ -9,6 +9,7 @@ from app.jobs.queue import Claim
 from app.jobs.spec import TrainingSpec
 from app.settings import Settings
 from app.storage import LocalStorage
+from worker import lineage
 from worker.publisher import Publisher
 from worker.reporter import Reporter
 from worker.run_auto import Entry, compete
@@ -22,7 +23,10 @@ def run_training(
     """Raises GraftError for what can be explained to the job's user, and whatever the reporter raises."""
     spec = TrainingSpec.model_validate(claim.spec)
     reporter.progress("prepare", fraction=0.0, epoch=0, epochs=spec.hyperparameters.epochs)
-    workbench = Workbench.open(spec, claim, settings=settings, storage=storage, reporter=reporter)
+    seen = lineage.trained_on(None, spec.backbone.model, database=database, storage=storage)
+    workbench = Workbench.open(
+        spec, claim, settings=settings, storage=storage, reporter=reporter, seen_before=seen.digests
+    )
     publisher = Publisher(claim, settings, database, storage, reporter)
     if spec.candidates:
         _run_auto(spec, workbench, publisher)

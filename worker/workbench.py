@@ -67,12 +67,22 @@ class Workbench:
     manifest: Manifest
     images: Images
     device: torch.device
+    seen_before: frozenset[str]
 
     @classmethod
     def open(
-        cls, spec: TrainingSpec, claim: Claim, *, settings: Settings, storage: LocalStorage, reporter: Reporter
+        cls,
+        spec: TrainingSpec,
+        claim: Claim,
+        *,
+        settings: Settings,
+        storage: LocalStorage,
+        reporter: Reporter,
+        seen_before: frozenset[str],
     ) -> "Workbench":
-        """Raises JobFailed for a data set whose files are gone or damaged, and what packing and the reporter raise."""
+        """seen_before: digests of the pictures that the model to begin with was trained on, and those before it.
+
+        Raises JobFailed for a data set whose files are gone or damaged, and what packing and the reporter raise."""
         try:
             manifest = Manifest.read(storage.path(manifest_key(claim.dataset_id)))
         except (OSError, ValueError) as error:
@@ -87,7 +97,8 @@ class Workbench:
             limits=IngestLimits.from_settings(settings),
             tick=lambda _share: reporter.tick(),
         )
-        return cls(claim, settings, storage, reporter, manifest, images, resolve_device(settings.device))
+        device = resolve_device(settings.device)
+        return cls(claim, settings, storage, reporter, manifest, images, device, seen_before)
 
     def checkpoints(self, method: str | None = None) -> Checkpoints:
         """Of the job, or of one of the methods that compete in it."""
@@ -115,6 +126,7 @@ class Workbench:
                 log=self.reporter.log,
             ),
         )
+        training.seen_before = self.seen_before
         if training.solved is None:
             self._remember_precision(training.state.precision, spec)
         if found is not None:

@@ -260,34 +260,28 @@ class LoopState:
         return True
 
     def finish_in_one(
-        self,
-        *,
-        train_loss: float,
-        train_accuracy: float,
-        val_loss: float,
-        val_accuracy: float,
-        learning_rate: float,
-        seconds: float,
-        images: int,
+        self, train: Measured, val: Measured, *, learning_rate: float, seconds: float, images: int
     ) -> EpochResult:
         """Ends a run whose weights are final without any step, as one epoch."""
-        self.keep_if_best(1, val_accuracy=val_accuracy, val_loss=val_loss)
-        self.val_accuracies.append(val_accuracy)
+        assert val.accuracy is not None
+        self.keep_if_best(1, val_accuracy=val.accuracy, val_loss=val.loss)
+        self.val_accuracies.append(val.accuracy)
         self.epoch, self.is_finished, self.elapsed_seconds = 1, True, seconds
         return EpochResult(
             epoch=1,
-            train_loss=train_loss,
-            train_accuracy=train_accuracy,
-            val_loss=val_loss,
-            val_accuracy=val_accuracy,
+            train_loss=train.loss,
+            train_accuracy=train.accuracy,
+            val_loss=val.loss,
+            val_accuracy=val.accuracy,
             learning_rate=learning_rate,
             seconds=seconds,
             images_per_second=images / max(seconds, 1e-9),
             is_best=True,
             best_epoch=1,
-            best_val_accuracy=val_accuracy,
-            best_val_loss=val_loss,
+            best_val_accuracy=val.accuracy,
+            best_val_loss=val.loss,
             step=0,
+            figures=val.figures,
         )
 
     def load_best(self) -> None:
@@ -484,8 +478,13 @@ def _accuracy(state: LoopState, plan: Plan, on_batch: Callable[[], None]) -> Mea
         on_batch=on_batch,
     )
     labels = torch.from_numpy(plan.val.labels)
-    figures = {f"val_accuracy:{name}": value for name, value in plan.tasks.accuracies(logits, labels).items()}
-    return Measured(plan.tasks.mean_loss(logits, labels).item(), plan.tasks.accuracy(logits, labels), figures)
+    return measured(plan.tasks, logits, labels)
+
+
+def measured(tasks: Tasks, logits: Tensor, labels: Tensor) -> Measured:
+    """By cross-entropy and accuracy, of several tasks each one's too. logits: float32 (N, C); labels: as Tasks."""
+    figures = {f"val_accuracy:{name}": value for name, value in tasks.accuracies(logits, labels).items()}
+    return Measured(tasks.mean_loss(logits, labels).item(), tasks.accuracy(logits, labels), figures)
 
 
 def predict_logits(

@@ -12,7 +12,7 @@ frozen runs once, in `prepare`; a head that is solved for is done by then too, a
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,9 +37,11 @@ from worker.training.forecast import Forecast, Point, forecast
 from worker.training.loop import (
     EpochResult,
     LoopState,
+    Measured,
     Plan,
     Precision,
     choose_precision,
+    measured,
     predict_logits,
     trains_batch_norm,
 )
@@ -63,6 +65,7 @@ class Training:
     solved for. support: what prototypes can be extended with. forecast: what more pictures would bring, by probes on
     fewer; None for a training without a probe. frozen_features: what the head sees of these images of the data set,
     where that was computed for its start; None where the backbone is trained, and what was seen then is no more.
+    seen_before: digests of the pictures that the backbone had been trained on before.
     """
 
     classifier: Classifier
@@ -76,6 +79,7 @@ class Training:
     support: Support | None = None
     forecast: Callable[[], Forecast | None] | None = None
     frozen_features: Callable[[NDArray[np.int64]], Tensor] | None = None
+    seen_before: frozenset[str] = frozenset()
 
     @property
     def epochs(self) -> int:
@@ -473,18 +477,13 @@ def _solved(training: Training, *, seconds: float) -> EpochResult:
     """The result of a head that is solved already, as the one epoch of its training."""
     state, plan = training.state, training.plan
 
-    def measured(source: Source) -> tuple[float, float]:
+    def found(source: Source) -> Measured:
         logits = predict_logits(state.network, source, normalise=plan.normalise, device=state.device)
-        labels = torch.from_numpy(source.labels)
-        return plan.tasks.mean_loss(logits, labels).item(), plan.tasks.accuracy(logits, labels)
+        return measured(plan.tasks, logits, torch.from_numpy(source.labels))
 
-    train_loss, train_accuracy = measured(plan.train)
-    val_loss, val_accuracy = measured(plan.val)
     return state.finish_in_one(
-        train_loss=train_loss,
-        train_accuracy=train_accuracy,
-        val_loss=val_loss,
-        val_accuracy=val_accuracy,
+        found(plan.train),
+        found(plan.val),
         learning_rate=state.optimizer.param_groups[0]["lr"],
         seconds=seconds,
         images=len(plan.train),
@@ -507,7 +506,13 @@ def conclude(
         test = _Answered(training.test.split, _head_logits(training, test_features))
     spans = training.plan.tasks.spans
     tasks = [
-        _conclude_task(task, val.of(place, span), None if test is None else test.of(place, span), manifest)
+        _conclude_task(
+            task,
+            val.of(place, span),
+            None if test is None else test.of(place, span),
+            manifest,
+            seen_before=training.seen_before,
+        )
         for place, (task, span) in enumerate(zip(manifest.each_task, spans, strict=True))
     ]
     metrics = tasks[0].metrics | {"best_epoch": training.state.best.epoch}
@@ -560,21 +565,38 @@ class _Answered:
         return evaluate.evaluate(self.logits, self.split.labels, list(output.classes), temperature=output.temperature)
 
 
-def _conclude_task(task: Task, val: _Answered, test: _Answered | None, manifest: Manifest) -> TaskConclusion:
+def _conclude_task(
+    task: Task, val: _Answered, test: _Answered | None, manifest: Manifest, *, seen_before: frozenset[str]
+) -> TaskConclusion:
     """val, test: of the images that have a label of the task; test is None where it is not looked at."""
     temperature = evaluate.fit_temperature(val.logits, val.split.labels) if len(val.split) else 1.0
     output = Output(task.name, task.classes, temperature)
     metrics: dict[str, Any] = {}
     record: dict[str, Any] = {}
-    on_val = val.evaluation(output)
+    on_val = _warned(val.evaluation(output), val.split, manifest, seen_before)
     if on_val is not None:
         metrics = on_val.metrics("val") | {"temperature": temperature}
         predictions = _predictions(on_val, val.split, output.classes, manifest)
         record = _evaluation_record(on_val, val.split, manifest) | {"predictions": predictions}
-    if test is not None and (on_test := test.evaluation(output)) is not None:
+    on_test = None if test is None else _warned(test.evaluation(output), test.split, manifest, seen_before)
+    if test is not None and on_test is not None:
         metrics |= on_test.metrics("test")
         record["test"] = _evaluation_record(on_test, test.split, manifest)
     return TaskConclusion(output, metrics, record, on_val)
+
+
+def _warned(
+    found: evaluate.Evaluation | None, split: Split, manifest: Manifest, seen_before: frozenset[str]
+) -> evaluate.Evaluation | None:
+    """With a warning, where the backbone had been trained on some of the images that it was measured on."""
+    known = sum(manifest.records[i].digest in seen_before for i in split.indices.tolist())
+    if found is None or known == 0:
+        return found
+    warning = (
+        f"The backbone had been trained on {known} of the {len(split)} pictures that this was measured on, so new ones "
+        "may well be told apart less well."
+    )
+    return replace(found, warnings=(*found.warnings, warning))
 
 
 def _trainable_stages(spec: TrainingSpec, classifier: Classifier) -> int:
