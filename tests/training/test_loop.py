@@ -413,6 +413,19 @@ def test_the_average_of_the_weights_is_what_is_validated_and_kept() -> None:
     assert not builders.same(state.best.weights, builders.weights(state.network))
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_network_that_has_been_elsewhere_and_back_goes_on_and_gets_its_best_weights(ema: float) -> None:
+    def run(*, moves: bool) -> dict[str, torch.Tensor]:
+        state = builders.state(builders.network(), ema=ema)
+        for _epoch in fit(state, builders.plan(epochs=3)):
+            for parameter in state.network.parameters() if moves else ():
+                parameter.data = parameter.data.clone()  # as a device's memory is another one each time
+        state.load_best()
+        return builders.weights(state.network)
+
+    assert builders.same(run(moves=True), run(moves=False))
+
+
 def test_progress_tells_the_share_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.training.loop.TICK_SECONDS", 0.0)
     seen: list[StepProgress] = []
