@@ -133,6 +133,7 @@ async def _soaked(server: Server, folder: Path, models: list[str], arguments: ar
             rates.append(await _capacity(ask))
         rate = arguments.share * min(rates)
         print(f"capacity beside the job: {rates} a second; asking at {rate:.1f}", file=sys.stderr, flush=True)
+        next_ask = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for number in range(arguments.minutes):
                 minute = Minute()
@@ -143,7 +144,9 @@ async def _soaked(server: Server, folder: Path, models: list[str], arguments: ar
                         next_move += MOVE_SECONDS
                         group.create_task(move(minute, models[minute.moves % 2]))
                     group.create_task(ask(minute))
-                    await asyncio.sleep(chance.expovariate(rate))
+                    # By the clock, since a sleep is always a little longer than it is asked to be.
+                    next_ask += chance.expovariate(rate)
+                    await asyncio.sleep(max(0.0, next_ask - time.monotonic()))
                 minute.resident = process.memory_info().rss / 2**20
                 print(_table(minutes[-1:], first=number + 1), file=sys.stderr, flush=True)
     return minutes
