@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -34,6 +35,14 @@ PICTURES = 64
 CLASSES = [f"class {i}" for i in range(10)]
 HERE = Path(__file__).parent
 _WARM_UP_SECONDS = 90.0
+# Trains for as long as anybody measures, and changes nothing that is served.
+LONG_JOB: dict[str, Any] = {
+    "method": "full_fine_tuning",
+    "recipe": "classic",
+    "promote": "never",
+    "backbone": "mobilenet_v3_small",
+    "hyperparameters": {"epochs": 500},
+}
 
 LUA = """
 local bodies = {}
@@ -88,8 +97,11 @@ def write_pictures(archive: Path, folder: Path) -> None:
             (folder / f"{i}.jpg").write_bytes(opened.read(name))
 
 
-def prepare(data: Path, backbone: str, weights: Path) -> None:
-    """A model with the backbone's weights and a head of chance, registered as a worker does it."""
+def prepare(data: Path, backbone: str, weights: Path) -> str:
+    """The default becomes a model with the backbone's weights and a head of chance, registered as a worker does it.
+
+    Returns its id.
+    """
     settings = Settings(data_dir=data, weights_dir=weights)
     upgrade(settings.resolved_database_url)
     storage, database = LocalStorage(data), Database(settings.resolved_database_url)
@@ -102,6 +114,7 @@ def prepare(data: Path, backbone: str, weights: Path) -> None:
     with database.write() as session:
         registry.point_alias(session, registry.DEFAULT_ALIAS, model_id)
     database.dispose()
+    return model_id
 
 
 def register(made: Artifact, storage: LocalStorage, database: Database) -> str:
@@ -147,8 +160,8 @@ def served(
         process.wait(60)
 
 
-def warm_up(server: Server, folder: Path) -> None:
-    """Until it answers, and until Graft has chosen its engine."""
+def warm_up(server: Server, folder: Path, *, engines: int = 1) -> None:
+    """Until it answers, and until Graft has chosen so many engines, of the model that is asked and those before it."""
     picture = (folder / "pictures" / "0.jpg").read_bytes()
     deadline = time.monotonic() + _WARM_UP_SECONDS
     with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as client:
@@ -161,14 +174,18 @@ def warm_up(server: Server, folder: Path) -> None:
             time.sleep(0.2)
         for _ in range(120):
             client.post(server.path, content=picture)
-        while server.name == "graft" and not engine(folder) and time.monotonic() < deadline:
+        while server.name == "graft" and len(_reports(folder)) < engines and time.monotonic() < deadline:
             time.sleep(0.5)
         time.sleep(2)
 
 
 def engine(folder: Path) -> str:
-    reports = list((folder / "data" / "engines").glob("*/engine.json"))
+    reports = _reports(folder)
     return reports[0].read_text() if reports else ""
+
+
+def _reports(folder: Path) -> list[Path]:
+    return list((folder / "data" / "engines").glob("*/engine.json"))
 
 
 def loaded(server: Server, folder: Path, *, concurrency: int, seconds: float) -> Measured:

@@ -23,15 +23,8 @@ from typing import Any
 
 import httpx
 import torch
-from _serving import Server, prepare, served, warm_up, write_pictures
+from _serving import LONG_JOB, Server, prepare, served, warm_up, write_pictures
 from _setup import hardware, markdown, spread
-
-JOB: dict[str, Any] = {
-    "method": "full_fine_tuning",
-    "recipe": "classic",
-    "promote": "never",
-    "backbone": "mobilenet_v3_small",
-}
 
 
 def main() -> None:
@@ -70,8 +63,7 @@ def _round(
         found[f"{what}: p99, ms"].append(latencies[int(0.99 * len(latencies))])
 
     ask("no job")
-    request = JOB | {"dataset": dataset, "hyperparameters": {"epochs": 500}}
-    job = client.post("/v1/jobs", json=request).json()["id"]
+    job = client.post("/v1/jobs", json=LONG_JOB | {"dataset": dataset}).json()["id"]
     _wait_for_epochs(client, job, 1)
     with _speed_of(client, job, found["job, nobody asks: images a second"]):
         time.sleep(arguments.seconds)

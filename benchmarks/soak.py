@@ -16,32 +16,18 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import torch
-from _serving import CLASSES, Server, prepare, register, served, warm_up, write_pictures
+from _serving import LONG_JOB, Server, prepare, served, warm_up, write_pictures
 from _setup import hardware, markdown
-
-from app.db.engine import Database
-from app.settings import Settings
-from app.storage import LocalStorage
-from app.vision.artifact import Artifact
-from app.vision.backbones import BACKBONES
-from app.vision.classifier import Classifier
 
 FIRST, SECOND = "mobilenet_v3_small", "squeezenet1_1"
 CALLERS, CAPACITY_SECONDS, MOVE_SECONDS = 32, 10.0, 2.0
-JOB: dict[str, Any] = {
-    "method": "full_fine_tuning",
-    "recipe": "classic",
-    "promote": "never",
-    "backbone": FIRST,
-    "hyperparameters": {"epochs": 500},
-}
 
 
 @dataclass
@@ -57,21 +43,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         write_pictures(arguments.data, folder / "pictures")
-        prepare(folder / "data", FIRST, arguments.weights)
-        second = _register_second(folder / "data")
+        second = prepare(folder / "data", SECOND, arguments.weights)
+        first = prepare(folder / "data", FIRST, arguments.weights)
         environment = {"GRAFT_WEIGHTS_DIR": str(arguments.weights)}
         server = stack.enter_context(served("graft", ["-m", "app.main"], folder, environment))
         stack.enter_context(served("worker", ["-m", "worker.main"], folder, environment))
         warm_up(server, folder)
+        warm_up(replace(server, path=f"/predict?model={second}"), folder, engines=2)
         with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=90) as client:
-            models = [client.get("/v1/models/default").json()["id"], second]
-            _wait_for_engine(client, second, folder)
             with arguments.data.open("rb") as archive:
                 dataset = client.put("/v1/datasets", params={"wait": 60}, content=archive).json()["id"]
-            job = client.post("/v1/jobs", json=JOB | {"dataset": dataset}).json()["id"]
+            job = client.post("/v1/jobs", json=LONG_JOB | {"dataset": dataset}).json()["id"]
             while not client.get(f"/v1/jobs/{job}/history").json()["data"]:
                 time.sleep(0.5)
-            found = asyncio.run(_soaked(server, folder, models, arguments))
+            found = asyncio.run(_soaked(server, folder, [first, second], arguments))
             status = client.get(f"/v1/jobs/{job}").json()["status"]
             client.post(f"/v1/jobs/{job}/cancel")
             client.get(f"/v1/jobs/{job}", params={"wait": 60})
@@ -82,25 +67,6 @@ def main() -> None:
     print(hardware(torch.device("cpu")))
     if failures:
         sys.exit("\n".join(sorted(set(failures))[:5]))
-
-
-def _register_second(data: Path) -> str:
-    """A model of chance on another backbone: what its answers are does not matter here."""
-    settings = Settings(data_dir=data)
-    database = Database(settings.resolved_database_url)
-    classifier = Classifier.new(SECOND, len(CLASSES), seed=0).eval()
-    made = register(Artifact(classifier, CLASSES, BACKBONES[SECOND].preprocessing), LocalStorage(data), database)
-    database.dispose()
-    return made
-
-
-def _wait_for_engine(client: httpx.Client, model: str, folder: Path) -> None:
-    """Until the other model has been asked so often that an engine was chosen for it, too."""
-    picture = (folder / "pictures" / "0.jpg").read_bytes()
-    deadline = time.monotonic() + 120
-    while len(list((folder / "data" / "engines").glob("*/engine.json"))) < 2 and time.monotonic() < deadline:
-        client.post("/predict", params={"model": model}, content=picture).raise_for_status()
-    time.sleep(2)
 
 
 async def _soaked(server: Server, folder: Path, models: list[str], arguments: argparse.Namespace) -> list[Minute]:

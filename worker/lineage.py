@@ -18,9 +18,9 @@ class Seen:
     is_complete: bool
 
 
-def trained_on(dataset_id: str | None, start: str | None, *, database: Database, storage: LocalStorage) -> Seen:
-    """By a training on this data set, if any, that began with the model `start`, if any, and by those before it."""
-    datasets, is_complete = {dataset_id} - {None}, True
+def trained_on(*dataset_ids: str, start: str | None, database: Database, storage: LocalStorage) -> Seen:
+    """By a training on these data sets that began with the model `start`, if any, and by those before it."""
+    datasets, is_complete = set(dataset_ids), True
     with database.read() as session:
         while start is not None:
             try:
@@ -33,7 +33,7 @@ def trained_on(dataset_id: str | None, start: str | None, *, database: Database,
     digests: set[str] = set()
     for one in datasets:
         try:
-            manifest = Manifest.read(storage.path(manifest_key(str(one))))
+            manifest = Manifest.read(storage.path(manifest_key(one)))
         except (OSError, ValueError, KeyError, TypeError):
             is_complete = False
             continue

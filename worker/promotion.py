@@ -101,9 +101,9 @@ def decide(
         )
         return Decision(True, reason, incumbent.id)
 
-    seen = trained_on(incumbent.dataset_id, incumbent.start, database=database, storage=storage)
+    seen = trained_on(incumbent.dataset_id, start=incumbent.start, database=database, storage=storage)
     seen = replace(seen, digests=seen.digests | _shots(incumbent.id, storage))
-    own = trained_on(candidate.dataset_id, candidate.start, database=database, storage=storage)
+    own = trained_on(candidate.dataset_id, start=candidate.start, database=database, storage=storage)
     true = {
         digest: name
         for digest, name in candidate.predictions.true_classes().items()

@@ -23,7 +23,7 @@ def run_training(
     """Raises GraftError for what can be explained to the job's user, and whatever the reporter raises."""
     spec = TrainingSpec.model_validate(claim.spec)
     reporter.progress("prepare", fraction=0.0, epoch=0, epochs=spec.hyperparameters.epochs)
-    seen = lineage.trained_on(None, spec.backbone.model, database=database, storage=storage)
+    seen = lineage.trained_on(start=spec.backbone.model, database=database, storage=storage)
     workbench = Workbench.open(
         spec, claim, settings=settings, storage=storage, reporter=reporter, seen_before=seen.digests
     )

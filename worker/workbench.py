@@ -82,7 +82,8 @@ class Workbench:
     ) -> "Workbench":
         """seen_before: digests of the pictures that the model to begin with was trained on, and those before it.
 
-        Raises JobFailed for a data set whose files are gone or damaged, and what packing and the reporter raise."""
+        Raises JobFailed for a data set whose files are gone or damaged, and what packing and the reporter raise.
+        """
         try:
             manifest = Manifest.read(storage.path(manifest_key(claim.dataset_id)))
         except (OSError, ValueError) as error:

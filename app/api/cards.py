@@ -17,7 +17,7 @@ from app.api.evaluation import read_evaluation
 from app.api.schemas import Evaluation, SplitEvaluation, TaskEvaluation
 from app.datasets import catalog
 from app.db.tables import DatasetRow, JobRow, ModelRow
-from app.errors import ModelUnavailable, NotFound
+from app.errors import ModelUnavailable, NotFound, listed
 from app.jobs import queue
 from app.storage import LocalStorage
 from app.vision import artifact
@@ -296,9 +296,8 @@ def _small_classes(facts: Facts) -> list[str]:
     small = [c for c in facts.evaluation.per_class if c.support < FEWEST_IMAGES_PER_CLASS]
     if not small:
         return []
-    named = ", ".join(f"{_text(c.name)} ({c.support})" for c in small[:MOST_LISTED])
-    rest = f" and {len(small) - MOST_LISTED} more" if len(small) > MOST_LISTED else ""
-    return [f"Fewer than {FEWEST_IMAGES_PER_CLASS} validation images, so their figures say little: {named}{rest}."]
+    named = listed([f"{_text(c.name)} ({c.support})" for c in small], most=MOST_LISTED)
+    return [f"Fewer than {FEWEST_IMAGES_PER_CLASS} validation images, so their figures say little: {named}."]
 
 
 def _imbalance(facts: Facts) -> list[str]:

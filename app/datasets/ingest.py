@@ -20,7 +20,7 @@ from app.datasets.quality import THUMBNAIL_SIDE, Fingerprint, Fingerprints, fing
 from app.datasets.report import MAX_LISTED_REJECTED, IngestReport, merged, warning
 from app.datasets.split import choose_validation
 from app.datasets.threads import each_file
-from app.errors import ArchiveRefused, ImageRefused
+from app.errors import ArchiveRefused, ImageRefused, listed
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision.images import ImageLimits, Pixels, decode, decoded_bytes
@@ -425,8 +425,7 @@ def _paths(groups: Sequence[Sequence[Record]]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    listed = ", ".join(shown(name) for name in names[:10])
-    return f"{listed} and {len(names) - 10} more" if len(names) > 10 else listed
+    return listed([shown(name) for name in names], most=10)
 
 
 def _report(

@@ -86,8 +86,13 @@ class Evaluation:
         return figures | ({"validation_warning": " ".join(self.warnings) or None} if prefix == "val" else {})
 
 
-def evaluate(logits: Tensor, labels: NDArray[np.int64], class_names: list[str], *, temperature: float) -> Evaluation:
-    """logits: float32 (N, C), N > 0. Loss is the mean cross-entropy before calibration, as in the epochs' history."""
+def evaluate(
+    logits: Tensor, labels: NDArray[np.int64], class_names: list[str], *, temperature: float, seen_before: int = 0
+) -> Evaluation:
+    """logits: float32 (N, C), N > 0. seen_before: how many of the images the backbone had been trained on.
+
+    Loss is the mean cross-entropy before calibration, as in the epochs' history.
+    """
     truth = torch.from_numpy(labels)
     predicted = logits.argmax(1)
     confusion = np.zeros((len(class_names), len(class_names)), dtype=np.int64)
@@ -114,7 +119,7 @@ def evaluate(logits: Tensor, labels: NDArray[np.int64], class_names: list[str], 
         ),
         predicted=predicted.numpy(),
         probability_of_true=calibrated.gather(1, truth.unsqueeze(1)).squeeze(1).numpy(),
-        warnings=_warnings(right, len(labels), class_count=len(class_names)),
+        warnings=_warnings(right, len(labels), class_count=len(class_names), seen_before=seen_before),
     )
 
 
@@ -261,7 +266,7 @@ def _class_reports(confusion: NDArray[np.int64], class_names: list[str]) -> tupl
     return tuple(reports)
 
 
-def _warnings(right: int, images: int, *, class_count: int) -> tuple[str, ...]:
+def _warnings(right: int, images: int, *, class_count: int, seen_before: int) -> tuple[str, ...]:
     low, high = wilson_interval(right, images)
     found = []
     if high - low > 2 * WIDEST_HALF_INTERVAL:
@@ -274,6 +279,11 @@ def _warnings(right: int, images: int, *, class_count: int) -> tuple[str, ...]:
         found.append(
             f"With {images / class_count:.0f} pictures per class on average, the figures of single classes are rough; "
             f"they need about {FEWEST_IMAGES_PER_CLASS} each, {FEWEST_IMAGES_PER_CLASS * class_count} together."
+        )
+    if seen_before:
+        found.append(
+            f"The backbone had been trained on {seen_before} of the {images} pictures that this was measured on, so "
+            "new ones may well be told apart less well."
         )
     return tuple(found)
 

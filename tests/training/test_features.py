@@ -13,6 +13,7 @@ import training_builders as builders
 from app.errors import StorageFull
 from app.storage import LocalStorage
 from app.vision.classifier import Classifier
+from app.vision.folding import folded_prefix
 from app.vision.preprocessing import normalise
 from worker.training.augment import training_transform
 from worker.training.features import Activations, ActivationSource, FeatureCache, activations
@@ -88,10 +89,9 @@ def test_what_the_head_sees_is_kept_exactly(cache: FeatureCache) -> None:
     network = classifier(trainable=0).eval()
     found, _ = passed(network, cache)
     with torch.inference_mode():
-        first = network.frozen_prefix(normalise(source().batch(np.arange(64)).inputs, builders.SMALL))
+        first = folded_prefix(network)(normalise(source().batch(np.arange(64)).inputs, builders.SMALL))
     assert found.rows(0, np.arange(64)).dtype == torch.float32
-    # But for what folding batch-norms into convolutions rounds otherwise.
-    torch.testing.assert_close(found.rows(0, np.arange(64)), first, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.rows(0, np.arange(64)), first)
 
 
 @pytest.mark.parametrize("backbone", ["swin_t", "vit_b_16", "mobilenet_v3_small"])

@@ -60,7 +60,6 @@ def test_features_are_the_same_without_batch_norms(name: str, left: int) -> None
     found = folded(backbone)
 
     assert (norms(found), norms(backbone)) == (left, had)
-    # Without them they would be: the statistics matter.
     torch.testing.assert_close(found(pictures(side)), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert torch.equal(backbone(pictures(side)), expected)
 

@@ -12,7 +12,7 @@ frozen runs once, in `prepare`; a head that is solved for is done by then too, a
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -558,11 +558,19 @@ class _Answered:
         split = Split(self.split.images, self.split.indices[given], labels[given])
         return _Answered(split, self.logits[torch.from_numpy(given), span])
 
-    def evaluation(self, output: Output) -> evaluate.Evaluation | None:
+    def evaluation(
+        self, output: Output, manifest: Manifest, *, seen_before: frozenset[str]
+    ) -> evaluate.Evaluation | None:
         """Of one task; None without images."""
         if len(self.split) == 0:
             return None
-        return evaluate.evaluate(self.logits, self.split.labels, list(output.classes), temperature=output.temperature)
+        return evaluate.evaluate(
+            self.logits,
+            self.split.labels,
+            list(output.classes),
+            temperature=output.temperature,
+            seen_before=sum(manifest.records[i].digest in seen_before for i in self.split.indices.tolist()),
+        )
 
 
 def _conclude_task(
@@ -573,30 +581,15 @@ def _conclude_task(
     output = Output(task.name, task.classes, temperature)
     metrics: dict[str, Any] = {}
     record: dict[str, Any] = {}
-    on_val = _warned(val.evaluation(output), val.split, manifest, seen_before)
+    on_val = val.evaluation(output, manifest, seen_before=seen_before)
     if on_val is not None:
         metrics = on_val.metrics("val") | {"temperature": temperature}
         predictions = _predictions(on_val, val.split, output.classes, manifest)
         record = _evaluation_record(on_val, val.split, manifest) | {"predictions": predictions}
-    on_test = None if test is None else _warned(test.evaluation(output), test.split, manifest, seen_before)
-    if test is not None and on_test is not None:
+    if test is not None and (on_test := test.evaluation(output, manifest, seen_before=seen_before)) is not None:
         metrics |= on_test.metrics("test")
         record["test"] = _evaluation_record(on_test, test.split, manifest)
     return TaskConclusion(output, metrics, record, on_val)
-
-
-def _warned(
-    found: evaluate.Evaluation | None, split: Split, manifest: Manifest, seen_before: frozenset[str]
-) -> evaluate.Evaluation | None:
-    """With a warning, where the backbone had been trained on some of the images that it was measured on."""
-    known = sum(manifest.records[i].digest in seen_before for i in split.indices.tolist())
-    if found is None or known == 0:
-        return found
-    warning = (
-        f"The backbone had been trained on {known} of the {len(split)} pictures that this was measured on, so new ones "
-        "may well be told apart less well."
-    )
-    return replace(found, warnings=(*found.warnings, warning))
 
 
 def _trainable_stages(spec: TrainingSpec, classifier: Classifier) -> int:
