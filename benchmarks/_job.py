@@ -4,10 +4,11 @@
 
 An empty spec only imports what a training imports. Peak memory is resident memory (VmHWM), mapped files included, or
 on cuda what torch reserved on the card. Seconds are from the built process to measured weights, as a worker's child
-spends them on a job; nothing is published.
+spends them on a job, with the memory settings that it has; nothing is published.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from _setup import Ingested, classifier, fitted, opened
 from app.jobs.spec import TrainingSpec
 from app.storage import LocalStorage
 from app.vision.device import resolve_device
+from worker.main import KEEPS_MEMORY
 from worker.training import methods
 
 
@@ -36,7 +38,8 @@ def measured(spec: TrainingSpec | None, data: Ingested, *, device: str, threads:
     """Runs a job on random weights in a fresh process. spec: None for one that only imports."""
     text = spec.model_dump_json() if spec else ""
     command = [sys.executable, __file__, str(data.storage.root), data.name, text, device, str(threads)]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    environment = KEEPS_MEMORY | os.environ
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return Cost(**json.loads(answer.splitlines()[-1]))
 
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,6 +29,7 @@ from app.jobs.states import JobKind, JobStatus
 from app.vision import backbones
 from app.vision.backbones import ALL_LAYERS, BACKBONES
 from app.vision.device import pass_batch_size
+from app.vision.folding import folded
 
 FLOAT_BYTES = 4
 # A process with torch imported, a job's story and a data loader; on cuda its context besides, on the card. Imports
@@ -51,11 +53,13 @@ EXPECTED_SHARE = 0.75
 EXPECTED_HEAT = 0.6
 # Decoding is done; a random crop and resize of packed pixels, per image, on one core.
 AUGMENT_SECONDS = 0.0005
-# Fitted to mobilenet_v2, resnet18, squeezenet1_1, efficientnet_b0 and vit_b_16 on two CPU cores (batch 16, fp32,
-# channels-last): all five within 1.5 of these. A backward pass is twice the forward one's arithmetic; how often the
-# activations' bytes are moved tells the rest, and that is what depthwise networks spend their time on.
-FORWARD_ARITHMETIC, FORWARD_PASSES = 1.3, 11.0
-TRAINING_ARITHMETIC, TRAINING_PASSES = 3.0, 30.0
+# Fitted to the ten jobs of benchmarks/estimates.py on two CPU cores (channels-last, fp32 or what was faster). A
+# backward pass is twice the forward one's arithmetic; how often the activations' bytes are moved tells the rest, and
+# that is what depthwise networks spend their time on.
+FORWARD_ARITHMETIC, FORWARD_PASSES = 1.15, 6.0
+TRAINING_ARITHMETIC, TRAINING_PASSES = 2.7, 22.0
+# Where a job of the kind has not chosen a precision yet, steps are tried on so many images of each, on CPUs.
+PRECISION_IMAGES = 64
 # How much memory the activations take in practice, with what the convolutions and the memory allocator add; fitted to
 # the ten jobs of benchmarks/estimates.py.
 PASS_MEMORY, TRAINING_MEMORY = 1.7, 2.2
@@ -97,11 +101,13 @@ class DeviceSpeed:
 class StageCost:
     """One stage on one image: floating-point operations, and bytes of activations that training keeps.
 
-    width: features that a head behind it sees.
+    pass_bytes: activations of a pass for inference, whose batch-norms are folded. width: features that a head behind
+    it sees.
     """
 
     flops: float
     activation_bytes: float
+    pass_bytes: float
     output_bytes: float
     width: int
 
@@ -163,28 +169,37 @@ def _course(
         costs = costs[: BACKBONES[spec.backbone.name].stage_names.index(values.feature_layer) + 1]
     trainable = _trainable_stages(spec, len(costs))
     frozen, trained = costs[: len(costs) - trainable], costs[len(costs) - trainable :]
-    frozen_forward = sum(_forward_seconds(cost, speed) for cost in frozen)
-    forward = frozen_forward + sum(_forward_seconds(cost, speed) for cost in trained)
+    # A pass that is made once has its batch-norms folded; epochs, with their validation, run the network as it is.
+    frozen_once, once_through = (
+        sum(_forward_seconds(c, c.pass_bytes, speed) for c in part) for part in (frozen, costs)
+    )
+    frozen_forward, forward = (
+        sum(_forward_seconds(c, c.activation_bytes, speed) for c in part) for part in (frozen, costs)
+    )
     training = VIEWS[spec.method] * max(sum(_training_seconds(cost, speed) for cost in trained), HEAD_SECONDS)
     images = dataset.train + dataset.val
 
     is_cached = bool(frozen) and (values.augmentation == "none" or values.augmented_views is not None)
     looking = _check_seconds(dataset, forward) if spec.method == "self_supervised" else forward * dataset.val
-    once = looking  # the conclusion
+    is_seen = spec.method in FROZEN_METHODS and values.head_start != "random"
+    # The conclusion, where what the head sees is not there from its start.
+    once = looking if spec.method == "self_supervised" else once_through * dataset.val * (not is_seen)
     if values.head_start != "random":
-        once += forward * images
+        once += once_through * images
     if values.head_start == "probe":
         once += PROBE_SECONDS * dataset.train * len(dataset.classes)
     if values.head_start == "prototypes":
         once += _prototype_seconds(dataset.train, costs[-1].width)
     if is_cached:
-        once += frozen_forward * ((values.augmented_views or 0) * dataset.train + (images if trained else 0))
+        once += frozen_once * ((values.augmented_views or 0) * dataset.train + (images if trained else 0))
         train_image, looking = training, (forward - frozen_forward) * dataset.val
     else:
         train_image = max(frozen_forward + training, VIEWS[spec.method] * AUGMENT_SECONDS)
     known = next(
         (p for p in past if (p.backbone, p.method, p.image_size) == _kind(spec) and p.images_per_second > 0), None
     )
+    if known is None and spec.recipe == "modern" and trained and device_type == "cpu":
+        once += PRECISION_IMAGES * (frozen_forward + training)
     if known is not None and not values.is_solved:
         factor = 1 / known.images_per_second / train_image
         train_image, looking = train_image * factor, looking * factor
@@ -229,7 +244,8 @@ def measure(device: torch.device) -> DeviceSpeed:
     images = torch.randn(8, 64, 56, 56, device=device).to(memory_format=torch.channels_last)
     weights = torch.randn(64, 64, 3, 3, device=device).to(memory_format=torch.channels_last)
     flops = 2 * 8 * 64 * 64 * 9 * 56 * 56
-    values = torch.randn(8 * 1024**2, device=device)
+    # More than caches hold: with 32 MiB each the figure was one of two by chance, 29 or 57 GB/s on the same machine.
+    values = torch.randn(16 * 1024**2, device=device)
     result = torch.empty_like(values)  # else the time would be the operating system's, for fresh pages
     with torch.inference_mode():
         convolution = _best_seconds(lambda: functional.conv2d(images, weights, padding=1), device)
@@ -244,32 +260,31 @@ def stage_costs(backbone_name: str, image_size: int) -> tuple[StageCost, ...]:
     activations = torch.empty(1, 3, image_size, image_size, device="meta")
     costs = []
     with torch.no_grad():
-        for stage in backbone.stages:
-            kept = _KeptActivations(stage)
+        for stage, for_inference in zip(backbone.stages, folded(backbone).stages, strict=True):
+            in_pass, _ = _run(for_inference, activations)
             with FlopCounterMode(display=False) as counter:
-                activations = stage(activations)
+                kept, activations = _run(stage, activations)
             output = float(activations.numel() * FLOAT_BYTES)
             width = backbone.pool(activations).shape[1]
-            costs.append(StageCost(float(counter.get_total_flops()), float(kept.bytes), output, width))
+            costs.append(StageCost(float(counter.get_total_flops()), kept, in_pass, output, width))
     return tuple(costs)
 
 
-class _KeptActivations:
-    """Adds up what the layers of a stage put into memory; layers that work in place add nothing."""
-
-    def __init__(self, stage: nn.Module) -> None:
-        self.bytes = 0
+def _run(stage: nn.Module, inputs: Tensor) -> tuple[float, Tensor]:
+    """The bytes that a stage's layers put into memory, and its output; layers that work in place add nothing."""
+    outputs: list[int] = []
+    with ExitStack() as hooks:
         for layer in stage.modules():
             if not any(layer.children()) and not getattr(layer, "inplace", False):
-                layer.register_forward_hook(self._count)
+                handle = layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output.numel()))
+                hooks.callback(handle.remove)
+        found = stage(inputs)
+    return float(sum(outputs) * FLOAT_BYTES), found
 
-    def _count(self, _layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.bytes += output.numel() * FLOAT_BYTES
 
-
-def _forward_seconds(cost: StageCost, speed: DeviceSpeed) -> float:
+def _forward_seconds(cost: StageCost, moved_bytes: float, speed: DeviceSpeed) -> float:
     arithmetic = FORWARD_ARITHMETIC * cost.flops / speed.flops_per_second
-    return arithmetic + FORWARD_PASSES * cost.activation_bytes / speed.bytes_per_second
+    return arithmetic + FORWARD_PASSES * moved_bytes / speed.bytes_per_second
 
 
 def _training_seconds(cost: StageCost, speed: DeviceSpeed) -> float:
@@ -315,7 +330,10 @@ def _peak_bytes(
     images = dataset.train + dataset.val
     size = 3 * values.image_size**2 * FLOAT_BYTES
     # A pass keeps one stage's activations at a time; training keeps those of all trained stages. The larger counts.
-    looking = min(pass_batch_size(device_type), images) * (max(c.activation_bytes for c in (*frozen, *trained)) + size)
+    largest = max(
+        [c.pass_bytes if is_cached else c.activation_bytes for c in frozen] + [c.activation_bytes for c in trained]
+    )
+    looking = min(pass_batch_size(device_type), images) * (largest + size)
     kept = sum(c.activation_bytes for c in trained)
     if frozen and not is_cached:
         kept += max(c.activation_bytes for c in frozen)
