@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -109,6 +110,16 @@ def _migrated_database() -> Path:
 
 def client_of(server: RunningServer, **options: Any) -> httpx.Client:
     return httpx.Client(base_url=server.url, timeout=DEADLINE_SECONDS, **options)
+
+
+def raw_exchange(server: RunningServer, request: bytes) -> bytes:
+    """Sends exactly these bytes, and reads until the server closes the connection."""
+    with socket.create_connection(server.address, timeout=DEADLINE_SECONDS) as connection:
+        connection.sendall(request)
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+    return answer
 
 
 def assert_is_problem(response: httpx.Response, status: int, slug: str) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class RequestContext:
         method, started_at, status = scope["method"], time.perf_counter(), 0
         scope["state"]["is_head"] = method == "HEAD"
         if method == "HEAD":
-            scope["method"] = "GET"  # the same answer without its body
+            scope = {**scope, "method": "GET"}  # the same answer without its body, which the server has to know of
 
         async def send_tagged(message: Message) -> None:
             nonlocal status

@@ -1,4 +1,5 @@
-"""uvicorn, made to end slow headers and long streams: it has no header timeout, and waits for streams at shutdown."""
+"""uvicorn, made to end slow or endless headers and long streams: it has no limits for headers, and waits for streams at
+shutdown."""
 
 import asyncio
 import json
@@ -8,13 +9,15 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.api.middleware import LINGER_SECONDS
 from app.api.problems import PROBLEM_JSON, Problem
 from app.settings import Settings
 
 # Between two requests of one connection; longer than the pauses of a client that polls each second or two.
 KEEP_ALIVE_SECONDS = 20
+MAX_HEADER_BYTES = 64 * 1024
 
 
 def make_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
@@ -49,34 +52,52 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _protocol(header_timeout_seconds: float) -> type[H11Protocol]:
-    class Protocol(H11Protocol):
-        """H11Protocol that gives a client so long from the first byte of a request to the end of its headers."""
+def _protocol(header_timeout_seconds: float) -> type[HttpToolsProtocol]:
+    class Protocol(HttpToolsProtocol):
+        """HttpToolsProtocol that gives a client so long from the first byte of a request to the end of its headers,
+        which may not be endless, and refuses in Graft's words."""
 
         _headers_due: asyncio.TimerHandle | None = None
+        _header_bytes = 0
+        _is_deaf = False  # something was sent that nothing can come after
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._expect_headers()
 
         def data_received(self, data: bytes) -> None:
-            if self._headers_due is None and (self.cycle is None or self.cycle.response_complete):
-                self._expect_headers()
-            cycle = self.cycle
+            if self._is_deaf:
+                return
             super().data_received(data)
-            if self.cycle is not cycle:
-                self._stop_expecting()
+            if self._headers_due is not None:
+                # The parser keeps what it has of a header until its end, however far that is.
+                self._header_bytes += len(data)
+                if self._header_bytes > MAX_HEADER_BYTES:
+                    detail = f"The request's headers are larger than {MAX_HEADER_BYTES:,} bytes."
+                    self._refuse(Problem.of_status(431, detail=detail))
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._expect_headers()
+
+        def on_headers_complete(self) -> None:
+            self._stop_expecting()
+            # Whom a request is for, two servers on its way must not see differently (RFC 9112, 3.2).
+            if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
+                raise ValueError("not one Host header")
+            super().on_headers_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_expecting()
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            self._stop_expecting()
-            self._send_problem(Problem.of_status(400, detail="This is not a valid HTTP request."))
+            self._refuse(Problem.of_status(400, detail="This is not a valid HTTP request."))
 
         def _expect_headers(self) -> None:
-            self._headers_due = self.loop.call_later(header_timeout_seconds, self._headers_too_late)
+            if self._headers_due is None:
+                self._header_bytes = 0
+                self._headers_due = self.loop.call_later(header_timeout_seconds, self._headers_too_late)
 
         def _stop_expecting(self) -> None:
             if self._headers_due is not None:
@@ -84,19 +105,27 @@ def _protocol(header_timeout_seconds: float) -> type[H11Protocol]:
                 self._headers_due = None
 
         def _headers_too_late(self) -> None:
-            self._headers_due = None
-            if not self.transport.is_closing():
-                self._send_problem(
-                    Problem(
-                        status=408,
-                        code="request-timeout",
-                        title="The request took too long to arrive",
-                        detail=f"The request's headers did not arrive within {header_timeout_seconds:g} s.",
-                    )
+            self._refuse(
+                Problem(
+                    status=408,
+                    code="request-timeout",
+                    title="The request took too long to arrive",
+                    detail=f"The request's headers did not arrive within {header_timeout_seconds:g} s.",
                 )
+            )
 
-        def _send_problem(self, problem: Problem) -> None:
-            """Written as it is: h11's state may not allow an answer any more, and the connection ends anyway."""
+        def _refuse(self, problem: Problem) -> None:
+            """Written as it is, since there is no request yet that could be answered; and the connection ends.
+
+            While the request before it is being answered, it ends with that answer instead.
+            """
+            self._stop_expecting()
+            self._is_deaf = True
+            if self.transport.is_closing():
+                return
+            if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
+                self.cycle.keep_alive = False
+                return
             request_id = secrets.token_hex(16)
             body = json.dumps(problem.document(request_id=request_id, path="/")).encode()
             head = (
@@ -104,6 +133,9 @@ def _protocol(header_timeout_seconds: float) -> type[H11Protocol]:
                 f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\nConnection: close\r\n\r\n"
             )
             self.transport.write(head.encode("ascii") + body)
-            self.transport.close()
+            # A connection closed while more arrives can lose the answer on its way.
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     return Protocol

@@ -23,16 +23,6 @@ def stored_files(server: RunningServer) -> list[Path]:
     return [path for path in root.rglob("*") if path.is_file() and not path.name.startswith(own)]
 
 
-def raw_exchange(server: RunningServer, request: bytes) -> bytes:
-    """Sends exactly these bytes, and reads until the server closes the connection."""
-    with socket.create_connection(server.address, timeout=api_builders.DEADLINE_SECONDS) as connection:
-        connection.sendall(request)
-        answer = b""
-        while chunk := connection.recv(65536):
-            answer += chunk
-    return answer
-
-
 def assert_is_stored(server: RunningServer, response: httpx.Response, *, name: str) -> dict[str, Any]:
     dataset: dict[str, Any] = response.json()
     assert response.status_code == 201, response.text
@@ -133,7 +123,7 @@ def test_declared_length_beyond_the_limit_is_refused_before_the_body(tmp_path: P
     settings = api_builders.settings_for(tmp_path, max_upload_bytes=1000)
     with api_builders.running(settings) as server:
         head = b"PUT /v1/datasets HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n"
-        answer = raw_exchange(server, head)
+        answer = api_builders.raw_exchange(server, head)
 
     assert answer.startswith(b"HTTP/1.1 413 ")  # and no "100 Continue" before it
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "/problems/too-large"
@@ -153,7 +143,7 @@ def test_upload_with_expect_is_told_to_continue(server: RunningServer) -> None:
         b"PUT /v1/datasets HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(ARCHIVE)
     )
-    answer = raw_exchange(server, head + ARCHIVE)
+    answer = api_builders.raw_exchange(server, head + ARCHIVE)
 
     assert answer.startswith(b"HTTP/1.1 100 ")
     assert b"HTTP/1.1 201 " in answer
@@ -173,25 +163,12 @@ def test_upload_that_is_broken_off_leaves_nothing(server: RunningServer, client:
 def test_upload_that_stalls_is_ended_with_408(tmp_path: Path) -> None:
     settings = api_builders.settings_for(tmp_path, body_idle_timeout_seconds=0.2)
     with api_builders.running(settings) as server:
-        answer = raw_exchange(server, b"PUT /v1/datasets HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nPK")
+        answer = api_builders.raw_exchange(
+            server, b"PUT /v1/datasets HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nPK"
+        )
 
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert stored_files(server) == []
-
-
-def test_headers_that_trickle_are_ended_with_408(tmp_path: Path) -> None:
-    settings = api_builders.settings_for(tmp_path, header_timeout_seconds=0.2)
-    with api_builders.running(settings) as server:
-        answer = raw_exchange(server, b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow:")
-
-    assert answer.startswith(b"HTTP/1.1 408 ")
-
-
-def test_what_is_no_http_is_answered_with_a_problem(server: RunningServer) -> None:
-    answer = raw_exchange(server, b"\x16\x03\x01 hello\r\n\r\n")
-
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert json.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "/problems/bad-request"
 
 
 def test_full_disk_refuses_uploads(tmp_path: Path) -> None:
