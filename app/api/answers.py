@@ -9,6 +9,7 @@ from typing import Any
 
 from app.api.problems import pointer_to
 from app.api.schemas import (
+    DEFAULT_TOP_K,
     Adaptation,
     ClassScore,
     Coverage,
@@ -23,8 +24,6 @@ from app.serving.adaptation import Plan
 from app.serving.insight import Insight, insight, largest_coverage
 from app.serving.predictor import Adapted, LoadedModel, Scores
 from app.vision.reference import Neighbour
-
-DEFAULT_TOP_K = 5
 
 
 def check_has_reference(loaded: LoadedModel, options: PredictOptions) -> None:

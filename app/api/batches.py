@@ -13,13 +13,12 @@ from starlette.responses import Response, StreamingResponse
 
 from app import registry
 from app.api import archive_uploads
-from app.api.answers import DEFAULT_TOP_K
 from app.api.archive_uploads import ArchiveUse, Tick, archive_body, created
 from app.api.classifiers import model_id_of
 from app.api.deps import After, CallerDep, IdempotencyKey, Limit, ServicesDep, Wait, wait_until
 from app.api.evaluation import check_predicts
 from app.api.openapi import problems
-from app.api.schemas import Deleted, JsonObject, Listing, Schema
+from app.api.schemas import DEFAULT_TOP_K, Deleted, JsonObject, Listing, Schema
 from app.api.services import Services
 from app.api.strict_json import parse_as
 from app.datasets.archive import ArchiveLimits

@@ -8,12 +8,11 @@ from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app.api.answers import DEFAULT_TOP_K
 from app.api.classifiers import model_id_of, scores_of
 from app.api.data_urls import bytes_of
 from app.api.deps import ServicesDep, read_body
 from app.api.openapi import json_request, problems
-from app.api.schemas import ClassScore
+from app.api.schemas import DEFAULT_TOP_K, ClassScore
 from app.api.strict_json import parse_as, strict_json
 from app.errors import FieldError, ImageRefused, InvalidRequest
 from app.serving.predictor import Scores

@@ -46,6 +46,26 @@ def json_request(model: type[BaseModel], *, required: bool = True) -> dict[str, 
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": _schema(model)}}}}
 
 
+def options_of(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """The schemas of members that may all be left out, by name: without the null that stands for that."""
+    found = {}
+    for name, schema in _schema(model)["properties"].items():
+        given = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
+        found[name] = (given[0] if len(given) == 1 else {"anyOf": given}) | {"description": schema["description"]}
+    return found
+
+
+def query_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The `openapi_extra` of a route that reads these options from its query itself."""
+    options = {name: dict(schema) for name, schema in options_of(model).items()}
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "required": False, "description": schema.pop("description"), "schema": schema}
+            for name, schema in options.items()
+        ]
+    }
+
+
 def describe(app: FastAPI) -> Callable[[], dict[str, Any]]:
     """A replacement for `app.openapi`."""
 

@@ -489,19 +489,44 @@ class PicturesRequest(BaseModel):
     images: Annotated[list[EncodedPicture], Field(min_length=1)]
 
 
+DEFAULT_TOP_K = 5
+
+
 class PredictOptions(BaseModel):
     """What may be asked of POST /predict besides the pictures: in the query, as a form's fields, or in JSON."""
 
-    model: Annotated[str, Field(min_length=1, max_length=100)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
-    store: bool | None = None
-    explain: bool | None = None
-    coverage: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
-    neighbors: Annotated[int, Field(ge=1, le=50)] | None = None
-    adapt: Method | None = None
-    adapt_parameters: Parameters | None = None
-    adapt_steps: Annotated[int, Field(ge=1, le=50)] | None = None
-    adapt_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = None
+    model: Annotated[
+        Annotated[str, Field(min_length=1, max_length=100)] | None,
+        Field(description="A model's id or alias; `default` if left out."),
+    ] = None
+    top_k: Annotated[
+        Annotated[int, Field(ge=1, le=1000)] | None,
+        Field(description=f"Classes per picture, best first; {DEFAULT_TOP_K} if left out."),
+    ] = None
+    store: Annotated[
+        bool | None, Field(description="Keep each picture and its prediction, under the `id` that is answered.")
+    ] = None
+    explain: Annotated[bool | None, Field(description="Show where in the picture the label was seen.")] = None
+    coverage: Annotated[
+        Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None,
+        Field(description="Add a set of classes that holds the true one with this probability."),
+    ] = None
+    neighbors: Annotated[
+        Annotated[int, Field(ge=1, le=50)] | None,
+        Field(description="Add so many of the training pictures that are most like it."),
+    ] = None
+    adapt: Annotated[
+        Method | None,
+        Field(description="Tune a copy of the model to each picture before it answers; the model stays as it is."),
+    ] = None
+    adapt_parameters: Annotated[
+        Parameters | None,
+        Field(description="What is tuned: head by neighbors; normalisation, the usual, or all by entropy."),
+    ] = None
+    adapt_steps: Annotated[Annotated[int, Field(ge=1, le=50)] | None, Field(description="Gradient steps.")] = None
+    adapt_learning_rate: Annotated[
+        Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None, Field(description="Of these steps.")
+    ] = None
 
 
 class PredictRequest(PredictOptions, PicturesRequest):

@@ -1,6 +1,6 @@
 """Pictures of many requests → batches for one device: a bounded queue, no waiting while the device is idle.
 
-A batch is whatever waits for the same network when the device becomes free: a lone picture runs at once, and under load
+A batch is whatever waits for the same network when a thread becomes free: a lone picture runs at once, and under load
 batches grow by themselves to what arrives during the batch before. Knows futures and threads; not models, not HTTP.
 """
 
@@ -31,35 +31,38 @@ class _Waiting(Generic[Item, Result]):
 
 @dataclass
 class Batcher(Generic[Item, Result]):
-    """Runs `run(key, items)`, which gives a result per item, in one thread of its own, a batch at a time.
+    """Runs `run(key, items)`, which gives a result per item, in threads of its own, in each a batch at a time.
 
-    Items whose caller has left, or whose deadline has passed, are dropped before they cost anything. All methods belong
-    to one event loop; close with `close()`.
+    threads: one for a device that does one thing at a time. Items whose caller has left, or whose deadline has passed,
+    are dropped before they cost anything. All methods belong to one event loop; close with `close()`.
     """
 
     run: Callable[[Any, Sequence[Item]], Sequence[Result]]
     max_batch: int
+    threads: int = 1
     on_batch: Callable[[int], None] = lambda _size: None
     _queue: deque[_Waiting[Item, Result]] = field(default_factory=deque)
-    _thread: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
-    )
-    _runner: "asyncio.Task[None] | None" = None
+    _working: int = 0  # of the tasks below, those that will look at the queue again
+    _runners: set["asyncio.Task[None]"] = field(default_factory=set)
 
-    async def submit(self, key: object, item: Item, *, deadline: float) -> Result:
-        """The item's result. Raises Overloaded once the deadline has passed, and whatever `run` raises."""
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+    def __post_init__(self) -> None:
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="forward")
+
+    def submit(self, key: object, item: Item, *, deadline: float, future: "asyncio.Future[Result]") -> None:
+        """Queues an item, whose result `future` gets: Overloaded once the deadline has passed, or what `run` raises."""
         self._queue.append(_Waiting(key, item, deadline, future))
-        if self._runner is None:
-            self._runner = asyncio.create_task(self._work())
-        return await future
+        if self._working < self.threads:
+            self._working += 1
+            runner = asyncio.create_task(self._work())
+            self._runners.add(runner)
+            runner.add_done_callback(self._runners.discard)
 
     async def alone(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Something else in the same thread, between two batches."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        """Something else in the same threads, between two batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -68,7 +71,7 @@ class Batcher(Generic[Item, Result]):
                 self.on_batch(len(batch))
                 try:
                     results = await loop.run_in_executor(
-                        self._thread, self.run, batch[0].key, [waiting.item for waiting in batch]
+                        self._pool, self.run, batch[0].key, [waiting.item for waiting in batch]
                     )
                 except Exception as error:  # noqa: BLE001 (handed to those who wait, who are at a request's door)
                     _fail(batch, error)
@@ -77,7 +80,7 @@ class Batcher(Generic[Item, Result]):
                     if not waiting.future.done():
                         waiting.future.set_result(result)
         finally:
-            self._runner = None
+            self._working -= 1
 
     def _take(self) -> list[_Waiting[Item, Result]]:
         """What has waited longest, and what may run with it, in order; empty when nothing waits."""
@@ -90,7 +93,7 @@ class Batcher(Generic[Item, Result]):
                 continue
             if waiting.deadline < now:
                 _fail([waiting], Overloaded("The picture waited too long; try again soon.", retry_after_seconds=1))
-            elif batch and waiting.key is not batch[0].key:
+            elif batch and waiting.key != batch[0].key:
                 left.append(waiting)
             else:
                 batch.append(waiting)

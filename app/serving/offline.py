@@ -3,10 +3,12 @@ queue and event loop. Knows a model's folder, pictures and numbers; not batches'
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from app.serving.engines import in_parts
 from app.serving.predictor import LoadedModel, Network, Scores, open_built_engine, read_model
 from app.storage import LocalStorage
 from app.vision import images
@@ -22,6 +24,7 @@ class OfflineModel:
         self.batch_size = batch_size
         self._model = model
         self._limits = limits
+        self._pool = ThreadPoolExecutor(model.network.engine.passes_at_once, thread_name_prefix="forward")
 
     @classmethod
     def open(
@@ -55,9 +58,9 @@ class OfflineModel:
         return eval_pixels(images.decode(encoded, side=preprocessing.side, limits=self._limits), preprocessing)
 
     def scores(self, prepared: Sequence[Tensor]) -> list[Scores]:
-        """Of each prepared picture, in one forward pass; none for none."""
+        """Of each prepared picture; none for none."""
         if not prepared:
             return []
-        features = self._model.network.features(torch.stack(list(prepared)))
+        features = in_parts(self._model.network.engine, torch.stack(list(prepared)), self._pool)
         rows = self._model.probabilities(features).tolist()
         return [Scores.of(row, self._model.outputs, features=seen) for row, seen in zip(rows, features, strict=True)]

@@ -5,7 +5,8 @@ alias swaps models between two requests, and a request under way ends on the mod
 
 Models whose backbones are the same, weight for weight, share one in memory, and run in one batch: what is their own is
 a head. Kinds of thread, so that none waits for another's kind of work: decoding (one per core), loading (one), forward
-passes (one, because a device does one thing at a time), and building faster engines (one).
+passes (one, because a device does one thing at a time; and one per core for an engine whose passes are best small), and
+building faster engines (one).
 """
 
 import asyncio
@@ -56,7 +57,7 @@ from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 
 # Pictures in one forward pass. More gain nothing on a CPU, and on a GPU only memory is left to lose.
 FORWARD_BATCH_SIZE = 32
-# A network that has answered so many pictures will answer more: worth the seconds that another engine takes to build.
+# A network that was asked for so many pictures will be asked for more: worth the seconds that an engine takes to build.
 BUILD_AFTER_PICTURES = 100
 # Built engines that are kept on disk for the next start; the oldest goes first.
 KEPT_ENGINES = 32
@@ -127,14 +128,17 @@ class Network:
         self.torch = TorchEngine(classifier.backbone, preprocessing, device)
         self._heat_maps, self._device = HeatMaps(classifier.backbone, preprocessing.crop), device
         self.engine: Engine = self.torch
-        self.answered = 0
+        self.asked = 0
         # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
         self.features(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop, dtype=torch.uint8))
 
     def features(self, pixels: Tensor) -> Tensor:
         """pixels: uint8 (N, 3, S, S), or float32 and normalised already. Returns float32 (N, D) on the CPU."""
-        engine = self.engine if pixels.dtype == torch.uint8 else self.torch
-        return engine.features(pixels)
+        return self.engine_for(pixels).features(pixels)
+
+    def engine_for(self, pixels: Tensor) -> Engine:
+        """pixels: of one picture or of many; the other engines know uint8 alone."""
+        return self.engine if pixels.dtype == torch.uint8 else self.torch
 
     def evidence(self, pixels: Tensor, score: Callable[[Tensor], Tensor]) -> Heat:
         """Where in one picture, uint8 (3, S, S), is what raises the score of its features: (S, S), 0 to 1.
@@ -280,7 +284,11 @@ class Predictor:
             on_pending(self._pending)
             on_batch(size)
 
+        # Of the device, and of engines that like many small passes beside each other better than large ones.
         self._batcher: Batcher[_Asked, Scores] = Batcher(_run, max_batch=FORWARD_BATCH_SIZE, on_batch=batch_begins)
+        self._side_by_side: Batcher[_Asked, Scores] = Batcher(
+            _run, max_batch=engines.SMALL_BATCH, threads=usable_cores(), on_batch=batch_begins
+        )
 
     async def predict(self, model_id: str, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
         """Scores for each encoded picture; in the place of one that cannot be read, the reason.
@@ -289,7 +297,15 @@ class Predictor:
         """
         with self._place_for(len(pictures)):
             model = await self.load(model_id)
-            return list(await asyncio.gather(*(self._answer(model, picture) for picture in pictures)))
+            # All are on their way before the first is waited for.
+            answers = [self._answer(model, picture) for picture in pictures]
+            try:
+                return [await _or_refusal(answer) for answer in answers]
+            finally:
+                for answer in answers:
+                    if answer.done() and not answer.cancelled():
+                        answer.exception()  # seen, even where another picture's error is told
+                    answer.cancel()
 
     async def scores(self, model_id: str, batch: Tensor) -> list[Scores]:
         """Scores for pictures that the caller has preprocessed as the model's `preprocessing` says.
@@ -302,10 +318,13 @@ class Predictor:
             model = await self.load(model_id)
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._decoders, _check_preprocessed, batch, model.preprocessing)
-            found = await asyncio.gather(*(self._run(model, pixels) for pixels in batch))
+            answers: list[asyncio.Future[Scores]] = [loop.create_future() for _ in batch]
+            for pixels, answer in zip(batch, answers, strict=True):
+                self._run(model, pixels, answer)
+            found = await asyncio.gather(*answers)
             if not all(math.isfinite(value) for scores in found for value in scores.values):
                 raise InvalidRequest("The network makes no numbers of this tensor: its values are far too large.")
-            return list(found)
+            return found
 
     async def features(self, model_id: str, pictures: Sequence[bytes]) -> Tensor:
         """What the model's head sees of each picture: float32 (N, D), N > 0; to the bit the same for the same pictures.
@@ -431,6 +450,7 @@ class Predictor:
         for pool in (self._decoders, self._loader, self._build_thread):
             pool.shutdown(wait=True, cancel_futures=True)
         self._batcher.close()
+        self._side_by_side.close()
 
     @contextlib.contextmanager
     def _place_for(self, count: int) -> Iterator[None]:
@@ -446,9 +466,24 @@ class Predictor:
 
     # One picture
 
-    async def _answer(self, model: LoadedModel, picture: bytes) -> Scores | ImageRefused:
-        pixels = await self._decode(model, picture)
-        return pixels if isinstance(pixels, ImageRefused) else await self._run(model, pixels)
+    def _answer(self, model: LoadedModel, picture: bytes) -> "asyncio.Future[Scores]":
+        """Gets the picture's scores, or ImageRefused. From thread to thread without a task of its own to wake between
+        them: beside a small network's pass that is a good part of a picture's time."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Scores] = loop.create_future()
+
+        def work() -> None:
+            if answer.done():  # nobody waits for it any more
+                return
+            try:
+                pixels = self._pixels(picture, model.preprocessing)
+            except Exception as error:  # noqa: BLE001 (handed to the one who asked)
+                loop.call_soon_threadsafe(_fail, answer, error)
+            else:
+                loop.call_soon_threadsafe(self._run, model, pixels, answer)
+
+        self._decoders.submit(work)
+        return answer
 
     async def _decode(self, model: LoadedModel, picture: bytes) -> Tensor | ImageRefused:
         loop = asyncio.get_running_loop()
@@ -539,14 +574,18 @@ class Predictor:
         image_ids = [image and image[0] for image in model.reference.images]
         return self._training_pictures(model.dataset_id or "", image_ids)
 
-    async def _run(self, model: LoadedModel, pixels: Tensor) -> Scores:
+    def _run(self, model: LoadedModel, pixels: Tensor, answer: "asyncio.Future[Scores]") -> None:
+        """answer: gets the scores."""
+        if answer.done():
+            return
         network = model.network
+        engine = network.engine_for(pixels)
+        batcher = self._batcher if engine.passes_at_once == 1 else self._side_by_side
         deadline = time.monotonic() + self._timeout_seconds
-        scores = await self._batcher.submit(network, _Asked(model, pixels), deadline=deadline)
-        network.answered += 1
-        if network.answered == BUILD_AFTER_PICTURES and self._builds_engines:
+        batcher.submit((network, engine), _Asked(model, pixels), deadline=deadline, future=answer)
+        network.asked += 1
+        if network.asked == BUILD_AFTER_PICTURES and self._builds_engines:
             self._build_soon(model)
-        return scores
 
     # Loading
 
@@ -628,20 +667,28 @@ class Predictor:
             self._storage.delete(f"engines/{path.name}")
 
 
-def _run(network: Network, asked: Sequence[_Asked]) -> list[Scores]:
+async def _or_refusal(answer: "asyncio.Future[Scores]") -> Scores | ImageRefused:
+    try:
+        return await answer
+    except ImageRefused as refusal:
+        return refusal
+
+
+def _fail(answer: "asyncio.Future[Scores]", error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
+
+
+def _run(key: tuple[Network, Engine], asked: Sequence[_Asked]) -> list[Scores]:
     """One forward pass for pictures of any models on this network, and then each model's head."""
-    found: list[Tensor] = [torch.empty(0)] * len(asked)
-    for dtype in {one.pixels.dtype for one in asked}:
-        places = [i for i, one in enumerate(asked) if one.pixels.dtype == dtype]
-        features = network.features(torch.stack([asked[i].pixels for i in places]))
-        for i, row in zip(places, features, strict=True):
-            found[i] = row
+    _, engine = key
+    features = engine.features(torch.stack([one.pixels for one in asked]))
     scores: list[Scores | None] = [None] * len(asked)
     for model in {one.model for one in asked}:
         places = [i for i, one in enumerate(asked) if one.model is model]
-        rows = model.probabilities(torch.stack([found[i] for i in places])).tolist()
+        rows = model.probabilities(features[places]).tolist()
         for i, row in zip(places, rows, strict=True):
-            scores[i] = Scores.of(row, model.outputs, features=found[i])
+            scores[i] = Scores.of(row, model.outputs, features=features[i])
     return [one for one in scores if one is not None]
 
 
@@ -695,7 +742,7 @@ def open_built_engine(storage: LocalStorage, network: Network) -> None:
 
 
 def _engine_key(network_key: str) -> str:
-    return f"engines/{network_key}-{onnxruntime.__version__}"
+    return f"engines/{network_key}-{onnxruntime.__version__}-{engines.FORMAT_VERSION}"
 
 
 def _bytes_of(models: Iterable[LoadedModel]) -> int:

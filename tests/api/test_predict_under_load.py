@@ -14,7 +14,7 @@ from api_builders import RunningServer, assert_is_problem
 
 from app import registry
 from app.db.engine import Database
-from app.serving.predictor import Network
+from app.serving.engines import TorchEngine
 
 PICTURE = builders.jpeg(1)
 
@@ -29,14 +29,14 @@ def model(server: RunningServer, client: httpx.Client) -> str:
 @pytest.fixture
 def held(model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
     """The device takes a picture, sets the first event, and keeps it until the second one is set."""
-    taken, released, features = threading.Event(), threading.Event(), Network.features
+    taken, released, features = threading.Event(), threading.Event(), TorchEngine.features
 
-    def waiting(network: Network, pixels: object) -> object:
+    def waiting(network: TorchEngine, pixels: object) -> object:
         taken.set()
         assert released.wait(api_builders.DEADLINE_SECONDS)
         return features(network, pixels)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Network, "features", waiting)
+    monkeypatch.setattr(TorchEngine, "features", waiting)
     yield taken, released
     released.set()
 
@@ -70,9 +70,9 @@ def test_what_is_too_much_is_refused_with_the_time_to_come_back(
     with api_builders.running(settings) as server, api_builders.client_of(server) as client:
         api_builders.register_model(server.services)
         assert client.post("/predict", content=PICTURE).status_code == 200
-        released, features = threading.Event(), Network.features
+        released, features = threading.Event(), TorchEngine.features
         monkeypatch.setattr(
-            Network, "features", lambda network, pixels: (released.wait(30), features(network, pixels))[1]
+            TorchEngine, "features", lambda network, pixels: (released.wait(30), features(network, pixels))[1]
         )
         with ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(httpx.post, f"{server.url}/predict", content=PICTURE, timeout=60) for _ in range(2)]

@@ -10,9 +10,10 @@ from pathlib import Path
 import builders
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from app.serving import engines, predictor
-from app.serving.engines import OnnxEngine, Report, TorchEngine
+from app.serving.engines import OnnxEngine, Report, Threads, TorchEngine
 from app.serving.predictor import Predictor, Scores
 from app.storage import LocalStorage
 from app.vision import artifact
@@ -27,7 +28,7 @@ LIMITS = ImageLimits(
 SMALL = Preprocessing(
     resize=72, crop=64, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear"
 )
-GOOD = Report(images=9, max_score_difference=1e-6, same_top=True, speedup=2.0)
+GOOD = Report(images=9, max_score_difference=1e-6, same_top=True, speedup=2.0, threads=Threads(1, 1))
 
 
 def save(folder: Path, *, feature_layer: str | None = None) -> Artifact:
@@ -67,16 +68,18 @@ def test_built_engine_gives_torchs_features_for_batches_of_any_size(tmp_path: Pa
     engines.Builder().build(tmp_path / "model", tmp_path / "built", pixels=pixels)
 
     assert {path.name for path in (tmp_path / "built").iterdir()} == {"engine.onnx", "engine.json"}
-    report = Report(**json.loads((tmp_path / "built" / "engine.json").read_text()))
+    report = TypeAdapter(Report).validate_json((tmp_path / "built" / "engine.json").read_bytes())
     assert (report.images, report.same_top) == (9, True)
     assert report.max_score_difference < engines.SCORE_TOLERANCE
-    ours, theirs = (
-        TorchEngine(model.classifier.backbone, SMALL, torch.device("cpu")),
-        OnnxEngine(tmp_path / "built" / "engine.onnx"),
-    )
+    ours = TorchEngine(model.classifier.backbone, SMALL, torch.device("cpu"))
     assert ours.features(pixels).std() > 0.01
-    for count in (1, 3, 9):
-        torch.testing.assert_close(theirs.features(pixels[:count]), ours.features(pixels[:count]), atol=1e-3, rtol=1e-3)
+    for threads in (report.threads, Threads(1, 1), Threads(1, 2), Threads(2, 1)):
+        theirs = OnnxEngine(tmp_path / "built" / "engine.onnx", threads)
+        with ThreadPoolExecutor(theirs.passes_at_once) as pool:
+            for count in (1, 3, 9, 40):
+                some = pixels.repeat(5, 1, 1, 1)[:count]
+                found = engines.in_parts(theirs, some, pool)
+                torch.testing.assert_close(found, ours.features(some), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from app.datasets.ingest import IngestLimits, IngestOptions, archive_key, ensure_packed, ingest, manifest_key
 from app.datasets.manifest import Manifest
-from app.serving.predictor import Network, Predictor
+from app.serving.engines import TorchEngine
+from app.serving.predictor import Predictor
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision import artifact
@@ -141,9 +142,9 @@ def served_on(
     artifact.save(storage.path("models/model"), Artifact(classifier, ["x", "y"], preprocessing, temperature=1.0))
     seen: list[Tensor] = []
 
-    features = Network.features
+    features = TorchEngine.features
 
-    def noting(network: Network, pixels: Tensor) -> Tensor:
+    def noting(network: TorchEngine, pixels: Tensor) -> Tensor:
         seen.extend(pixels.clone())
         return features(network, pixels)
 
@@ -160,7 +161,7 @@ def served_on(
         try:
             model = await predictor.predict("model", pictures[:1])  # its warm-up passes through `features` too
             assert len(model) == 1
-            monkeypatch.setattr(Network, "features", noting)
+            monkeypatch.setattr(TorchEngine, "features", noting)
             for picture in pictures:  # one after the other: of one request, those go first that are decoded first
                 await predictor.predict("model", [picture])
         finally:
