@@ -80,6 +80,10 @@ class ActivationSource:
     augmented: Activations | None
     augmented_rows: NDArray[np.int64]
 
+    @property
+    def is_light(self) -> bool:
+        return self.plain.values.ndim == 3  # a vector for each image, and only the head is trained
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -353,7 +353,8 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
         device=state.device,
     )
     state.network.train()
-    with prefetched(batches, device=state.device) as prepared:
+    made = prefetched(batches, device=state.device, are_light=plan.train.is_light)
+    with _threads_for(plan.train, state.device), made as prepared:
         for batch in prepared:
             set_learning_rates(state.optimizer, pace.plan.schedule, state.total_steps)
             _step_in_memory(state, plan, batch, pace.hooks)
@@ -362,6 +363,20 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
             if pace.after_step(len(batch)):
                 return True
     return False
+
+
+@contextmanager
+def _threads_for(source: Source, device: torch.device) -> Iterator[None]:
+    """One thread for steps on what is light: two take twice as long, since each operation waits for both."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or not source.is_light or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, hooks: Hooks) -> None:
@@ -384,7 +399,7 @@ def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, hooks: Hooks) ->
 
 
 def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
-    _seed_network(state.device, torch_seed(plan.seed, NETWORK, state.epoch, state.step))
+    _seed_network(state.device, (_epoch_seed(plan.seed, state.epoch) + state.step) % 2**63)
     labels = batch.labels.to(state.device, non_blocking=True)
     images = plan.normalise(batch.inputs.to(state.device, non_blocking=True))
     images, targets = _mixed(state, plan, images, labels)
@@ -392,9 +407,9 @@ def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
     weights = None if plan.class_weights is None else _on_device(plan.class_weights, state.device)
     scale = plan.tasks.scale(targets, weights)
     state.optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros_like(state.sums)
+    found: list[tuple[Tensor, Tensor | int]] = []  # of each part, its share of the mean loss, and how many are right
     for part in _parts(len(labels), state.micro_batches):
-        with torch.autocast(state.device.type, dtype=torch.bfloat16, enabled=state.precision == "bf16"):
+        with _autocast(state.device, state.precision):
             output = state.network(images[part])
         losses = (
             output.float()
@@ -404,13 +419,25 @@ def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
         # Each part's share of the whole batch's mean: summed over parts, the gradient is the whole batch's.
         loss = losses.sum() / scale
         loss.backward()
-        sums[0] += loss.detach() * len(labels)
-        if not gives_losses:
-            sums[1] += plan.tasks.right(output.detach(), labels[part]).sum()
-        sums[2] += len(output)
+        found.append((loss.detach(), 0 if gives_losses else plan.tasks.right(output.detach(), labels[part]).sum()))
     state.optimizer.step()
     _update_ema(state)
-    state.sums += sums  # last, so that an attempt that runs out of memory is counted once
+    # Last, so that an attempt that runs out of memory is counted once.
+    loss_sum, right, images_seen = state.sums.unbind()
+    for loss, right_here in found:
+        loss_sum.add_(loss, alpha=len(labels))
+        right.add_(right_here)
+    images_seen.add_(len(labels))
+
+
+def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    # Not autocast's own `enabled`: being off costs it a tenth of the step of a head.
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@lru_cache(maxsize=1)  # mixing a seed takes a tenth of the step of a head
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return torch_seed(seed, NETWORK, epoch)
 
 
 def _seed_network(device: torch.device, seed: int) -> None:
@@ -523,7 +550,7 @@ def predict_logits(
     def run(start: int, batch: Batch) -> None:
         del found[start:]
         for inputs in torch.split(batch.inputs, batch_size):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            with _autocast(device, precision):
                 found.append(network(normalise(inputs.to(device, non_blocking=True))).float().cpu())
 
     prepared = ordered_batches(source, batch_size=batch_size, device=device)

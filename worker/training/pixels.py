@@ -70,6 +70,11 @@ class Source(Protocol):
     @property
     def labels(self) -> NDArray[np.int64]: ...
 
+    @property
+    def is_light(self) -> bool:
+        """Whether a batch, and a step on it, is so little work that a second thread costs more than it brings."""
+        ...
+
     def __len__(self) -> int: ...
 
     def training_batch(
@@ -94,6 +99,7 @@ class PixelSource:
     split: Split
     augment: Augment | None
     prepare: Callable[[Tensor], Tensor]
+    is_light = False
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -204,14 +210,15 @@ def prefetch(items: Iterable[T], *, depth: int = _PREPARED_BATCHES) -> Generator
 
 
 def prefetched(
-    items: Iterable[T], *, device: torch.device, depth: int = _PREPARED_BATCHES
+    items: Iterable[T], *, device: torch.device, are_light: bool = False, depth: int = _PREPARED_BATCHES
 ) -> "closing[Generator[T, None, None]]":
     """Batches for work on `device`, as a context, for loops that may leave early: made ahead by `prefetch`.
 
     But where that work keeps all cores busy itself, made one by one as they are asked for: a thread beside it takes a
-    core from every parallel step, and an epoch of mobilenet_v3_small took 1.76 s in place of 1.50 (two cores).
+    core from every parallel step, and an epoch of mobilenet_v3_small took 1.76 s in place of 1.50 (two cores). So are
+    those that are light, as Source has it: handing them over would take longer.
     """
-    is_crowded = device.type == "cpu" and torch.get_num_threads() >= usable_cores()
+    is_crowded = device.type == "cpu" and (are_light or torch.get_num_threads() >= usable_cores())
     return closing((item for item in items) if is_crowded else prefetch(items, depth=depth))
 
 

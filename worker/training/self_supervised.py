@@ -110,6 +110,7 @@ class TwoViews:
     """Batches of two random views of each picture: uint8 (N, 2, 3, S, S)."""
 
     pixels: PixelSource
+    is_light = False
 
     @property
     def labels(self) -> NDArray[np.int64]:
