@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+# Two files of tests at a time, or four: many wait for processes of their own. More would need gigabytes for torch.
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help setup demo test test-slow test-all check lock clean
 .DEFAULT_GOAL := help
@@ -30,13 +32,13 @@ demo: setup  ## upload real pictures, train, predict, serve until Ctrl-C (ARGS=-
 	@$(BIN)/graft demo $(ARGS)
 
 test: setup  ## every test but the slow ones (ARGS is passed to pytest)
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
 
 test-slow: setup  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 test-all: setup  ## every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: setup  ## formatting, lint, types, the Dockerfile, and which package may import which
 	$(BIN)/ruff format --check .

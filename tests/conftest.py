@@ -1,5 +1,6 @@
 """Fixtures every test may use: where real data lie, a fresh database and storage, a real server and its client."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -28,6 +29,15 @@ def _shared(folder: str) -> Path:
     if not path.is_dir():
         pytest.skip(f"needs real {folder}: set GRAFT_SHARED_DIR to a folder that has {folder}/")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_log_outlives_its_test() -> Iterator[None]:
+    """What a test has set up writes to what pytest captures of it, which is closed when servers of its module go on."""
+    yield
+    for handler in logging.root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture
