@@ -48,13 +48,13 @@ LUA = """
 local bodies = {}
 for i = 1, %d do
   local file = io.open(string.format("%s/%%d.jpg", i - 1), "rb")
-  bodies[i] = file:read("*all")
+  bodies[i] = "%s" .. file:read("*all") .. "%s"
   file:close()
 end
 local at = 0
 request = function()
   at = at %% #bodies + 1
-  return wrk.format("POST", "%s", {["Content-Type"] = "image/jpeg"}, bodies[at])
+  return wrk.format("POST", "%s", {["Content-Type"] = "%s"}, bodies[at])
 end
 done = function(summary, latency, requests)
   io.write(string.format("RESULT %%f %%d %%d %%f %%f %%f\\n", summary.duration / 1e6, summary.requests,
@@ -63,6 +63,13 @@ done = function(summary, latency, requests)
     latency:percentile(50) / 1000, latency:percentile(99) / 1000, latency.max / 1000))
 end
 """
+
+
+_FORM = (
+    "multipart/form-data; boundary=edge",
+    r"--edge\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.jpg\"\r\nContent-Type: image/jpeg\r\n\r\n",
+    r"\r\n--edge--\r\n",
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +85,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Server:
+    """takes_forms: whether a picture has to come in a form, and not as the body."""
+
     name: str
     port: int
     process: subprocess.Popen[bytes]
     path: str = "/predict"
+    takes_forms: bool = False
 
     def cpu_seconds(self) -> float:
         found = psutil.Process(self.process.pid)
@@ -141,23 +151,34 @@ def register(made: Artifact, storage: LocalStorage, database: Database) -> str:
 
 @contextlib.contextmanager
 def served(
-    name: str, command: list[str], folder: Path, environment: Mapping[str, str] | None = None
+    name: str,
+    command: list[str],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    interpreter: str = sys.executable,
+    takes_forms: bool = False,
 ) -> Iterator[Server]:
     port = free_port()
     whole = os.environ | {
         "GRAFT_DATA_DIR": str(folder / "data"),
         "GRAFT_PORT": str(port),
         "GRAFT_LOG_LEVEL": "warning",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
     }
-    process = subprocess.Popen(
-        [sys.executable, *command], env=whole | dict(environment or {}), stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([interpreter, *command], env=whole | dict(environment or {}), stdout=subprocess.DEVNULL)
     try:
-        yield Server(name, port, process)
+        yield Server(name, port, process, takes_forms=takes_forms)
     finally:
+        everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         process.terminate()
-        process.wait(60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        # Some frameworks leave processes of theirs behind.
+        for each in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
 
 
 def warm_up(server: Server, folder: Path, *, engines: int = 1) -> None:
@@ -167,16 +188,22 @@ def warm_up(server: Server, folder: Path, *, engines: int = 1) -> None:
     with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as client:
         while True:
             with contextlib.suppress(httpx.HTTPError):
-                if client.post(server.path, content=picture).status_code == 200:
+                if _asked(client, server, picture).status_code == 200:
                     break
             if time.monotonic() > deadline:
                 raise SystemExit(f"{server.name} does not answer")
             time.sleep(0.2)
         for _ in range(120):
-            client.post(server.path, content=picture)
+            _asked(client, server, picture)
         while server.name == "graft" and len(_reports(folder)) < engines and time.monotonic() < deadline:
             time.sleep(0.5)
         time.sleep(2)
+
+
+def _asked(client: httpx.Client, server: Server, picture: bytes) -> httpx.Response:
+    if server.takes_forms:
+        return client.post(server.path, files={"file": ("a.jpg", picture, "image/jpeg")})
+    return client.post(server.path, content=picture)
 
 
 def engine(folder: Path) -> str:
@@ -190,7 +217,8 @@ def _reports(folder: Path) -> list[Path]:
 
 def loaded(server: Server, folder: Path, *, concurrency: int, seconds: float) -> Measured:
     script = folder / "load.lua"
-    script.write_text(LUA % (PICTURES, folder / "pictures", server.path))
+    kind, before_picture, behind_picture = _FORM if server.takes_forms else ("image/jpeg", "", "")
+    script.write_text(LUA % (PICTURES, folder / "pictures", before_picture, behind_picture, server.path, kind))
     before = server.cpu_seconds()
     command = ["wrk", "-t1", f"-c{concurrency}", f"-d{round(seconds)}s", "--timeout", "30s", "-s", str(script)]
     ran = subprocess.run([*command, f"http://127.0.0.1:{server.port}"], capture_output=True, text=True, check=True)

@@ -1,14 +1,15 @@
 r"""What /predict costs beside the bare work: throughput, latency and CPU time, against the limit and other servers.
 
     python benchmarks/serving.py --data hymenoptera.zip --weights FOLDER [--backbone mobilenet_v3_small]
-        [--concurrency 1,8,32,128] [--seconds 5] [--rounds 3]
+        [--concurrency 1,8,32,128] [--seconds 5] [--rounds 3] [--peers INTERPRETER]
 
 Real servers in processes of their own on loopback, loaded by wrk (Debian package wrk), a JPEG a request, top 5 out; the
 servers take turns in each round. The bare limit is this machine doing nothing else, in whichever way is faster:
 decode and preprocess in one thread per core, forward in batches of eight on the engine that Graft chose; or all of it
 in each of one thread per core. The naive server is what tutorials show: a `def`
-route of FastAPI, PIL, torchvision's transforms, eager torch. Prints medians (smallest to largest) over rounds, and the
-CPU time of each server's processes per request.
+route of FastAPI, PIL, torchvision's transforms, eager torch. --peers: also LitServe, BentoML and Ray Serve, see
+_peer_model.py, by an interpreter that has them and Graft's packages; two of them take forms alone, so Graft is asked by
+forms too. Prints medians (smallest to largest) over rounds, and the CPU time of each server's processes per request.
 """
 
 import argparse
@@ -19,11 +20,15 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from _serving import HERE, PICTURES, Measured, engine, loaded, prepare, served, warm_up, write_pictures
 from _setup import hardware, markdown, spread
+
+PEERS = ("litserve", "bentoml", "ray")
+TAKE_FORMS = ("litserve", "bentoml")
 
 
 def main() -> None:
@@ -36,6 +41,15 @@ def main() -> None:
             stack.enter_context(served("graft", ["-m", "app.main"], folder)),
             stack.enter_context(served("naive", [str(HERE / "_naive_server.py")], folder)),
         ]
+        for peer in PEERS if arguments.peers else ():
+            script, takes_forms = str(HERE / f"_peer_{peer}.py"), peer in TAKE_FORMS
+            servers.append(
+                stack.enter_context(
+                    served(peer, [script], folder, interpreter=arguments.peers, takes_forms=takes_forms)
+                )
+            )
+        if arguments.peers:
+            servers.append(replace(servers[0], name="graft, by form", takes_forms=True))
         for server in servers:
             warm_up(server, folder)
         print(f"engine: {engine(folder)}", file=sys.stderr)
@@ -99,6 +113,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32, 128])
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", help="interpreter with litserve, bentoml and ray[serve]")
     return parser.parse_args()
 
 
