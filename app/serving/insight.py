@@ -41,7 +41,9 @@ def insight(
 ) -> Insight:
     """coverage: of prediction sets, above 0 and below 1. neighbours: how many."""
     assert scores.features is not None, "a model that has a reference gives features"
-    similarities = reference.similarities(scores.features.numpy())
+    similarities = scores.similarities
+    if similarities is None:
+        similarities = reference.similarities(scores.features.numpy())
     return Insight(
         ood_score=reference.ood_score(similarities),
         prediction_sets={} if coverage is None else _prediction_sets(scores, reference, outputs, coverage),

@@ -54,6 +54,7 @@ from app.vision.images import ImageLimits, Pixels
 from app.vision.likeness import seen_alike
 from app.vision.outputs import Output, probabilities
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
+from app.vision.reference import Features
 
 # Pictures in one forward pass. More gain nothing on a CPU, and on a GPU only memory is left to lose.
 FORWARD_BATCH_SIZE = 32
@@ -72,21 +73,30 @@ class Scores:
     """One picture's class probabilities. values: float per class, in the model's order; they sum to 1.
 
     tasks: scores by task where the model tells several things, the first one's (which are these) included.
-    features: float32 (D,), what the head saw.
+    features: float32 (D,), what the head saw. similarities: float32 (N,), to each training picture of the model's
+    reference, where they are known already.
     """
 
     classes: Sequence[str]
     values: Sequence[float]
     tasks: Mapping[str, "Scores"] = field(default_factory=dict)
     features: Tensor | None = field(default=None, repr=False, compare=False)
+    similarities: Features | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, row: Sequence[float], outputs: Sequence[Output], *, features: Tensor) -> Self:
+    def of(
+        cls,
+        row: Sequence[float],
+        outputs: Sequence[Output],
+        *,
+        features: Tensor,
+        similarities: Features | None = None,
+    ) -> Self:
         """row: probabilities of all outputs, one after the other."""
         values = iter(row)
         found = [cls(output.classes, list(islice(values, len(output.classes)))) for output in outputs]
         tasks = {output.name: scores for output, scores in zip(outputs, found, strict=True)} if found[1:] else {}
-        return replace(found[0], tasks=tasks, features=features)
+        return replace(found[0], tasks=tasks, features=features, similarities=similarities)
 
     @property
     def best(self) -> int:
@@ -688,7 +698,9 @@ def _run(key: tuple[Network, Engine], asked: Sequence[_Asked]) -> list[Scores]:
         places = [i for i, one in enumerate(asked) if one.model is model]
         rows = model.probabilities(features[places]).tolist()
         for i, row in zip(places, rows, strict=True):
-            scores[i] = Scores.of(row, model.outputs, features=features[i])
+            # Here, and not where the answer is put together, since that is in the event loop.
+            like = None if model.reference is None else model.reference.similarities(features[i].numpy())
+            scores[i] = Scores.of(row, model.outputs, features=features[i], similarities=like)
     return [one for one in scores if one is not None]
 
 

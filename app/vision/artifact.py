@@ -26,7 +26,7 @@ from app.vision.backbones import ALL_LAYERS, BACKBONES
 from app.vision.classifier import Classifier
 from app.vision.outputs import Output
 from app.vision.preprocessing import Preprocessing
-from app.vision.reference import Novelty, Reference
+from app.vision.reference import Novelty, Reference, coded
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "weights.safetensors"
@@ -228,7 +228,7 @@ def _save_support(path: Path, support: Support) -> _SupportRecord:
 
 def _save_reference(path: Path, reference: Reference) -> _ReferenceRecord:
     tensors = {
-        "features": torch.from_numpy(reference.features).half(),
+        "codes": torch.from_numpy(reference.codes),
         "labels": torch.from_numpy(reference.labels),
         **{f"errors.{task}": torch.from_numpy(errors) for task, errors in enumerate(reference.errors)},
     }
@@ -250,13 +250,20 @@ def _load_reference(path: Path, model: _ModelFile, *, feature_width: int) -> Ref
         return None
     errors = [f"errors.{task}" for task in range(task_count)]
     what = "what its answers are held against"
-    tensors = _read_beside(path, record, names=["features", "labels", *errors], if_there=["lengths"], what=what)
+    # Models of earlier versions have features in half precision.
+    tensors = _read_beside(
+        path, record, names=["labels", *errors], if_there=["codes", "features", "lengths"], what=what
+    )
     count, lengths = len(record.images), tensors.get("lengths")
-    shapes = {"features": (count, feature_width), "labels": (count, task_count), "lengths": (count,)}
+    shape = (count, feature_width)
+    shapes = {"codes": shape, "features": shape, "labels": (count, task_count), "lengths": (count,)}
     if any(tuple(tensors[name].shape) != shape for name, shape in shapes.items() if name in tensors):
         raise _damaged(f"{what} belongs to another model")
+    if "codes" not in tensors and "features" not in tensors:
+        raise _damaged(f"{what} is missing or damaged")
+    codes = tensors["codes"].numpy() if "codes" in tensors else coded(tensors["features"].float().numpy())
     return Reference(
-        features=tensors["features"].float().numpy(),
+        codes=codes,
         labels=tensors["labels"].numpy(),
         images=record.images,
         novelty=Novelty(record.typical_distance, record.limit_distance),
@@ -270,10 +277,10 @@ def _read_beside(
 ) -> dict[str, Tensor]:
     """These tensors of a file beside the weights; what: it is, as the refusal of a damaged one calls it."""
     try:
-        encoded = path.read_bytes()
-        if hashlib.sha256(encoded).hexdigest() != record.sha256:
+        if file_sha256(path) != record.sha256:
             raise _damaged(f"{what} differs from what was saved")
-        tensors = safetensors.torch.load(encoded)
+        # Mapped: what is large stays in the file, which the system takes out of memory where it needs room.
+        tensors = safetensors.torch.load_file(path)
         return {name: tensors[name] for name in (*names, *(name for name in if_there if name in tensors))}
     except (OSError, SafetensorError, KeyError) as error:
         raise _damaged(f"{what} is missing or damaged") from error

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from app.vision import artifact
 from app.vision.artifact import MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, Artifact
 from app.vision.backbones import BACKBONES
 from app.vision.classifier import Classifier
-from app.vision.reference import Reference
+from app.vision.reference import Reference, unit
 
 CLASSES = ["daisy", "Rose/red", "千日紅"]
 
@@ -230,7 +231,7 @@ def test_what_answers_are_held_against_comes_back_to_the_bit(tmp_path: Path) -> 
     before, after = saved.reference, loaded.reference
     assert before is not None
     assert after is not None
-    assert np.array_equal(before.features, after.features)
+    assert np.array_equal(before.codes, after.codes)
     assert np.array_equal(before.labels, after.labels)
     assert before.lengths is not None
     assert np.array_equal(before.lengths, after.lengths)
@@ -248,6 +249,41 @@ def test_a_model_of_an_earlier_version_has_none(tmp_path: Path) -> None:
     (tmp_path / MODEL_FILE).write_text(json.dumps(record))
 
     assert artifact.load(tmp_path).reference is None
+
+
+def test_what_answers_are_held_against_stays_in_its_file(tmp_path: Path) -> None:
+    """Mapped, so that many models take no more memory than there is."""
+    artifact.save(tmp_path, with_reference())
+
+    loaded = artifact.load(tmp_path).reference
+
+    assert loaded is not None
+    address = loaded.codes.__array_interface__["data"][0]
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    ends = {tuple(int(end, 16) for end in entry[0].split("-")): entry[-1] for entry in maps}
+    (mapped,) = [path for (start, end), path in ends.items() if start <= address < end]
+    assert mapped == str(tmp_path / REFERENCE_FILE)
+
+
+def test_a_reference_of_an_earlier_version_has_its_features_in_half_precision(tmp_path: Path) -> None:
+    saved = with_reference()
+    artifact.save(tmp_path, saved)
+    assert saved.reference is not None
+    tensors = safetensors.torch.load_file(tmp_path / REFERENCE_FILE)
+    features = unit(tensors.pop("codes").float().numpy())
+    safetensors.torch.save_file(tensors | {"features": torch.from_numpy(features).half()}, tmp_path / REFERENCE_FILE)
+    edit_description(tmp_path, reference=_as_it_is(tmp_path))
+
+    loaded = artifact.load(tmp_path).reference
+
+    assert loaded is not None
+    assert loaded.similarities(features[3]) == pytest.approx(saved.reference.similarities(features[3]), abs=1e-3)
+
+
+def _as_it_is(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / MODEL_FILE).read_bytes())["reference"]
+    encoded = (folder / REFERENCE_FILE).read_bytes()
+    return record | {"size_bytes": len(encoded), "sha256": hashlib.sha256(encoded).hexdigest()}
 
 
 def test_a_reference_of_an_earlier_version_has_no_lengths(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """What answers are held against: promises are kept to the letter where the letter can be computed."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from app.vision import reference
-from app.vision.reference import MAX_IMAGES, Neighbour, Novelty, Reference, choose, errors_of, prediction_set
+from app.vision.reference import MAX_IMAGES, Neighbour, Novelty, Reference, choose, coded, errors_of, prediction_set
 
 
 def assert_is_share(hits: int, trials: int, expected: float) -> None:
@@ -142,12 +143,12 @@ def test_more_coverage_never_takes_a_class_away() -> None:
 def test_nearest_training_pictures_come_first_with_their_labels() -> None:
     found = made(classes=3)
 
-    (nearest, second) = found.nearest(found.similarities(found.features[4]), 2)
+    (nearest, second) = found.nearest(found.similarities(found.codes[4].astype(np.float32)), 2)
 
     assert nearest == Neighbour((1,), ("img_4", "4.jpg"), pytest.approx(1.0, abs=1e-3))
     assert nearest.similarity <= 1.0
     assert second.similarity < nearest.similarity
-    assert len(found.nearest(found.similarities(found.features[4]), 50)) == 6
+    assert len(found.nearest(found.similarities(found.codes[4].astype(np.float32)), 50)) == 6
 
 
 def test_equally_near_pictures_are_in_the_order_of_the_data_set() -> None:
@@ -194,12 +195,34 @@ def test_with_more_classes_than_the_limit_each_has_one() -> None:
     assert labels[kept].tolist() == list(range(MAX_IMAGES + 100))
 
 
-def test_what_is_measured_is_what_is_stored() -> None:
-    found = made()
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
+def test_codes_tell_the_cosine_of_what_they_stand_for(count: int) -> None:
+    random = np.random.default_rng(0)
+    features = np.abs(random.normal(size=(count, 1024))) * np.arange(1, count + 1)[:, np.newaxis]
+    picture = features[0] + np.abs(random.normal(size=1024))
+    found = replace(made(), codes=coded(features))
 
-    assert found.features.dtype == np.float32
-    assert np.array_equal(found.features, found.features.astype(np.float16).astype(np.float32))
-    assert np.linalg.norm(found.features, axis=1) == pytest.approx(np.ones(6), abs=1e-3)
+    exact = reference.unit(features) @ reference.unit(picture[np.newaxis])[0]
+    assert found.codes.dtype == np.int8
+    assert found.similarities(picture) == pytest.approx(exact, abs=1e-3)
+
+
+def test_what_is_measured_is_what_is_stored() -> None:
+    random = np.random.default_rng(0)
+    features, held_out = random.normal(size=(50, 8)), random.normal(size=(99, 8))
+    labels, images = np.zeros(50, dtype=np.int64), [None] * 50
+    found = Reference.fit(features, labels, images, held_out=held_out, probability_of_true=[np.full(99, 0.5)])
+
+    # By the codes to the last digit: exactly so many are beyond the limit as were promised.
+    scores = [found.ood_score(found.similarities(each)) for each in held_out]
+    assert sum(score > 0.5 for score in scores) == 4
+    assert sum(score > 0.1 for score in scores) == 49
+
+
+def test_a_picture_without_features_is_like_nothing() -> None:
+    found = replace(made(), codes=coded(np.zeros((3, 8))))
+
+    assert found.similarities(np.ones(8)).tolist() == [0, 0, 0]
 
 
 def test_many_held_out_pictures_are_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
