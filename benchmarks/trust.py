@@ -27,7 +27,7 @@ from _setup import Ingested, classifier, fitted, hardware, ingested, markdown, r
 from numpy.typing import NDArray
 
 from app.serving.insight import insight
-from app.serving.predictor import Scores
+from app.serving.scores import Scores
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision import heatmaps, images

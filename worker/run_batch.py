@@ -23,7 +23,7 @@ from app.jobs.batches import BatchSpec
 from app.jobs.queue import Claim
 from app.jobs.states import JobStatus
 from app.serving.offline import OfflineModel
-from app.serving.predictor import Scores
+from app.serving.scores import Scores
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision.device import resolve_device

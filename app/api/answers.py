@@ -22,7 +22,8 @@ from app.api.schemas import (
 from app.errors import Conflict, FieldError, InvalidRequest
 from app.serving.adaptation import Plan
 from app.serving.insight import Insight, insight, largest_coverage
-from app.serving.predictor import Adapted, LoadedModel, Scores
+from app.serving.loaded import LoadedModel
+from app.serving.scores import Adapted, Scores
 from app.vision.reference import Neighbour
 
 

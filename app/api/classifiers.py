@@ -7,7 +7,7 @@ from app.api.evaluation import check_predicts
 from app.api.services import Services
 from app.db.tables import ModelRow
 from app.errors import ImageRefused, TooLarge
-from app.serving.predictor import Scores
+from app.serving.scores import Scores
 
 
 def find_classifier(services: Services, name: str) -> ModelRow:

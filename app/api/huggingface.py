@@ -15,7 +15,7 @@ from app.api.openapi import json_request, problems
 from app.api.schemas import DEFAULT_TOP_K, ClassScore
 from app.api.strict_json import parse_as, strict_json
 from app.errors import FieldError, ImageRefused, InvalidRequest
-from app.serving.predictor import Scores
+from app.serving.scores import Scores
 from app.vision.images import sniff
 
 # The least normal number of 32 bits: below it the network says nothing any more, and 0 has no logarithm.

@@ -28,7 +28,7 @@ from app.api.strict_json import Body, parse_as, strict_json
 from app.api.system import readiness
 from app.db.tables import ModelRow
 from app.errors import Conflict, FieldError, ImageRefused, InvalidRequest, NotFound
-from app.serving.predictor import Scores
+from app.serving.scores import Scores
 from app.vision import artifact
 
 HEADER_LENGTH = "Inference-Header-Content-Length"

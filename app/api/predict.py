@@ -21,7 +21,8 @@ from app.api.services import Services
 from app.api.strict_json import parse_as
 from app.errors import FieldError, GraftError, ImageRefused, InvalidRequest
 from app.serving.adaptation import Plan
-from app.serving.predictor import Adapted, LoadedModel, Scores
+from app.serving.loaded import LoadedModel
+from app.serving.scores import Adapted, Scores
 
 router = APIRouter(tags=["prediction"])
 

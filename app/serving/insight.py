@@ -8,7 +8,7 @@ Knows no HTTP.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from app.serving.predictor import Scores
+from app.serving.scores import Scores
 from app.vision.outputs import Output
 from app.vision.reference import LIMIT_SCORE, Neighbour, Reference, prediction_set
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from app.serving.engines import in_parts
-from app.serving.predictor import LoadedModel, Network, Scores, open_built_engine, read_model
+from app.serving.loaded import LoadedModel, Network, open_built_engine, read_model
+from app.serving.scores import Scores
 from app.storage import LocalStorage
 from app.vision import images
 from app.vision.device import pass_batch_size

@@ -11,50 +11,49 @@ building faster engines (one).
 
 import asyncio
 import contextlib
-import heapq
 import math
 import subprocess
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import islice
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import onnxruntime
 import structlog
 import torch
 from torch import Tensor
 
-from app.errors import Conflict, FieldError, ImageRefused, InvalidRequest, Overloaded, StorageFull
+from app.errors import FieldError, ImageRefused, InvalidRequest, Overloaded, StorageFull
 from app.serving import engines
 from app.serving.adaptation import (
-    NEIGHBOURS,
-    Head,
     Plan,
     advanced,
     by_neighbours,
-    entropy_steps,
     share_of,
     views_of,
 )
 from app.serving.batcher import Batcher
-from app.serving.engines import Engine, TorchEngine
+from app.serving.engines import Engine
+from app.serving.loaded import (
+    LoadedModel,
+    Network,
+    bytes_of,
+    engine_key,
+    memory_or_overloaded,
+    open_built_engine,
+    read_model,
+)
+from app.serving.scores import Adapted, Scores
 from app.storage import LocalStorage
-from app.vision import artifact, images
-from app.vision.artifact import Artifact
-from app.vision.backbones import weights_digest
-from app.vision.classifier import Classifier
+from app.vision import images
 from app.vision.device import usable_cores
-from app.vision.heatmaps import Heat, HeatMaps, drawn, log_odds
+from app.vision.heatmaps import drawn
 from app.vision.images import ImageLimits, Pixels
 from app.vision.likeness import seen_alike
-from app.vision.outputs import Output, probabilities
-from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
-from app.vision.reference import Features
+from app.vision.outputs import probabilities
+from app.vision.preprocessing import Preprocessing, eval_pixels
 
 # Pictures in one forward pass. More gain nothing on a CPU, and on a GPU only memory is left to lose.
 FORWARD_BATCH_SIZE = 32
@@ -66,166 +65,6 @@ KEPT_ENGINES = 32
 T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One picture's class probabilities. values: float per class, in the model's order; they sum to 1.
-
-    tasks: scores by task where the model tells several things, the first one's (which are these) included.
-    features: float32 (D,), what the head saw. similarities: float32 (N,), to each training picture of the model's
-    reference, where they are known already.
-    """
-
-    classes: Sequence[str]
-    values: Sequence[float]
-    tasks: Mapping[str, "Scores"] = field(default_factory=dict)
-    features: Tensor | None = field(default=None, repr=False, compare=False)
-    similarities: Features | None = field(default=None, repr=False, compare=False)
-
-    @classmethod
-    def of(
-        cls,
-        row: Sequence[float],
-        outputs: Sequence[Output],
-        *,
-        features: Tensor,
-        similarities: Features | None = None,
-    ) -> Self:
-        """row: probabilities of all outputs, one after the other."""
-        values = iter(row)
-        found = [cls(output.classes, list(islice(values, len(output.classes)))) for output in outputs]
-        tasks = {output.name: scores for output, scores in zip(outputs, found, strict=True)} if found[1:] else {}
-        return replace(found[0], tasks=tasks, features=features, similarities=similarities)
-
-    @property
-    def best(self) -> int:
-        """The most probable class's place; of equals the first one's."""
-        return max(range(len(self.values)), key=lambda i: self.values[i])
-
-    def told(self, top_k: int) -> dict[str, Any]:
-        """As an answer says it: the best class, and the best ones."""
-        top = [{"label": label, "score": score} for label, score in self.top(top_k)]
-        return {**top[0], "top": top}
-
-    def top(self, k: int) -> list[tuple[str, float]]:
-        """The min(k, classes) most probable classes, best first; equals in the model's order."""
-        best = heapq.nlargest(k, range(len(self.values)), key=self.values.__getitem__)
-        return [(self.classes[i], self.values[i]) for i in best]
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """What a copy of a model says that was tuned to the picture. scores: the copy's, as far as they count: `share`.
-
-    plan: by which it was tuned. seconds: that it took, waiting for the device included.
-    """
-
-    plan: Plan
-    scores: Scores
-    share: float
-    seconds: float
-
-
-class Network:
-    """A backbone on its device, which any number of models may share. key: the same for the same weights."""
-
-    def __init__(self, key: str, classifier: Classifier, preprocessing: Preprocessing, device: torch.device) -> None:
-        self.key = key
-        self.backbone = classifier.backbone
-        self.preprocessing = preprocessing
-        self.size_bytes = sum(tensor.nbytes for tensor in classifier.backbone.state_dict().values())
-        self.torch = TorchEngine(classifier.backbone, preprocessing, device)
-        self._heat_maps, self._device = HeatMaps(classifier.backbone, preprocessing.crop), device
-        self.engine: Engine = self.torch
-        self.asked = 0
-        # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
-        self.features(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop, dtype=torch.uint8))
-
-    def features(self, pixels: Tensor) -> Tensor:
-        """pixels: uint8 (N, 3, S, S), or float32 and normalised already. Returns float32 (N, D) on the CPU."""
-        return self.engine_for(pixels).features(pixels)
-
-    def engine_for(self, pixels: Tensor) -> Engine:
-        """pixels: of one picture or of many; the other engines know uint8 alone."""
-        return self.engine if pixels.dtype == torch.uint8 else self.torch
-
-    def evidence(self, pixels: Tensor, score: Callable[[Tensor], Tensor]) -> Heat:
-        """Where in one picture, uint8 (3, S, S), is what raises the score of its features: (S, S), 0 to 1.
-
-        Raises Overloaded if the device has no memory left for it.
-        """
-        with _memory_or_overloaded():
-            image = normalise(pixels.unsqueeze(0).to(self._device), self.preprocessing, torch.float32)
-            return self._heat_maps.evidence(image, score)
-
-
-class LoadedModel:
-    """A model that is ready: a network, maybe shared, and a head of its own.
-
-    dataset_id: what it was trained on. reference: what its answers are held against; old models have none.
-    """
-
-    def __init__(self, model_id: str, loaded: Artifact, network: Network) -> None:
-        self.id = model_id
-        self.network = network
-        self.outputs = loaded.outputs
-        self.preprocessing = loaded.preprocessing
-        self.dataset_id: str | None = loaded.metadata.get("dataset")
-        self.reference = loaded.reference
-        head = loaded.classifier.head
-        self.head = Head(head.weight.detach().T.contiguous(), head.bias.detach())
-        self.size_bytes = self.head.weight.nbytes + self.head.bias.nbytes
-        self.size_bytes += self.reference.size_bytes if self.reference else 0
-
-    def probabilities(self, features: Tensor) -> Tensor:
-        """features: float32 (N, D). Returns float32 (N, C), calibrated, of all outputs."""
-        return probabilities(self.head.logits(features), self.outputs)
-
-    def evidence(self, pixels: Tensor, label: int) -> Heat:
-        """Where in one picture, uint8 (3, S, S), is what speaks for a label of the first task: (S, S), 0 to 1."""
-        count = len(self.outputs[0].classes)
-
-        def score(features: Tensor) -> Tensor:
-            weight, bias = (part[..., :count].to(features.device) for part in self.head)
-            return log_odds(features @ weight + bias, label)
-
-        return self.network.evidence(pixels, score)
-
-    def ood_score(self, features: Tensor) -> float | None:
-        """Of one picture, by its features, float32 (D,); None without a reference."""
-        reference = self.reference
-        return None if reference is None else reference.ood_score(reference.similarities(features.numpy()))
-
-    def entropy_steps(self, views: Tensor, plan: Plan) -> Generator[None, None, Tensor]:
-        """Logits (C,) of a picture by a copy that was tuned to views of it, uint8 (V, 3, S, S)."""
-        reference = self.reference
-
-        def likeness(features: Tensor) -> Tensor:
-            assert reference is not None
-            return torch.from_numpy(reference.likeness(features.numpy()))
-
-        known = likeness if reference else None
-        backbone = self.network.backbone
-        return entropy_steps(backbone, self.head, views, self.outputs, self.preprocessing, plan, likeness=known)
-
-    def neighbours_of(self, features: Tensor, pictures: Sequence[Pixels | None]) -> tuple[list[int], list[Pixels]]:
-        """Places in the reference of the training pictures most like one, and the pictures, as far as they are there.
-
-        pictures: the reference's. Raises Conflict where none is there.
-        """
-        assert self.reference is not None, "checked by who asks for neighbours"
-        likeness = self.reference.similarities(features.numpy())
-        found = [
-            (place, picture) for place in likeness.argsort()[::-1].tolist() if (picture := pictures[place]) is not None
-        ][:NEIGHBOURS]
-        if not found:
-            raise Conflict(
-                "The data set that this model was trained on was deleted, and with it the pictures that "
-                "adapt=neighbors tunes to; adapt=entropy needs none.",
-                code="no-training-pictures",
-            )
-        return [place for place, _ in found], [picture for _, picture in found]
 
 
 @dataclass(frozen=True)
@@ -451,7 +290,7 @@ class Predictor:
     @property
     def loaded_bytes(self) -> int:
         """Of weights in memory; a backbone that several models share counts once."""
-        return _bytes_of(self._loaded.values())
+        return bytes_of(self._loaded.values())
 
     def close(self) -> None:
         for task in self._building.values():
@@ -634,7 +473,7 @@ class Predictor:
         victims = [model_id for model_id in self._loaded if model_id not in (self._default, newest)]
         victims.sort(key=lambda model_id: model_id in self._aliased)  # stable: by use within each
         for victim in victims:
-            if _bytes_of(m for i, m in self._loaded.items() if i != self._default) <= self._max_loaded_bytes:
+            if bytes_of(m for i, m in self._loaded.items() if i != self._default) <= self._max_loaded_bytes:
                 return
             del self._loaded[victim]
 
@@ -642,7 +481,7 @@ class Predictor:
 
     def _build_soon(self, model: LoadedModel) -> None:
         key = model.network.key
-        if key not in self._building and not self._storage.exists(_engine_key(key)):
+        if key not in self._building and not self._storage.exists(engine_key(key)):
             self._building[key] = asyncio.create_task(self._build(model))
             self._building[key].add_done_callback(lambda _done: self._building.pop(key, None))
 
@@ -663,7 +502,7 @@ class Predictor:
                 folder.mkdir()
                 self._builder.build(self._storage.path(f"models/{model.id}"), folder, pixels=pixels)
                 self._storage.check_room()
-                self._storage.publish(folder, _engine_key(model.network.key))
+                self._storage.publish(folder, engine_key(model.network.key))
             self._drop_old_engines()
             open_built_engine(self._storage, model.network)
         except (OSError, subprocess.SubprocessError, StorageFull) as error:
@@ -706,16 +545,8 @@ def _run(key: tuple[Network, Engine], asked: Sequence[_Asked]) -> list[Scores]:
 
 def _advanced_in_memory(turns: Generator[None, None, Tensor]) -> Tensor | None:
     """One turn more; see `advanced`. Raises Overloaded."""
-    with _memory_or_overloaded():
+    with memory_or_overloaded():
         return advanced(turns)
-
-
-@contextlib.contextmanager
-def _memory_or_overloaded() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise Overloaded("The device is out of memory; try again soon.", retry_after_seconds=5) from None
 
 
 def _check_preprocessed(batch: Tensor, preprocessing: Preprocessing) -> None:
@@ -727,41 +558,3 @@ def _check_preprocessed(batch: Tensor, preprocessing: Preprocessing) -> None:
         )
     if not torch.isfinite(batch).all():
         raise InvalidRequest("The tensor holds values that are not finite numbers.")
-
-
-def read_model(folder: Path) -> tuple[Artifact, str]:
-    """The artifact, and a key that is the same for the same backbone and preprocessing."""
-    loaded = artifact.load(folder)
-    backbone = loaded.classifier.backbone
-    described = (backbone.name, loaded.classifier.feature_layer, loaded.preprocessing)
-    return loaded, weights_digest(described, backbone.state_dict())[:32]
-
-
-def open_built_engine(storage: LocalStorage, network: Network) -> None:
-    """Gives the network the faster engine that was built for it, if one was and it is worth it."""
-    folder = storage.path(_engine_key(network.key))
-    if not folder.exists():
-        return
-    try:
-        engine, report = engines.open_built(folder)
-    except (OSError, ValueError) as error:
-        log.warning("engine cannot be read", error=type(error).__name__)
-        return
-    if engine is not None:
-        engine.features(torch.zeros(1, 3, *[network.preprocessing.crop] * 2, dtype=torch.uint8))
-        network.engine = engine
-    log.info("engine chosen", engine=network.engine.name, **vars(report))
-
-
-def _engine_key(network_key: str) -> str:
-    return f"engines/{network_key}-{onnxruntime.__version__}-{engines.FORMAT_VERSION}"
-
-
-def _bytes_of(models: Iterable[LoadedModel]) -> int:
-    """Of weights; a network that several models share counts once."""
-    heads = 0
-    networks: dict[str, int] = {}
-    for model in models:
-        heads += model.size_bytes
-        networks[model.network.key] = model.network.size_bytes
-    return heads + sum(networks.values())

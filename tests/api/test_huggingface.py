@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from app import access
 from app.access import Scope
 from app.api.huggingface import ClassificationParameters, ranked
-from app.serving.predictor import Scores
+from app.serving.scores import Scores
 
 PICTURE = builders.jpeg(1)
 PATH = "/hf/default"

@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 
 from app.serving import engines, predictor
 from app.serving.engines import OnnxEngine, Report, Threads, TorchEngine
-from app.serving.predictor import Predictor, Scores
+from app.serving.predictor import Predictor
+from app.serving.scores import Scores
 from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.artifact import Artifact

@@ -11,7 +11,9 @@ import torch
 
 from app.errors import ImageRefused, InvalidRequest, ModelUnavailable, Overloaded
 from app.serving.adaptation import Plan
-from app.serving.predictor import Network, Predictor, Scores
+from app.serving.loaded import Network
+from app.serving.predictor import Predictor
+from app.serving.scores import Scores
 from app.storage import LocalStorage
 from app.vision import artifact, images
 from app.vision.artifact import Artifact

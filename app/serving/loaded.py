@@ -1,0 +1,173 @@
+"""Models in memory: a head each, and networks that any number of them share. Knows artifacts; not queues, not HTTP."""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import onnxruntime
+import structlog
+import torch
+from torch import Tensor
+
+from app.errors import Conflict, Overloaded
+from app.serving import engines
+from app.serving.adaptation import NEIGHBOURS, Head, Plan, entropy_steps
+from app.serving.engines import Engine, TorchEngine
+from app.storage import LocalStorage
+from app.vision import artifact
+from app.vision.artifact import Artifact
+from app.vision.backbones import weights_digest
+from app.vision.classifier import Classifier
+from app.vision.heatmaps import Heat, HeatMaps, log_odds
+from app.vision.images import Pixels
+from app.vision.outputs import probabilities
+from app.vision.preprocessing import Preprocessing, normalise
+
+log = structlog.get_logger(__name__)
+
+
+class Network:
+    """A backbone on its device, which any number of models may share. key: the same for the same weights."""
+
+    def __init__(self, key: str, classifier: Classifier, preprocessing: Preprocessing, device: torch.device) -> None:
+        self.key = key
+        self.backbone = classifier.backbone
+        self.preprocessing = preprocessing
+        self.size_bytes = sum(tensor.nbytes for tensor in classifier.backbone.state_dict().values())
+        self.torch = TorchEngine(classifier.backbone, preprocessing, device)
+        self._heat_maps, self._device = HeatMaps(classifier.backbone, preprocessing.crop), device
+        self.engine: Engine = self.torch
+        self.asked = 0
+        # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
+        self.features(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop, dtype=torch.uint8))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """pixels: uint8 (N, 3, S, S), or float32 and normalised already. Returns float32 (N, D) on the CPU."""
+        return self.engine_for(pixels).features(pixels)
+
+    def engine_for(self, pixels: Tensor) -> Engine:
+        """pixels: of one picture or of many; the other engines know uint8 alone."""
+        return self.engine if pixels.dtype == torch.uint8 else self.torch
+
+    def evidence(self, pixels: Tensor, score: Callable[[Tensor], Tensor]) -> Heat:
+        """Where in one picture, uint8 (3, S, S), is what raises the score of its features: (S, S), 0 to 1.
+
+        Raises Overloaded if the device has no memory left for it.
+        """
+        with memory_or_overloaded():
+            image = normalise(pixels.unsqueeze(0).to(self._device), self.preprocessing, torch.float32)
+            return self._heat_maps.evidence(image, score)
+
+
+class LoadedModel:
+    """A model that is ready: a network, maybe shared, and a head of its own.
+
+    dataset_id: what it was trained on. reference: what its answers are held against; old models have none.
+    """
+
+    def __init__(self, model_id: str, loaded: Artifact, network: Network) -> None:
+        self.id = model_id
+        self.network = network
+        self.outputs = loaded.outputs
+        self.preprocessing = loaded.preprocessing
+        self.dataset_id: str | None = loaded.metadata.get("dataset")
+        self.reference = loaded.reference
+        head = loaded.classifier.head
+        self.head = Head(head.weight.detach().T.contiguous(), head.bias.detach())
+        self.size_bytes = self.head.weight.nbytes + self.head.bias.nbytes
+        self.size_bytes += self.reference.size_bytes if self.reference else 0
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """features: float32 (N, D). Returns float32 (N, C), calibrated, of all outputs."""
+        return probabilities(self.head.logits(features), self.outputs)
+
+    def evidence(self, pixels: Tensor, label: int) -> Heat:
+        """Where in one picture, uint8 (3, S, S), is what speaks for a label of the first task: (S, S), 0 to 1."""
+        count = len(self.outputs[0].classes)
+
+        def score(features: Tensor) -> Tensor:
+            weight, bias = (part[..., :count].to(features.device) for part in self.head)
+            return log_odds(features @ weight + bias, label)
+
+        return self.network.evidence(pixels, score)
+
+    def ood_score(self, features: Tensor) -> float | None:
+        """Of one picture, by its features, float32 (D,); None without a reference."""
+        reference = self.reference
+        return None if reference is None else reference.ood_score(reference.similarities(features.numpy()))
+
+    def entropy_steps(self, views: Tensor, plan: Plan) -> Generator[None, None, Tensor]:
+        """Logits (C,) of a picture by a copy that was tuned to views of it, uint8 (V, 3, S, S)."""
+        reference = self.reference
+
+        def likeness(features: Tensor) -> Tensor:
+            assert reference is not None
+            return torch.from_numpy(reference.likeness(features.numpy()))
+
+        known = likeness if reference else None
+        backbone = self.network.backbone
+        return entropy_steps(backbone, self.head, views, self.outputs, self.preprocessing, plan, likeness=known)
+
+    def neighbours_of(self, features: Tensor, pictures: Sequence[Pixels | None]) -> tuple[list[int], list[Pixels]]:
+        """Places in the reference of the training pictures most like one, and the pictures, as far as they are there.
+
+        pictures: the reference's. Raises Conflict where none is there.
+        """
+        assert self.reference is not None, "checked by who asks for neighbours"
+        likeness = self.reference.similarities(features.numpy())
+        found = [
+            (place, picture) for place in likeness.argsort()[::-1].tolist() if (picture := pictures[place]) is not None
+        ][:NEIGHBOURS]
+        if not found:
+            raise Conflict(
+                "The data set that this model was trained on was deleted, and with it the pictures that "
+                "adapt=neighbors tunes to; adapt=entropy needs none.",
+                code="no-training-pictures",
+            )
+        return [place for place, _ in found], [picture for _, picture in found]
+
+
+def read_model(folder: Path) -> tuple[Artifact, str]:
+    """The artifact, and a key that is the same for the same backbone and preprocessing."""
+    loaded = artifact.load(folder)
+    backbone = loaded.classifier.backbone
+    described = (backbone.name, loaded.classifier.feature_layer, loaded.preprocessing)
+    return loaded, weights_digest(described, backbone.state_dict())[:32]
+
+
+def open_built_engine(storage: LocalStorage, network: Network) -> None:
+    """Gives the network the faster engine that was built for it, if one was and it is worth it."""
+    folder = storage.path(engine_key(network.key))
+    if not folder.exists():
+        return
+    try:
+        engine, report = engines.open_built(folder)
+    except (OSError, ValueError) as error:
+        log.warning("engine cannot be read", error=type(error).__name__)
+        return
+    if engine is not None:
+        engine.features(torch.zeros(1, 3, *[network.preprocessing.crop] * 2, dtype=torch.uint8))
+        network.engine = engine
+    log.info("engine chosen", engine=network.engine.name, **vars(report))
+
+
+def engine_key(network_key: str) -> str:
+    return f"engines/{network_key}-{onnxruntime.__version__}-{engines.FORMAT_VERSION}"
+
+
+def bytes_of(models: Iterable[LoadedModel]) -> int:
+    """Of weights; a network that several models share counts once."""
+    heads = 0
+    networks: dict[str, int] = {}
+    for model in models:
+        heads += model.size_bytes
+        networks[model.network.key] = model.network.size_bytes
+    return heads + sum(networks.values())
+
+
+@contextlib.contextmanager
+def memory_or_overloaded() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise Overloaded("The device is out of memory; try again soon.", retry_after_seconds=5) from None
