@@ -123,9 +123,13 @@ def _protocol(header_timeout_seconds: float) -> type[HttpToolsProtocol]:
             self._is_deaf = True
             if self.transport.is_closing():
                 return
-            if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
-                self.cycle.keep_alive = False
-                return
+            if self.cycle is not None and not self.cycle.response_complete:
+                if not self.cycle.more_body:
+                    self.cycle.keep_alive = False
+                    return
+                # It was the body that broke: whoever reads it is told that no more comes, and says nothing any more.
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
             request_id = secrets.token_hex(16)
             body = json.dumps(problem.document(request_id=request_id, path="/")).encode()
             head = (

@@ -90,6 +90,15 @@ def test_a_head_that_trickles_behind_a_request_does_not_cut_its_answer_off(tmp_p
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
+def test_a_body_that_breaks_is_answered_once(server: RunningServer) -> None:
+    head = b"PUT /v1/datasets HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    answer = api_builders.raw_exchange(server, head + b"4\r\nPK..\r\nno number\r\n")
+
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
 def test_an_offered_upgrade_is_not_taken_and_the_request_is_answered(server: RunningServer) -> None:
     offer = b"Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ\r\n\r\n"
 
