@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 import structlog
 from fastapi import Depends, FastAPI
+from fastapi_swagger import patch_fastapi
 from starlette.middleware import Middleware
 
 from app import access, logs
@@ -64,6 +65,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         middleware=[Middleware(middleware) for middleware in (*MIDDLEWARE, predict.Shortcut)],
         dependencies=[Depends(refuse_unknown_query)],
+        swagger_ui_oauth2_redirect_url=None,
+        docs_url=None,  # FastAPI's own page loads its scripts from other servers
         redoc_url=None,
         redirect_slashes=False,  # a redirected POST loses its body with many clients; a 404 says what is wrong
     )
@@ -85,6 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
         system,
     ):
         app.include_router(part.router)
+    patch_fastapi(app, redirect_from_root_to_docs=False)
     handle_failures(app)
     app.openapi = openapi.describe(app)  # type: ignore[method-assign]
     return app

@@ -225,7 +225,7 @@ def needed_scope(method: str, path: str) -> access.Scope:
         return access.Scope.train  # who may ask a model may not therefore take it away
     if is_reading and (
         path in ("/", "/docs", "/openapi.json", "/metrics", "/v1/backbones", "/v1/aliases", "/v1/models")
-        or path.startswith("/v1/models/")
+        or path.startswith(("/v1/models/", "/swagger/"))
     ):
         return access.Scope.predict
     return access.Scope.train

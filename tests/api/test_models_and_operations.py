@@ -1,6 +1,7 @@
 """Models, aliases and backbones; health, readiness and keys."""
 
 import io
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,19 @@ def test_not_ready_on_a_database_of_another_version(tmp_path: Path) -> None:
         problem = assert_is_problem(client.get("/readyz"), 503, "not-ready")
 
     assert "graft migrate" in problem["checks"]["database"]
+
+
+def test_the_page_of_the_api_needs_no_other_server(server: RunningServer, client: httpx.Client) -> None:
+    page = client.get("/docs")
+    addresses = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+
+    assert page.status_code == 200
+    assert {address.rpartition(".")[2] for address in addresses} == {"js", "css", "png"}
+    for address in addresses:
+        assert address.startswith(f"{server.url}/")
+        assert client.get(address).status_code == 200
+    assert page.text.count("http") == len(addresses)
+    assert client.get("/").headers["location"] == "/docs"
 
 
 def test_once_there_is_a_key_every_route_but_the_probes_needs_one(server: RunningServer, client: httpx.Client) -> None:
