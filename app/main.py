@@ -9,8 +9,8 @@ from importlib.metadata import version
 
 import structlog
 from fastapi import Depends, FastAPI
-from fastapi_swagger import patch_fastapi
 from starlette.middleware import Middleware
+from starlette.staticfiles import StaticFiles
 
 from app import access, logs
 from app.api import (
@@ -65,8 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         middleware=[Middleware(middleware) for middleware in (*MIDDLEWARE, predict.Shortcut)],
         dependencies=[Depends(refuse_unknown_query)],
-        swagger_ui_oauth2_redirect_url=None,
-        docs_url=None,  # FastAPI's own page loads its scripts from other servers
+        docs_url=None,  # FastAPI's own page loads its scripts from other servers; ours is in system.py
         redoc_url=None,
         redirect_slashes=False,  # a redirected POST loses its body with many clients; a 404 says what is wrong
     )
@@ -88,7 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
         system,
     ):
         app.include_router(part.router)
-    patch_fastapi(app, redirect_from_root_to_docs=False)
+    app.mount("/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]))
     handle_failures(app)
     app.openapi = openapi.describe(app)  # type: ignore[method-assign]
     return app

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from fastapi import APIRouter, Request
+from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -60,6 +61,18 @@ def readiness(services: Services) -> Readiness | Problem:
 )
 def metrics(services: ServicesDep) -> Response:
     return Response(services.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@router.get("/docs", include_in_schema=False)
+async def page_of_the_api() -> Response:
+    """Its scripts come from this server too: there may be no internet."""
+    return get_swagger_ui_html(
+        openapi_url="/openapi.json",
+        title="Graft",
+        swagger_js_url="/swagger/swagger-ui-bundle.js",
+        swagger_css_url="/swagger/swagger-ui.css",
+        swagger_favicon_url="/swagger/favicon-32x32.png",
+    )
 
 
 @router.get("/", include_in_schema=False)
