@@ -9,6 +9,7 @@ from pathlib import Path
 import api_builders
 import httpx
 import pytest
+import structlog
 import torch
 from api_builders import RunningServer
 
@@ -32,9 +33,11 @@ def _shared(folder: str) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_log_outlives_its_test() -> Iterator[None]:
-    """What a test has set up writes to what pytest captures of it, which is closed when servers of its module go on."""
+def _logging_stays_as_it_was() -> Iterator[None]:
+    """What a test has set up writes to what pytest captures of it, which is closed when the tests after it begin."""
+    before = structlog.get_config()
     yield
+    structlog.configure(**before)
     for handler in logging.root.handlers[:]:
         if type(handler) is logging.StreamHandler:
             logging.root.removeHandler(handler)
