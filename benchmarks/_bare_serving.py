@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,9 @@ from app.vision.images import ImageLimits
 from app.vision.preprocessing import eval_pixels
 
 BATCH = 8
+
+Prepare = Callable[[bytes], Tensor]
+Answer = Callable[[list[Tensor]], None]
 
 
 def main() -> None:
@@ -43,9 +47,14 @@ def main() -> None:
     def prepared(picture: bytes) -> Tensor:
         return eval_pixels(images.decode(picture, side=model.preprocessing.side, limits=limits), model.preprocessing)
 
-    def answered(pixels: list[Tensor]) -> None:
-        with torch.no_grad():
-            head(engine.features(torch.stack(pixels))).softmax(1).topk(5).values.tolist()
+    def answering(features: Callable[[Tensor], Tensor]) -> Answer:
+        def answered(pixels: list[Tensor]) -> None:
+            with torch.no_grad():
+                head(features(torch.stack(pixels))).softmax(1).topk(5).values.tolist()
+
+        return answered
+
+    answered = answering(engine.features)
 
     alone = []
     for picture in encoded[:40]:
@@ -55,18 +64,10 @@ def main() -> None:
     ways = [lambda: _in_turns(prepared, answered, encoded, seconds)]
     if built:
         session = engines.open_session(built[0].parent / "engine.onnx", 1)
-
-        def passed(pixels: list[Tensor]) -> None:
-            with torch.no_grad():
-                head(engines.passed(session, torch.stack(pixels))).softmax(1).topk(5).values.tolist()
-
-        ways.append(lambda: _side_by_side(prepared, passed, encoded, seconds))
+        alone_in_its_thread = answering(partial(engines.passed, session))
+        ways.append(lambda: _side_by_side(prepared, alone_in_its_thread, encoded, seconds))
     per_second, cpu = max(way() for way in ways)
     print(per_second, 1000 * cpu, 1000 * statistics.median(alone))
-
-
-Prepare = Callable[[bytes], Tensor]
-Answer = Callable[[list[Tensor]], None]
 
 
 def _in_turns(prepared: Prepare, answered: Answer, encoded: list[bytes], seconds: float) -> tuple[float, float]:

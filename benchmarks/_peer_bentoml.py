@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import bentoml
+import torch
 from _peer_model import BATCH, PORT, WORKERS, Model
 from bentoml.validators import ContentType
 
@@ -11,6 +12,7 @@ from bentoml.validators import ContentType
 @bentoml.service(workers=WORKERS, traffic={"timeout": 60, "max_concurrency": 1000})
 class Peer:
     def __init__(self) -> None:
+        torch.set_num_threads(1)
         self.model = Model()
 
     @bentoml.api(batchable=True, max_batch_size=BATCH, max_latency_ms=60_000, route="/predict")

@@ -3,12 +3,14 @@
 from typing import Any
 
 import litserve
+import torch
 from _peer_model import BATCH, PORT, WAIT_SECONDS, WORKERS, Model
 from fastapi import Request
 
 
 class Api(litserve.LitAPI):
     def setup(self, device: str) -> None:
+        torch.set_num_threads(1)
         self.model = Model()
 
     def decode_request(self, request: Request) -> bytes:

@@ -1,7 +1,7 @@
-"""The same model behind other serving frameworks, for serving.py to compare with: what they all share.
+"""The same model behind other servers, for serving.py to compare with: what they all share.
 
-Each gets dynamic batches of up to eight, a worker process per core and a torch thread in each, PIL and torchvision's
-transforms, and eager torch in single precision, as its own documentation has it.
+Each framework gets dynamic batches of up to eight, a worker process per core and a torch thread in each, PIL and
+torchvision's transforms, and eager torch in single precision, as its own documentation has it.
 """
 
 import io
@@ -27,7 +27,6 @@ class Model:
     """The default model; a picture's bytes to its best five."""
 
     def __init__(self) -> None:
-        torch.set_num_threads(1)
         storage = LocalStorage(Path(os.environ["GRAFT_DATA_DIR"]))
         (folder,) = storage.path("models").iterdir()
         self._model = artifact.load(folder)

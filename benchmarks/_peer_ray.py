@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 import ray
+import torch
 from _peer_model import BATCH, PORT, WAIT_SECONDS, WORKERS, Model
 from ray import serve
 from starlette.requests import Request
@@ -13,6 +14,7 @@ from starlette.requests import Request
 @serve.deployment(num_replicas=WORKERS, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.5})
 class Peer:
     def __init__(self) -> None:
+        torch.set_num_threads(1)
         self.model = Model()
 
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=WAIT_SECONDS)

@@ -57,11 +57,10 @@ def options_of(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
 
 def query_of(model: type[BaseModel]) -> dict[str, Any]:
     """The `openapi_extra` of a route that reads these options from its query itself."""
-    options = {name: dict(schema) for name, schema in options_of(model).items()}
     return {
         "parameters": [
             {"name": name, "in": "query", "required": False, "description": schema.pop("description"), "schema": schema}
-            for name, schema in options.items()
+            for name, schema in options_of(model).items()
         ]
     }
 

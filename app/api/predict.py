@@ -89,7 +89,8 @@ async def predict(request: Request, services: ServicesDep) -> Response:
     loaded = await services.predictor.load(model_id)
     check_has_reference(loaded, options)
     encoded = [picture.encoded for picture in asked.pictures if isinstance(picture.encoded, bytes)]
-    outcomes = iter(await unless_disconnected(request, services.predictor.predict(model_id, encoded)))
+    predicting = services.predictor.predict(model_id, encoded, are_compared=True)
+    outcomes = iter(await unless_disconnected(request, predicting))
     results = [
         (picture, next(outcomes) if isinstance(picture.encoded, bytes) else picture.encoded)
         for picture in asked.pictures

@@ -93,7 +93,7 @@ class Batcher(Generic[Item, Result]):
                 continue
             if waiting.deadline < now:
                 _fail([waiting], Overloaded("The picture waited too long; try again soon.", retry_after_seconds=1))
-            elif batch and waiting.key != batch[0].key:
+            elif batch and waiting.key is not batch[0].key:
                 left.append(waiting)
             else:
                 batch.append(waiting)
@@ -103,5 +103,10 @@ class Batcher(Generic[Item, Result]):
 
 def _fail(batch: Sequence[_Waiting[Any, Any]], error: Exception) -> None:
     for waiting in batch:
-        if not waiting.future.done():
-            waiting.future.set_exception(error)
+        fail(waiting.future, error)
+
+
+def fail(future: "asyncio.Future[Any]", error: Exception) -> None:
+    """Tells whoever waits for it, if anybody still does."""
+    if not future.done():
+        future.set_exception(error)

@@ -150,7 +150,10 @@ def passed(session: onnxruntime.InferenceSession, pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Report:
-    """How another engine compares with torch. images: compared on; speedup: of batches, torch's time over its own."""
+    """How another engine compares with torch. images: compared on; speedup: of batches, torch's time over its own.
+
+    threads: those that were found best for it.
+    """
 
     images: int
     max_score_difference: float

@@ -86,7 +86,7 @@ def _rehearsed(parent: Artifact, width: int) -> Tensor:
     reference = parent.reference
     if reference is None or reference.lengths is None:
         return torch.zeros(0, width)
-    count = len(reference)
+    count = len(reference.codes)
     places = np.linspace(0, count - 1, min(count, MOST_REHEARSED)).round().astype(np.int64)
     return torch.from_numpy(reference.raw(places.tolist()))
 

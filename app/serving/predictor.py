@@ -27,14 +27,8 @@ from torch import Tensor
 
 from app.errors import FieldError, ImageRefused, InvalidRequest, Overloaded, StorageFull
 from app.serving import engines
-from app.serving.adaptation import (
-    Plan,
-    advanced,
-    by_neighbours,
-    share_of,
-    views_of,
-)
-from app.serving.batcher import Batcher
+from app.serving.adaptation import Plan, advanced, by_neighbours, share_of, views_of
+from app.serving.batcher import Batcher, fail
 from app.serving.engines import Engine
 from app.serving.loaded import (
     LoadedModel,
@@ -69,10 +63,14 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class _Asked:
-    """A picture on its way through the device. pixels: uint8 (3, S, S), or float32 and normalised already."""
+    """A picture on its way through the device. pixels: uint8 (3, S, S), or float32 and normalised already.
+
+    is_compared: whether its similarities are asked for.
+    """
 
     model: LoadedModel
     pixels: Tensor
+    is_compared: bool
 
 
 class Predictor:
@@ -139,15 +137,18 @@ class Predictor:
             _run, max_batch=engines.SMALL_BATCH, threads=usable_cores(), on_batch=batch_begins
         )
 
-    async def predict(self, model_id: str, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
+    async def predict(
+        self, model_id: str, pictures: Sequence[bytes], *, are_compared: bool = False
+    ) -> list[Scores | ImageRefused]:
         """Scores for each encoded picture; in the place of one that cannot be read, the reason.
 
+        are_compared: whether the scores are to have similarities, where the model has a reference.
         Raises Overloaded when too much is waiting, ModelUnavailable if the model's files cannot be used.
         """
         with self._place_for(len(pictures)):
             model = await self.load(model_id)
             # All are on their way before the first is waited for.
-            answers = [self._answer(model, picture) for picture in pictures]
+            answers = [self._answer(model, picture, is_compared=are_compared) for picture in pictures]
             try:
                 return [await _or_refusal(answer) for answer in answers]
             finally:
@@ -315,7 +316,7 @@ class Predictor:
 
     # One picture
 
-    def _answer(self, model: LoadedModel, picture: bytes) -> "asyncio.Future[Scores]":
+    def _answer(self, model: LoadedModel, picture: bytes, *, is_compared: bool) -> "asyncio.Future[Scores]":
         """Gets the picture's scores, or ImageRefused. From thread to thread without a task of its own to wake between
         them: beside a small network's pass that is a good part of a picture's time."""
         loop = asyncio.get_running_loop()
@@ -327,9 +328,9 @@ class Predictor:
             try:
                 pixels = self._pixels(picture, model.preprocessing)
             except Exception as error:  # noqa: BLE001 (handed to the one who asked)
-                loop.call_soon_threadsafe(_fail, answer, error)
+                loop.call_soon_threadsafe(fail, answer, error)
             else:
-                loop.call_soon_threadsafe(self._run, model, pixels, answer)
+                loop.call_soon_threadsafe(self._run, model, pixels, answer, is_compared)
 
         self._decoders.submit(work)
         return answer
@@ -423,7 +424,9 @@ class Predictor:
         image_ids = [image and image[0] for image in model.reference.images]
         return self._training_pictures(model.dataset_id or "", image_ids)
 
-    def _run(self, model: LoadedModel, pixels: Tensor, answer: "asyncio.Future[Scores]") -> None:
+    def _run(
+        self, model: LoadedModel, pixels: Tensor, answer: "asyncio.Future[Scores]", is_compared: bool = False
+    ) -> None:
         """answer: gets the scores."""
         if answer.done():
             return
@@ -431,7 +434,7 @@ class Predictor:
         engine = network.engine_for(pixels)
         batcher = self._batcher if engine.passes_at_once == 1 else self._side_by_side
         deadline = time.monotonic() + self._timeout_seconds
-        batcher.submit((network, engine), _Asked(model, pixels), deadline=deadline, future=answer)
+        batcher.submit(engine, _Asked(model, pixels, is_compared), deadline=deadline, future=answer)
         network.asked += 1
         if network.asked == BUILD_AFTER_PICTURES and self._builds_engines:
             self._build_soon(model)
@@ -523,14 +526,8 @@ async def _or_refusal(answer: "asyncio.Future[Scores]") -> Scores | ImageRefused
         return refusal
 
 
-def _fail(answer: "asyncio.Future[Scores]", error: Exception) -> None:
-    if not answer.done():
-        answer.set_exception(error)
-
-
-def _run(key: tuple[Network, Engine], asked: Sequence[_Asked]) -> list[Scores]:
-    """One forward pass for pictures of any models on this network, and then each model's head."""
-    _, engine = key
+def _run(engine: Engine, asked: Sequence[_Asked]) -> list[Scores]:
+    """One forward pass for pictures of any models on this engine's network, and then each model's head."""
     features = engine.features(torch.stack([one.pixels for one in asked]))
     scores: list[Scores | None] = [None] * len(asked)
     for model in {one.model for one in asked}:
@@ -538,7 +535,8 @@ def _run(key: tuple[Network, Engine], asked: Sequence[_Asked]) -> list[Scores]:
         rows = model.probabilities(features[places]).tolist()
         for i, row in zip(places, rows, strict=True):
             # Here, and not where the answer is put together, since that is in the event loop.
-            like = None if model.reference is None else model.reference.similarities(features[i].numpy())
+            reference = model.reference if asked[i].is_compared else None
+            like = None if reference is None else reference.similarities(features[i].numpy())
             scores[i] = Scores.of(row, model.outputs, features=features[i], similarities=like)
     return [one for one in scores if one is not None]
 

@@ -148,9 +148,6 @@ class Reference:
             lengths=lengths,
         )
 
-    def __len__(self) -> int:
-        return len(self.codes)
-
     @cached_property
     def _code_lengths(self) -> NDArray[np.float32]:
         return _lengths(self.codes.astype(np.float32))

@@ -368,10 +368,10 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
 @contextmanager
 def _threads_for(source: Source, device: torch.device) -> Iterator[None]:
     """One thread for steps on what is light: two take twice as long, since each operation waits for both."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or not source.is_light or threads == 1:
+    if device.type != "cpu" or not source.is_light:
         yield
         return
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
