@@ -27,7 +27,7 @@ def make_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
         host=settings.host,
         port=settings.port,
         loop="auto",  # uvloop where it is installed
-        http=_protocol(settings.header_timeout_seconds),
+        http=type("Protocol", (_Protocol,), {"header_timeout_seconds": settings.header_timeout_seconds}),
         ws="none",
         lifespan="on",
         log_config=None,  # app.logs has set it up
@@ -52,94 +52,92 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _protocol(header_timeout_seconds: float) -> type[HttpToolsProtocol]:
-    class Protocol(HttpToolsProtocol):
-        """HttpToolsProtocol that gives a client so long from the first byte of a request to the end of its headers,
-        which may not be endless, and refuses in Graft's words."""
+class _Protocol(HttpToolsProtocol):
+    """HttpToolsProtocol that gives a client so long from the first byte of a request to the end of its headers,
+    which may not be endless, and refuses in Graft's words."""
 
-        _headers_due: asyncio.TimerHandle | None = None
-        _header_bytes = 0
-        _is_deaf = False  # something was sent that nothing can come after
+    header_timeout_seconds: float  # of the subclass that a server makes, since uvicorn takes a class
+    _headers_due: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+    _is_deaf = False  # something was sent that nothing can come after
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._expect_headers()
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_headers()
 
-        def data_received(self, data: bytes) -> None:
-            if self._is_deaf:
-                return
-            super().data_received(data)
-            if self._headers_due is not None:
-                # The parser keeps what it has of a header until its end, however far that is.
-                self._header_bytes += len(data)
-                if self._header_bytes > MAX_HEADER_BYTES:
-                    detail = f"The request's headers are larger than {MAX_HEADER_BYTES:,} bytes."
-                    self._refuse(Problem.of_status(431, detail=detail))
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
+        super().data_received(data)
+        if self._headers_due is not None:
+            # The parser keeps what it has of a header until its end, however far that is.
+            self._header_bytes += len(data)
+            if self._header_bytes > MAX_HEADER_BYTES:
+                detail = f"The request's headers are larger than {MAX_HEADER_BYTES:,} bytes."
+                self._refuse(Problem.of_status(431, detail=detail))
 
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._expect_headers()
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._expect_headers()
 
-        def on_headers_complete(self) -> None:
-            self._stop_expecting()
-            # Whom a request is for, two servers on its way must not see differently (RFC 9112, 3.2).
-            if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
-                raise ValueError("not one Host header")
-            super().on_headers_complete()
+    def on_headers_complete(self) -> None:
+        self._stop_expecting()
+        # Whom a request is for, two servers on its way must not see differently (RFC 9112, 3.2).
+        if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
+            raise ValueError("not one Host header")
+        super().on_headers_complete()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_expecting()
-            super().connection_lost(exc)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_expecting()
+        super().connection_lost(exc)
 
-        def send_400_response(self, msg: str) -> None:
-            self._refuse(Problem.of_status(400, detail="This is not a valid HTTP request."))
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(Problem.of_status(400, detail="This is not a valid HTTP request."))
 
-        def _expect_headers(self) -> None:
-            if self._headers_due is None:
-                self._header_bytes = 0
-                self._headers_due = self.loop.call_later(header_timeout_seconds, self._headers_too_late)
+    def _expect_headers(self) -> None:
+        if self._headers_due is None:
+            self._header_bytes = 0
+            self._headers_due = self.loop.call_later(self.header_timeout_seconds, self._headers_too_late)
 
-        def _stop_expecting(self) -> None:
-            if self._headers_due is not None:
-                self._headers_due.cancel()
-                self._headers_due = None
+    def _stop_expecting(self) -> None:
+        if self._headers_due is not None:
+            self._headers_due.cancel()
+            self._headers_due = None
 
-        def _headers_too_late(self) -> None:
-            self._refuse(
-                Problem(
-                    status=408,
-                    code="request-timeout",
-                    title="The request took too long to arrive",
-                    detail=f"The request's headers did not arrive within {header_timeout_seconds:g} s.",
-                )
+    def _headers_too_late(self) -> None:
+        self._refuse(
+            Problem(
+                status=408,
+                code="request-timeout",
+                title="The request took too long to arrive",
+                detail=f"The request's headers did not arrive within {self.header_timeout_seconds:g} s.",
             )
+        )
 
-        def _refuse(self, problem: Problem) -> None:
-            """Written as it is, since there is no request yet that could be answered; and the connection ends.
+    def _refuse(self, problem: Problem) -> None:
+        """Written as it is, since there is no request yet that could be answered; and the connection ends.
 
-            While the request before it is being answered, it ends with that answer instead.
-            """
-            self._stop_expecting()
-            self._is_deaf = True
-            if self.transport.is_closing():
+        While the request before it is being answered, it ends with that answer instead.
+        """
+        self._stop_expecting()
+        self._is_deaf = True
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            if not self.cycle.more_body:
+                self.cycle.keep_alive = False
                 return
-            if self.cycle is not None and not self.cycle.response_complete:
-                if not self.cycle.more_body:
-                    self.cycle.keep_alive = False
-                    return
-                # It was the body that broke: whoever reads it is told that no more comes, and says nothing any more.
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
-            request_id = secrets.token_hex(16)
-            body = json.dumps(problem.document(request_id=request_id, path="/")).encode()
-            head = (
-                f"HTTP/1.1 {problem.status} {problem.title}\r\nContent-Type: {PROBLEM_JSON}\r\n"
-                f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\nConnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode("ascii") + body)
-            # A connection closed while more arrives can lose the answer on its way.
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            self.loop.call_later(LINGER_SECONDS, self.transport.close)
-
-    return Protocol
+            # It was the body that broke: whoever reads it is told that no more comes, and says nothing any more.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        request_id = secrets.token_hex(16)
+        body = json.dumps(problem.document(request_id=request_id, path="/")).encode()
+        head = (
+            f"HTTP/1.1 {problem.status} {problem.title}\r\nContent-Type: {PROBLEM_JSON}\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\nConnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode("ascii") + body)
+        # A connection closed while more arrives can lose the answer on its way.
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
