@@ -7,14 +7,14 @@ r"""How fast each method trains, against the loop that courses teach and against
 A round measures the tutorial, Graft and the limit one after the other, so that other work on the machine hits all
 three alike; ratios are taken within a round, and their median is shown with the smallest and largest. Random weights.
 
-- Tutorial: see _tutorial.py; it gets its best number of loader processes of 0, 1 and 2, measured first, and its own
+- Tutorial: see _tutorial.py; it gets its best number of loader processes of 0, 1, 2, 4 and 8, measured first, and its own
   process, since the others run with the memory settings that the worker gives its children.
 - Graft: `methods.prepare` and `loop.fit`, nothing replaced. full_fine_tuning and from_scratch: an epoch of training.
   fine_tuning and feature_extraction compute frozen stages as they see fit, so there a whole job counts, preparation and
   validation included, against the tutorial's epoch (training and validation) times --epochs: of --epochs epochs, or of
   a head that is solved for, as the recipe has it.
-- Limit: the same network on batches that are in memory already; precision, memory format, optimiser and batches are
-  Graft's. An epoch of Graft's stands against an epoch of steps, for fine_tuning from what the frozen stages gave; a
+- Limit: the same network on batches that are in memory already; precision, memory format, optimiser, batches and, on
+  cuda, recorded passes are Graft's. An epoch of Graft's stands against an epoch of steps, for fine_tuning from what the frozen stages gave; a
   job with a head that is solved for, against one pass through the network, and nothing for the head.
 
 Waiting is the share of Graft's time in which training stood still for its next batch. CPU time, of all threads and
@@ -65,6 +65,7 @@ from app.vision.preprocessing import normalise
 from worker.main import KEEPS_MEMORY
 from worker.training import loop, methods
 from worker.training.features import ActivationSource
+from worker.training.graphs import RECORD_AFTER, RecordedPasses
 from worker.training.methods import Training
 from worker.training.pixels import PixelSource, Source, Split, ordered_batches
 
@@ -175,7 +176,8 @@ def _measure(
     graft = job if is_job else epoch
     graft_part, bound = (job, limit.forward) if is_solved else (epoch, limit.epoch)
     for action in {graft, graft_part, bound}:
-        action()  # wakes threads and caches
+        for _ in range(RECORD_AFTER + 2 if device.type == "cuda" else 1):
+            action()  # wakes threads and caches, and records what a GPU is given
     for _ in range(arguments.rounds):
         gc.collect()
         seconds, cpu_seconds = tutorial.epoch(with_validation=is_job)
@@ -289,6 +291,7 @@ class _Limit:
     def __init__(self, spec: TrainingSpec, data: Ingested, device: torch.device, precision: Any) -> None:
         self.training = _prepared(spec, data, device, precision)
         self._device = device
+        self._passes = RecordedPasses(self._pass, self.training.state.network)
         manifest, val = data.manifest, self.training.val
         indices = manifest.indices("train")
         train = replace(val, split=Split(val.split.images, indices, manifest.labels[indices]))
@@ -321,12 +324,15 @@ class _Limit:
             return self.training.classifier.frozen_prefix(images)
 
     def _step(self, activations: Tensor, labels: Tensor) -> None:
-        optimizer = self.training.state.optimizer
-        optimizer.zero_grad(set_to_none=True)
+        self._passes(activations, labels)
+        self.training.state.optimizer.step()
+
+    def _pass(self, activations: Tensor, labels: Tensor) -> tuple[Tensor]:
         with self._autocast():
             logits = self.training.classifier.trainable_suffix(activations)
-        functional.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
+        loss = functional.cross_entropy(logits.float(), labels)
+        loss.backward()
+        return (loss.detach(),)
 
     def _autocast(self) -> torch.autocast:
         is_bf16 = self.training.state.precision == "bf16"

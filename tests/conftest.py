@@ -32,6 +32,12 @@ def _shared(folder: str) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "cuda" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
+
+
 @pytest.fixture(autouse=True)
 def _logging_stays_as_it_was() -> Iterator[None]:
     """What a test has set up writes to what pytest captures of it, which is closed when the tests after it begin."""
@@ -53,6 +59,14 @@ def shared_data() -> Path:
 def shared_weights() -> Path:
     """Folder of real ImageNet weights; the test is skipped where there is none."""
     return _shared("weights")
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A GPU; the test is skipped where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""Ways to run a backbone: torch itself, and ONNX Runtime where it is faster and gives the same answers.
+"""Ways to run a backbone: torch itself, and what is faster and gives the same answers.
 
-An engine takes canonical pixels and gives what a head sees of them. Torch is there at once; the other is built in a
-process of its own, since exporting takes seconds of a core, compared with torch on pictures, and only then taken. Knows
-networks and numbers; not models' heads, not requests.
+An engine takes canonical pixels and gives what a head sees of them. Torch is there at once. On cuda its own kernels are
+recorded and launched as one. On CPUs ONNX Runtime is built in a process of its own, since exporting takes seconds of a
+core, compared with torch on pictures, and only then taken. Knows networks and numbers; not models' heads, not requests.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,8 @@ MIN_GAIN = 1.1
 _MEASURED_BATCH, _MEASURED_RUNS = 8, 9
 # Pictures of one pass among others: with more, what a layer makes no longer fits into a core's cache.
 SMALL_BATCH = 8
+# Sizes of batches that are recorded on cuda.
+_GRAPH_SIZES = (1, 2, 4, 8, 16, 32)
 _BUILD_TIMEOUT_SECONDS = 600.0
 _UNREADABLE = (
     onnxruntime_errors.Fail,
@@ -64,7 +67,7 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """The network itself, in full precision, on its device."""
+    """The network itself, in full precision, on its device; on cuda convolutions are TF32, as torch has them."""
 
     name = "torch"
     passes_at_once = 1
@@ -88,13 +91,51 @@ class TorchEngine:
         return torch.cat([self.features(pixels[:half]), self.features(pixels[half:])])
 
     def _forward(self, pixels: Tensor) -> Tensor:
+        return self.on_device(pixels.to(self._device)).cpu()
+
+    def on_device(self, pixels: Tensor) -> Tensor:
+        """The same with pixels and features on the network's device, and not waited for."""
         # no_grad and not inference_mode: what comes out may be computed with later.
         with torch.no_grad():
-            batch = pixels.to(self._device)
-            if batch.dtype == torch.uint8:
-                batch = normalise(batch, self._preprocessing, torch.float32)
-            found: Tensor = self._backbone(batch).float().cpu()
+            if pixels.dtype == torch.uint8:
+                pixels = normalise(pixels, self._preprocessing, torch.float32)
+            found: Tensor = self._backbone(pixels).float()
             return found
+
+
+class GraphEngine:
+    """Torch's own kernels on cuda, recorded as a CUDA graph for each size of batch and launched as one.
+
+    Starting the hundreds of kernels of a small network one by one takes several times as long as they run. A batch is
+    filled up to the next size that is recorded. Safe to call from many threads.
+    """
+
+    name = "cuda-graphs"
+    passes_at_once = 1
+
+    def __init__(self, plain: TorchEngine, *, side: int, device: torch.device) -> None:
+        """Records passes of pixels (N, 3, side, side). Raises RuntimeError for a network that cannot be recorded."""
+        self._plain, self._alone = plain, threading.Lock()
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        # The largest first: the others find their memory in its own, since no two run at once.
+        for size in sorted(_GRAPH_SIZES, reverse=True):
+            pixels = torch.zeros(size, side, side, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+            plain.on_device(pixels)  # picks kernels, which cannot be done while recording
+            graph = torch.cuda.CUDAGraph()
+            pool = next((recorded.pool() for recorded, _, _ in self._graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                features = plain.on_device(pixels)
+            self._graphs[size] = graph, pixels, features
+
+    def features(self, pixels: Tensor) -> Tensor:
+        size = next((size for size in _GRAPH_SIZES if size >= len(pixels)), None)
+        if size is None:
+            return self._plain.features(pixels)
+        graph, held, features = self._graphs[size]
+        with self._alone:
+            held[: len(pixels)].copy_(pixels)
+            graph.replay()
+            return features[: len(pixels)].cpu()
 
 
 @dataclass(frozen=True)

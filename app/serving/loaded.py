@@ -12,7 +12,7 @@ from torch import Tensor
 from app.errors import Conflict, Overloaded
 from app.serving import engines
 from app.serving.adaptation import NEIGHBOURS, Head, Plan, entropy_steps
-from app.serving.engines import Engine, TorchEngine
+from app.serving.engines import Engine, GraphEngine, TorchEngine
 from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.artifact import Artifact
@@ -40,6 +40,11 @@ class Network:
         self.asked = 0
         # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
         self.features(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop, dtype=torch.uint8))
+        if device.type == "cuda":
+            try:
+                self.engine = GraphEngine(self.torch, side=preprocessing.crop, device=device)
+            except RuntimeError as error:  # also where memory has run out
+                log.warning("passes not recorded", network=key, said=str(error).splitlines()[0])
 
     def features(self, pixels: Tensor) -> Tensor:
         """pixels: uint8 (N, 3, S, S), or float32 and normalised already. Returns float32 (N, D) on the CPU."""

@@ -16,8 +16,7 @@ from app.settings import Settings
 from app.vision import backbones
 from app.vision.backbones import BACKBONES, BUNDLED, GRAFT_SMALL
 from app.vision.weights import WeightStore
-from worker.pretraining import bundle
-from worker.pretraining.bundle import Options, Run, begin_or_go_on, load_backbone, save_backbone
+from worker.pretraining.bundle import _LASTING, Options, Run, begin_or_go_on, load_backbone, save_backbone
 from worker.pretraining.scenes import Bank, Pool
 
 LARGEST_BUNDLE_BYTES = 12 * 1024**2
@@ -25,12 +24,12 @@ LARGEST_BUNDLE_BYTES = 12 * 1024**2
 
 @pytest.fixture(scope="module")
 def bank() -> Bank:
-    return Bank.render(textures=8, shapes=5, instances=1, seed=0)
+    return Bank.render(textures=8, shapes=5, instances=1, side=80, seed=0)
 
 
 @pytest.fixture(scope="module")
 def pool(bank: Bank, tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    return Pool.rendered(tmp_path_factory.mktemp("pool"), bank, count=250, side=bundle.SCENE_SIDE, seed=0)
+    return Pool.on_disk(tmp_path_factory.mktemp("pool"), bank, count=250, side=80, seed=0)
 
 
 @pytest.fixture
@@ -40,18 +39,16 @@ def options(tmp_path: Path) -> Options:
         out=tmp_path / "made.safetensors",
         minutes=60.0,
         scenes=250,
+        side=80,
         textures=8,
         shapes=5,
         instances=1,
+        batch_size=8,
+        learning_rate=2e-3,
         seed=0,
         device=torch.device("cpu"),
         start=None,
     )
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "BATCH_SIZE", 8)
 
 
 def same(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
@@ -155,9 +152,9 @@ def test_options_that_cannot_be_are_told_in_a_sentence(tmp_path: Path) -> None:
     few = command(tmp_path, scenes=50)
     assert (few.returncode, few.stderr.splitlines()[-1]) == (
         2,
-        "graft pretrain-bundle: error: argument --scenes: must be 96 or more",
+        "graft pretrain-bundle: error: --scenes must be at least the --batch-size",
     )
-    (tmp_path / "options.json").write_text(json.dumps(dict.fromkeys(bundle._LASTING, 0)))
+    (tmp_path / "options.json").write_text(json.dumps(dict.fromkeys(_LASTING, 0)))
     other = command(tmp_path)
     assert (other.returncode, other.stdout) == (1, "")
     assert other.stderr.startswith(f"graft pretrain-bundle: {tmp_path} was begun with --scenes 0, ")

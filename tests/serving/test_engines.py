@@ -184,3 +184,61 @@ def test_engine_that_cannot_be_built_leaves_torch(tmp_path: Path, monkeypatch: p
         asyncio.run(story(running))
     finally:
         running.close()
+
+
+@pytest.mark.parametrize("feature_layer", [None, "all"])
+def test_recorded_passes_give_torchs_features_for_batches_of_any_size(
+    cuda: torch.device, tmp_path: Path, feature_layer: str | None
+) -> None:
+    model = save(tmp_path / "model", feature_layer=feature_layer)
+    plain = TorchEngine(model.classifier.backbone, SMALL, cuda)
+    recorded = engines.GraphEngine(plain, side=64, device=cuda)
+    pixels = torch.randint(0, 256, (70, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = plain.features(pixels)
+    assert expected.std() > 0.01
+    for count in (1, 2, 3, 4, 7, 8, 15, 32, 33, 70, 1):
+        torch.testing.assert_close(recorded.features(pixels[:count]), expected[:count], atol=5e-3, rtol=5e-3)
+
+
+def test_many_threads_may_ask_recorded_passes_at_once(cuda: torch.device, tmp_path: Path) -> None:
+    model = save(tmp_path / "model")
+    plain = TorchEngine(model.classifier.backbone, SMALL, cuda)
+    recorded = engines.GraphEngine(plain, side=64, device=cuda)
+    pixels = torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = plain.features(pixels)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: recorded.features(pixels[i : i + 1 + i % 5]), list(range(60)) * 5))
+    for i, features in zip(list(range(60)) * 5, found, strict=True):
+        torch.testing.assert_close(features, expected[i : i + 1 + i % 5], atol=5e-3, rtol=5e-3)
+
+
+def test_a_gpu_answers_as_a_cpu_does_and_loading_another_model_disturbs_nobody(
+    cuda: torch.device, tmp_path: Path
+) -> None:
+    storage = LocalStorage(tmp_path)
+    for name in ("mdl_a", "mdl_b"):
+        save(storage.path(f"models/{name}"))
+    pictures = [builders.jpeg(seed, size=(70 + seed, 66)) for seed in range(40)]
+
+    async def answers(device: torch.device) -> list[list[float]]:
+        predictor = Predictor(
+            storage=storage,
+            device=device,
+            limits=LIMITS,
+            max_loaded_bytes=10**9,
+            max_pending=100,
+            timeout_seconds=60,
+            builds_engines=True,
+        )
+        try:
+            first = predictor.predict("mdl_a", pictures)
+            second = predictor.predict("mdl_b", pictures)
+            found = await asyncio.gather(first, second)
+            assert predictor.engine_of("mdl_a") == ("cuda-graphs" if device.type == "cuda" else "torch")
+            return [list(outcome.values) for outcomes in found for outcome in outcomes if isinstance(outcome, Scores)]
+        finally:
+            predictor.close()
+
+    ours, theirs = asyncio.run(answers(cuda)), asyncio.run(answers(torch.device("cpu")))
+    assert len(ours) == len(theirs) == 80
+    assert max(abs(a - b) for o, t in zip(ours, theirs, strict=True) for a, b in zip(o, t, strict=True)) < 5e-3

@@ -268,3 +268,21 @@ def test_cutmix_boxes_cover_as_much_as_alpha_says() -> None:
         shares.append(1 - float(soft.diagonal().min()))
     # Half of the area on average, less what is cut off at the edges; half of the orders of two are the same order.
     assert 0.08 < np.mean(shares) < 0.25
+
+
+def test_a_gpu_makes_of_a_batch_what_the_cpu_makes_of_it(cuda: torch.device) -> None:
+    """Whole batches through `strong`, with its crops, operations and boxes: within a few grey levels."""
+    made = training_transform(
+        "strong",
+        image_size=SIZE,
+        crop_scale=(0.08, 1.0),
+        horizontal_flip=True,
+        interpolation="bicubic",
+        eval_transform=lambda pixels: pixels[:SIZE, :SIZE].permute(2, 0, 1),
+    )
+    pictures = [picture(48 + seed % 7, 64 - seed % 5, seed) for seed in range(64)]
+    ours, theirs = (made(pictures, np.random.default_rng(3), device).cpu() for device in (cuda, CPU))
+    difference = (ours.int() - theirs.int()).abs().float()
+    # An equalised or posterised picture turns one level of difference into a step of it.
+    assert (difference.mean((1, 2, 3)) < 2).float().mean() > 0.85
+    assert difference.mean() < 2

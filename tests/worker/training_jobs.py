@@ -1,6 +1,6 @@
 """Training jobs that can be run in a test's own process, again and again, as their claims are; and data to train on."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,7 @@ class Job:
         settings: Settings,
         *,
         starting_model: StartingModel | None = None,
+        weights: Mapping[str, str] | None = None,
         **body: Any,
     ) -> None:
         self._database, self._storage, self._settings = database, storage, settings
@@ -76,7 +77,7 @@ class Job:
         self.spec = resolve(
             parse_request(request | {"hyperparameters": hyperparameters}),
             dataset=facts,
-            weights={},
+            weights=weights or {},
             device_type="cpu",
             starting_model=starting_model,
         )

@@ -1,10 +1,10 @@
 r"""Trains `graft_small` and writes a file such as the one that ships with Graft.
 
-    graft pretrain-bundle --folder WORK --minutes 60 [--scenes 200000] [--out FILE] [--start FILE]
+    graft pretrain-bundle --folder WORK --minutes 60 [--scenes 200000] [--side 80] [--out FILE] [--start FILE]
 
-Renders the bank of textures and shapes and a pool of scenes into WORK, then trains mobilenet_v3_small to tell each
-scene's shape, texture and ground. What is in WORK is gone on with: a run that was ended, or one with more minutes; what
-else was asked for stays as it was.
+Renders the bank of textures and shapes and a pool of scenes, then trains mobilenet_v3_small to tell each scene's shape,
+texture and ground. The pool lies in WORK; on a GPU, which renders it in seconds, in its own memory. What is in WORK is
+gone on with: a run that was ended, or one with more minutes; what else was asked for stays as it was.
 --start begins from an earlier graft_small and not from random weights, so that a machine with no WORK can go on, too.
 
 Supervision by formula: Kataoka et al. 2020 and 2022. That it beat contrastive learning at this budget was measured
@@ -12,11 +12,13 @@ Supervision by formula: Kataoka et al. 2020 and 2022. That it beat contrastive l
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,18 +35,19 @@ from app.vision.backbones import BACKBONES, GRAFT_SMALL
 from app.vision.device import resolve_device
 from app.vision.preprocessing import normalise
 from worker.pretraining.scenes import NOT_ASKED, TASKS, Bank, Pool
+from worker.training.graphs import RecordedPasses
+from worker.training.pixels import on_device
 
-SCENE_SIDE = 80
-# Sides that the network sees, and from which share of the training on: small ones teach as much and cost less.
-SIDES: tuple[tuple[float, tuple[int, ...]], ...] = ((0.0, (64, 72)), (0.7, (80, 96)))
-BATCH_SIZE = 96
+# Sides that the network sees over that of a scene, and from which share of the training on: small ones teach as much
+# and cost less.
+SIDES: tuple[tuple[float, tuple[float, ...]], ...] = ((0.0, (0.8, 0.9)), (0.7, (1.0, 1.2)))
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 2e-3, 0.05, 200
 LABEL_SMOOTHING, LARGEST_GRADIENT = 0.1, 5.0
 EMA_DECAY = 0.998
 BATCH_NORM_MOMENTUM = 0.05
 CHECKPOINT_SECONDS = 60.0
 # What a work folder's scenes and network follow from.
-_LASTING = ("scenes", "textures", "shapes", "instances", "seed", "start")
+_LASTING = ("scenes", "side", "textures", "shapes", "instances", "batch_size", "learning_rate", "seed", "start")
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,12 @@ class Options:
     out: Path
     minutes: float
     scenes: int
+    side: int
     textures: int
     shapes: int
     instances: int
+    batch_size: int
+    learning_rate: float
     seed: int
     device: torch.device
     start: Path | None
@@ -83,13 +89,17 @@ class Run:
 
     def __init__(self, options: Options, pool: Pool, class_counts: tuple[int, ...]) -> None:
         self._options, self._pool = options, pool
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, and its scenes in their order
         torch.manual_seed(options.seed)
         self.network = FormulaNetwork(class_counts, options.seed).to(options.device)
         self.network.to(memory_format=torch.channels_last)
         if options.start is not None:
             load_backbone(self.network.backbone, options.start)
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.network), lr=LEARNING_RATE, fused=True)
+        self.optimizer = torch.optim.AdamW(_parameter_groups(self.network), lr=options.learning_rate, fused=True)
         self.average = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        self._live = [tensor for _, tensor in sorted(self.network.state_dict().items())]
+        self._averaged = [tensor for _, tensor in sorted(self.average.items())]
+        self._passes = RecordedPasses(self._pass, self.network)
         self.step, self.seconds = 0, 0.0
 
     @property
@@ -99,24 +109,23 @@ class Run:
 
     def train(self) -> Iterator[dict[str, Any]]:
         """To the end of the planned time; yields figures about once a minute, when the state has been saved."""
-        saved, correct, asked, losses = time.monotonic(), np.zeros(len(TASKS)), np.zeros(len(TASKS)), []
+        told, since, sums = time.monotonic(), self.step, self._no_sums()
         while self.share < 1.0:
             began = time.monotonic()
-            loss, right, of = self._train_step()
+            sums += self._train_step()
             self.seconds += time.monotonic() - began
             self.step += 1
-            losses.append(loss)
-            correct, asked = correct + right, asked + of
-            if time.monotonic() - saved >= CHECKPOINT_SECONDS or self.share >= 1.0:
+            if time.monotonic() - told >= CHECKPOINT_SECONDS or self.share >= 1.0:
+                (loss, *_), right, asked = sums.tolist()  # waits for the device
                 self.save()
                 yield {
                     "minutes": round(self.seconds / 60, 1),
                     "step": self.step,
-                    "loss": round(float(np.mean(losses)), 3),
-                    **{task: round(float(share), 3) for task, share in zip(TASKS, correct / asked, strict=True)},
-                    "images_per_second": round(self.step * BATCH_SIZE / self.seconds),
+                    "loss": round(loss / (self.step - since), 3),
+                    **{name: round(r / max(a, 1), 3) for name, r, a in zip(TASKS, right, asked, strict=True)},
+                    "images_per_second": round(self.step * self._options.batch_size / self.seconds),
                 }
-                saved, correct, asked, losses = time.monotonic(), correct * 0, asked * 0, []
+                told, since, sums = time.monotonic(), self.step, self._no_sums()
 
     def write_backbone(self) -> None:
         """The averaged weights, as the file that ships."""
@@ -162,15 +171,23 @@ class Run:
         self.step, self.seconds = progress["step"], progress["seconds"]
         return True
 
-    def _train_step(self) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
-        """Returns the loss, and for each task how many were right of how many that were asked."""
+    def _train_step(self) -> Tensor:
+        """Returns the loss, and for each task how many were right and how many were asked: float32 (3, tasks)."""
         self._set_rate()
         torch.manual_seed(
             int(np.random.SeedSequence([self._options.seed, 2, self.step]).generate_state(1)[0])
         )  # dropout
-        images, labels = self._batch()
         self.network.train()
-        answers = self.network(images)
+        (figures,) = self._passes(*self._batch())
+        nn.utils.clip_grad_norm_(self.network.parameters(), LARGEST_GRADIENT)
+        self.optimizer.step()
+        self._average()
+        return figures
+
+    def _pass(self, images: Tensor, labels: Tensor) -> tuple[Tensor]:
+        """Forward and backward; returns what _train_step does."""
+        with self._autocast():
+            answers = [answer.float() for answer in self.network(images)]
         loss = torch.stack(
             [
                 functional.cross_entropy(
@@ -179,50 +196,64 @@ class Run:
                 for task, answer in enumerate(answers)
             ]
         ).sum()
-        self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.network.parameters(), LARGEST_GRADIENT)
-        self.optimizer.step()
-        self._average()
-        right = [(answer.argmax(1) == labels[:, task]).sum().item() for task, answer in enumerate(answers)]
-        of = [(labels[:, task] != NOT_ASKED).sum().item() for task in range(len(answers))]
-        return loss.item(), np.array(right, dtype=float), np.array(of, dtype=float)
+        right = [(answer.argmax(1) == labels[:, task]).sum() for task, answer in enumerate(answers)]
+        asked = (labels != NOT_ASKED).sum(0)
+        return (torch.stack([loss.detach().expand(len(TASKS)), torch.stack(right).float(), asked.float()]),)
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros((3, len(TASKS)), device=self._options.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        # On a GPU only: on CPUs this network's depthwise convolutions train slower in bf16.
+        is_cuda = self._options.device.type == "cuda"
+        return torch.autocast("cuda", dtype=torch.bfloat16) if is_cuda else nullcontext()
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         """The step's scenes, in one size and part for all, maybe mirrored: float32 (N, 3, S, S) and int64 (N, 3)."""
         options, pool = self._options, self._pool
-        per_epoch = len(pool) // BATCH_SIZE
+        per_epoch = len(pool) // options.batch_size
         epoch, place = divmod(self.step, per_epoch)
-        order = np.random.default_rng([options.seed, 0, epoch]).permutation(len(pool))
-        chosen = np.sort(order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE])
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([options.seed, 0, epoch]).permutation(len(pool))
+        chosen = np.sort(self._order[1][place * options.batch_size : (place + 1) * options.batch_size])
+        rows = on_device(torch.from_numpy(chosen), pool.pixels.device)
         random = np.random.default_rng([options.seed, 1, self.step])
-        part = int(random.integers(SCENE_SIDE * 2 // 3, SCENE_SIDE + 1))
-        top, left = random.integers(0, SCENE_SIDE - part + 1, 2)
-        sides = [sides for share, sides in SIDES if self.share >= share][-1]
-        side = int(random.choice(sides))
-        pixels = torch.from_numpy(pool.pixels[chosen][:, top : top + part, left : left + part]).permute(0, 3, 1, 2)
+        part = int(random.integers(options.side * 2 // 3, options.side + 1))
+        top, left = random.integers(0, options.side - part + 1, 2)
+        scales = [scales for share, scales in SIDES if self.share >= share][-1]
+        side = 8 * round(options.side * float(random.choice(scales)) / 8)
+        pixels = pool.pixels[rows, top : top + part, left : left + part].permute(0, 3, 1, 2)
         if random.random() < 0.5:
             pixels = pixels.flip(3)
+        if pixels.device.type != "cpu":
+            pixels = pixels.float()  # only on CPUs there is a kernel for bytes
         resized = functional.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
-        images = normalise(resized.to(options.device), BACKBONES[GRAFT_SMALL].preprocessing)
-        return images.contiguous(memory_format=torch.channels_last), torch.from_numpy(pool.labels[chosen]).to(
-            options.device
-        )
+        images = normalise(resized, BACKBONES[GRAFT_SMALL].preprocessing)
+        return images.contiguous(memory_format=torch.channels_last), pool.labels[rows]
 
     def _set_rate(self) -> None:
-        rate = LEARNING_RATE * min(1.0, (self.step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * self.share))
+        rate = (
+            self._options.learning_rate
+            * min(1.0, (self.step + 1) / WARMUP_STEPS)
+            * 0.5
+            * (1 + math.cos(math.pi * self.share))
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
     @torch.no_grad()
     def _average(self) -> None:
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
-        current = self.network.state_dict()
-        for name, average in self.average.items():
-            if average.is_floating_point():
-                average.lerp_(current[name], 1 - decay)
-            else:
-                average.copy_(current[name])
+        floating = [average.is_floating_point() for average in self._averaged]
+        torch._foreach_lerp_(
+            list(itertools.compress(self._averaged, floating)),
+            list(itertools.compress(self._live, floating)),
+            1 - decay,
+        )
+        for average, live in zip(self._averaged, self._live, strict=True):
+            if not average.is_floating_point():
+                average.copy_(live)
 
 
 def save_backbone(weights: Mapping[str, Tensor], path: Path) -> None:
@@ -255,8 +286,12 @@ def main() -> None:
     if other := begin_or_go_on(options):
         sys.exit(f"graft pretrain-bundle: {other}")
     print(f"Rendering {options.textures} textures, {options.shapes} shapes and {options.scenes} scenes.", flush=True)
-    bank = Bank.render(textures=options.textures, shapes=options.shapes, instances=options.instances, seed=options.seed)
-    pool = Pool.rendered(options.folder / "pool", bank, count=options.scenes, side=SCENE_SIDE, seed=options.seed)
+    counts = {"textures": options.textures, "shapes": options.shapes, "instances": options.instances}
+    bank = Bank.render(**counts, side=options.side, seed=options.seed).to(options.device)
+    if options.device.type == "cuda":
+        pool = Pool.in_memory(bank, count=options.scenes, side=options.side, seed=options.seed)
+    else:
+        pool = Pool.on_disk(options.folder / "pool", bank, count=options.scenes, side=options.side, seed=options.seed)
     run = Run(options, pool, bank.class_counts)
     if run.resume():
         print(f"Going on from step {run.step}, after {run.seconds / 60:.1f} minutes.", flush=True)
@@ -274,7 +309,7 @@ def begin_or_go_on(options: Options) -> str | None:
     if not path.exists():
         path.write_text(json.dumps(asked), encoding="utf-8")
         return None
-    begun = json.loads(path.read_text("utf-8"))
+    begun = asked | json.loads(path.read_text("utf-8"))  # an earlier release asked for less
     other = [f"--{name} {begun[name]}" if begun[name] is not None else f"no --{name}" for name in _LASTING]
     differing = [said for name, said in zip(_LASTING, other, strict=True) if begun[name] != asked[name]]
     if not differing:
@@ -299,15 +334,20 @@ def _options() -> Options:
     parser.add_argument("--folder", type=Path, required=True, help="where scenes and checkpoints lie")
     parser.add_argument("--out", type=Path, help=f"the file to write; {GRAFT_SMALL}.safetensors in the folder if none")
     parser.add_argument("--minutes", type=_above(0.0), default=60.0, help="of training, over all runs")
-    parser.add_argument("--scenes", type=_at_least(BATCH_SIZE), default=200_000)
+    parser.add_argument("--scenes", type=_at_least(1), default=200_000, help="at least a batch")
+    parser.add_argument("--side", type=_at_least(32), default=80, help="of a scene, in pixels")
     parser.add_argument("--textures", type=_at_least(1), default=200)
     parser.add_argument("--shapes", type=_at_least(1), default=200)
     parser.add_argument("--instances", type=_at_least(1), default=8, help="of each texture and shape")
+    parser.add_argument("--batch-size", type=_at_least(2), default=96)
+    parser.add_argument("--learning-rate", type=_above(0.0), default=LEARNING_RATE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0, help="torch's; 0 is its own choice")
     parser.add_argument("--start", type=Path, help="an earlier graft_small to begin from")
     asked = vars(parser.parse_args())
+    if asked["scenes"] < asked["batch_size"]:
+        parser.error("--scenes must be at least the --batch-size")
     if threads := asked.pop("threads"):
         torch.set_num_threads(threads)
     asked["out"] = asked["out"] or asked["folder"] / f"{GRAFT_SMALL}.safetensors"

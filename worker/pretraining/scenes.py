@@ -6,6 +6,8 @@ the same.
 """
 
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from app.vision.device import usable_cores
 from worker.pretraining.shapes import shape
 from worker.pretraining.textures import texture
 
@@ -22,11 +25,15 @@ TASKS = ("shape", "texture", "ground")
 # The label of a task that a scene does not ask: the ground of one that is plain, the shape of one without a thing.
 NOT_ASKED = -100
 
-TEXTURE_SIDE, SHAPE_SIDE = 160, 96
+# Sides of what scenes are put together from, over the side of a scene.
+TEXTURE_SCALE, SHAPE_SCALE = 2.0, 1.2
 # Shares of scenes: with a plain ground, and with the ground alone.
 _PLAIN, _BARE = 0.25, 0.15
 _CLASS, _INSTANCE, _SCENE = range(3)
+_OUTLINE, _SURFACE = range(2)
 _AT_ONCE = 250
+# Starting processes takes as long as rendering so many.
+_FEWEST_FOR_PROCESSES = 500
 
 Random = np.random.Generator
 
@@ -39,15 +46,15 @@ class Bank:
     shapes: Tensor
 
     @classmethod
-    def render(cls, *, textures: int, shapes: int, instances: int, seed: int) -> "Bank":
-        def both(task: int, number: int, instance: int) -> tuple[Random, Random]:
-            return _random(seed, _CLASS, task, number), _random(seed, _INSTANCE, task, number, instance)
-
-        surfaces = [texture(TEXTURE_SIDE, *both(1, t, i), family=t) for t in range(textures) for i in range(instances)]
-        outlines = [shape(SHAPE_SIDE, *both(0, s, i), family=s) for s in range(shapes) for i in range(instances)]
+    def render(cls, *, textures: int, shapes: int, instances: int, side: int, seed: int) -> "Bank":
+        """For scenes of `side`, by all cores."""
+        large, small = round(TEXTURE_SCALE * side), round(SHAPE_SCALE * side)
+        surfaces = [(_SURFACE, large, t, i, seed) for t in range(textures) for i in range(instances)]
+        outlines = [(_OUTLINE, small, s, i, seed) for s in range(shapes) for i in range(instances)]
+        made = _by_all_cores(surfaces + outlines)
         return cls(
-            torch.from_numpy(np.stack(surfaces).reshape(textures, instances, TEXTURE_SIDE, TEXTURE_SIDE, 3)),
-            torch.from_numpy(np.stack(outlines).reshape(shapes, instances, SHAPE_SIDE, SHAPE_SIDE)),
+            torch.from_numpy(np.stack(made[: len(surfaces)]).reshape(textures, instances, large, large, 3)),
+            torch.from_numpy(np.stack(made[len(surfaces) :]).reshape(shapes, instances, small, small)),
         )
 
     @property
@@ -55,40 +62,75 @@ class Bank:
         """Of each of TASKS."""
         return len(self.shapes), len(self.textures), len(self.textures)
 
+    def to(self, device: torch.device) -> "Bank":
+        return Bank(self.textures.to(device), self.shapes.to(device))
+
+
+def _by_all_cores(asked: list[tuple[int, int, int, int, int]]) -> list[NDArray[np.uint8]]:
+    if len(asked) < _FEWEST_FOR_PROCESSES:
+        return [_rendered(one) for one in asked]
+    with ProcessPoolExecutor(usable_cores(), multiprocessing.get_context("spawn")) as processes:
+        return list(processes.map(_rendered, asked, chunksize=16))
+
+
+def _rendered(asked: tuple[int, int, int, int, int]) -> NDArray[np.uint8]:
+    task, side, number, instance, seed = asked
+    kind, own = _random(seed, _CLASS, task, number), _random(seed, _INSTANCE, task, number, instance)
+    return (texture if task == _SURFACE else shape)(side, kind, own, family=number)
+
 
 @dataclass(frozen=True)
 class Pool:
-    """Scenes on disk, memory-mapped. pixels: uint8 (N, S, S, 3); labels: int64 (N, 3), one per task."""
+    """Scenes. pixels: uint8 (N, S, S, 3); labels: int64 (N, 3), one per task."""
 
-    pixels: NDArray[np.uint8]
-    labels: NDArray[np.int64]
+    pixels: Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @classmethod
-    def rendered(cls, folder: Path, bank: Bank, *, count: int, side: int, seed: int) -> "Pool":
-        """The pool in `folder`, made as far as it is not there; a run that was ended goes on where it was."""
+    def on_disk(cls, folder: Path, bank: Bank, *, count: int, side: int, seed: int) -> "Pool":
+        """The pool in `folder`, memory-mapped, made as far as it is not there; a run that was ended goes on."""
         folder.mkdir(parents=True, exist_ok=True)
         pixels_file, labels_file, done_file = folder / "pixels.npy", folder / "labels.npy", folder / "done"
         mode = "r+" if done_file.exists() else "w+"
         pixels = np.lib.format.open_memmap(pixels_file, mode=mode, dtype=np.uint8, shape=(count, side, side, 3))
         labels = np.lib.format.open_memmap(labels_file, mode=mode, dtype=np.int64, shape=(count, len(TASKS)))
+        pool = cls(torch.from_numpy(pixels), torch.from_numpy(labels))
         done = int(done_file.read_text()) if done_file.exists() else 0
         for start in range(done, count, _AT_ONCE):
-            some = slice(start, min(start + _AT_ONCE, count))
-            pixels[some], labels[some] = scenes(bank, some, side=side, seed=seed)
-            done_file.write_text(str(some.stop))
-        return cls(pixels, labels)
+            pool._make(bank, start, seed)
+            done_file.write_text(str(min(start + _AT_ONCE, count)))
+        return pool
+
+    @classmethod
+    def in_memory(cls, bank: Bank, *, count: int, side: int, seed: int) -> "Pool":
+        """In the memory of the device that the bank is on: a GPU makes tens of thousands of scenes a second."""
+        device = bank.textures.device
+        pool = cls(
+            torch.empty((count, side, side, 3), dtype=torch.uint8, device=device),
+            torch.empty((count, len(TASKS)), dtype=torch.int64, device=device),
+        )
+        for start in range(0, count, _AT_ONCE):
+            pool._make(bank, start, seed)
+        return pool
+
+    def _make(self, bank: Bank, start: int, seed: int) -> None:
+        some = slice(start, min(start + _AT_ONCE, len(self)))
+        pixels, labels = scenes(bank, some, side=self.pixels.shape[1], seed=seed)
+        self.pixels[some].copy_(pixels)
+        self.labels[some].copy_(labels)
 
 
-def scenes(bank: Bank, numbers: slice, *, side: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The scenes of these numbers, which are as many as were ever made together: (N, side, side, 3) and (N, 3)."""
+def scenes(bank: Bank, numbers: slice, *, side: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The scenes of these numbers, which are as many as were ever made together: (N, side, side, 3), on the bank's
+    device, and (N, 3)."""
     random, count = _random(seed, _SCENE, numbers.start), numbers.stop - numbers.start
     with torch.inference_mode():
         images, labels = _Composer(bank, side, random).compose(count)
         pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return pixels.numpy(), labels
+    return pixels, torch.from_numpy(labels)
 
 
 class _Composer:
@@ -96,6 +138,10 @@ class _Composer:
 
     def __init__(self, bank: Bank, side: int, random: Random) -> None:
         self._bank, self._side, self._random = bank, side, random
+        self._device = bank.textures.device
+
+    def _floats(self, values: NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=np.float32)).to(self._device)
 
     def compose(self, count: int) -> tuple[Tensor, NDArray[np.int64]]:
         random = self._random
@@ -116,17 +162,18 @@ class _Composer:
         count, random = len(classes), self._random
         instances = random.integers(0, self._bank.textures.shape[1], count)
         whole = self._bank.textures[torch.from_numpy(classes), torch.from_numpy(instances)]
-        pieces = self._sampled(whole.permute(0, 3, 1, 2), _affine(random, count, 0.35, 1.0, shift=0.6), "reflection")
-        pieces = _recoloured(pieces, random, 0.3, saturation=(0.2, 1.1))
+        matrix = self._floats(_affine(random, count, 0.35, 1.0, shift=0.6))
+        pieces = self._sampled(whole.permute(0, 3, 1, 2), matrix, "reflection")
+        pieces = self._recoloured(pieces, 0.3, saturation=(0.2, 1.1))
         middle, spread = pieces.mean((2, 3), keepdim=True), pieces.std((1, 2, 3), keepdim=True)
-        wanted = _floats(np.exp(random.uniform(math.log(0.06), math.log(0.3), (count, 1, 1, 1))))
-        shade = _floats(random.uniform(0.2, 0.8, (count, 3, 1, 1)))
+        wanted = self._floats(np.exp(random.uniform(math.log(0.06), math.log(0.3), (count, 1, 1, 1))))
+        shade = self._floats(random.uniform(0.2, 0.8, (count, 3, 1, 1)))
         return (pieces - middle) * (wanted / (spread + 1e-3)).clamp(0.5, 4.0) + 0.5 * (middle + shade)
 
     def _plain_grounds(self, count: int) -> Tensor:
         """One colour that runs a little into another."""
-        near, far = (_floats(self._random.uniform(0, 1, (count, 3, 1, 1))) for _ in range(2))
-        share = _floats(self._random.uniform(0, 0.6, (count, 1, 1, 1))) * (0.5 + 0.5 * self._ramp(count))
+        near, far = (self._floats(self._random.uniform(0, 1, (count, 3, 1, 1))) for _ in range(2))
+        share = self._floats(self._random.uniform(0, 0.6, (count, 1, 1, 1))) * (0.5 + 0.5 * self._ramp(count))
         return near * (1 - share) + far * share
 
     def _masks(self, classes: NDArray[np.int64], smallest: float, largest: float) -> Tensor:
@@ -135,10 +182,10 @@ class _Composer:
         instances = random.integers(0, self._bank.shapes.shape[1], count)
         whole = self._bank.shapes[torch.from_numpy(classes), torch.from_numpy(instances)].unsqueeze(1)
         # From the picture to the shape, so the larger these numbers, the smaller it is seen.
-        matrix = _affine(random, count, 1 / largest, 1 / smallest, shift=0.0)
+        matrix = self._floats(_affine(random, count, 1 / largest, 1 / smallest, shift=0.0))
         zoom = matrix[:, :, :2]
         room = (0.75 - 0.7 / zoom.norm(dim=(1, 2))).clamp(min=0.05).view(-1, 1, 1)
-        matrix[:, :, 2:] = -(zoom @ (_floats(random.uniform(-1, 1, (count, 2, 1))) * room))
+        matrix[:, :, 2:] = -(zoom @ (self._floats(random.uniform(-1, 1, (count, 2, 1))) * room))
         return self._sampled(whole, matrix, "zeros")
 
     def _distract(self, images: Tensor, places: NDArray[np.int64]) -> None:
@@ -165,27 +212,27 @@ class _Composer:
     def _as_photographed(self, images: Tensor) -> Tensor:
         """Other light, sometimes grey, blurred or grainy."""
         count, random = len(images), self._random
-        images = _recoloured(images, random, 0.1, saturation=(0.5, 1.1))
+        images = self._recoloured(images, 0.1, saturation=(0.5, 1.1))
         middle = images.mean((2, 3), keepdim=True)
-        images = (images - middle) * _floats(random.uniform(0.7, 1.3, (count, 1, 1, 1))) + middle
-        images = images + _floats(random.uniform(-0.15, 0.15, (count, 1, 1, 1)))
+        images = (images - middle) * self._floats(random.uniform(0.7, 1.3, (count, 1, 1, 1))) + middle
+        images = images + self._floats(random.uniform(-0.15, 0.15, (count, 1, 1, 1)))
         grey = np.flatnonzero(random.random(count) < 0.15)
         images[grey] = images[grey].mean(1, keepdim=True)
         blurred = np.flatnonzero(random.random(count) < 0.2)
         images[blurred] = functional.avg_pool2d(images[blurred], 3, 1, 1)
         grainy = np.flatnonzero(random.random(count) < 0.15)
-        images[grainy] += _floats(random.normal(0, 0.05, (len(grainy), 3, self._side, self._side)))
+        images[grainy] += 0.05 * self._noise(len(grainy))
         return images
 
     def _ramp(self, count: int) -> Tensor:
         """From -1 to 1 across the picture in any direction: (N, 1, side, side)."""
-        angle = _floats(self._random.uniform(0, 2 * math.pi, (count, 1, 1, 1)))
-        line = torch.linspace(-1, 1, self._side)
+        angle = self._floats(self._random.uniform(0, 2 * math.pi, (count, 1, 1, 1)))
+        line = torch.linspace(-1, 1, self._side, device=self._device)
         return line * angle.cos() + line.view(-1, 1) * angle.sin()
 
     def _sometimes(self, count: int, most: float, *, chance: float) -> Tensor:
         amounts = self._random.uniform(0, most, count) * (self._random.random(count) < chance)
-        return _floats(amounts).view(-1, 1, 1, 1)
+        return self._floats(amounts).view(-1, 1, 1, 1)
 
     def _sampled(self, images: Tensor, matrix: Tensor, padding: str) -> Tensor:
         size = [len(images), images.shape[1], self._side, self._side]
@@ -193,16 +240,28 @@ class _Composer:
         sharp = images.float() / 255
         return functional.grid_sample(sharp, grid, padding_mode=padding, align_corners=False)
 
+    def _recoloured(self, images: Tensor, strength: float, *, saturation: tuple[float, float]) -> Tensor:
+        """Channels mixed at random, each image in its own way, and more or less grey."""
+        count, random = len(images), self._random
+        mixing = np.eye(3) + strength * random.normal(0, 1, (count, 3, 3))
+        mixing = mixing / np.maximum(mixing.sum(axis=2, keepdims=True), 0.3)
+        kept = random.uniform(*saturation, (count, 1, 1))
+        # First towards grey, then mixed: one matrix.
+        matrix = self._floats(mixing @ (kept * np.eye(3) + (1 - kept) / 3))
+        return torch.bmm(matrix, images.flatten(2)).view_as(images)
+
+    def _noise(self, count: int) -> Tensor:
+        """Normal, float32 (N, 3, side, side); drawn on the device, where numpy would take longer than all the rest."""
+        seed = int(self._random.integers(2**63))
+        generator = torch.Generator(self._device).manual_seed(seed)
+        return torch.randn((count, 3, self._side, self._side), generator=generator, device=self._device)
+
 
 def _random(*key: int) -> Random:
     return np.random.default_rng(list(key))
 
 
-def _floats(values: NDArray[np.float64]) -> Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.float32))
-
-
-def _affine(random: Random, count: int, smallest: float, largest: float, *, shift: float) -> Tensor:
+def _affine(random: Random, count: int, smallest: float, largest: float, *, shift: float) -> NDArray[np.float64]:
     """(N, 2, 3): mostly upright, a little stretched and sheared. Sizes are drawn evenly on a logarithmic scale."""
     is_upright = random.random(count) < 0.8
     angle = np.where(is_upright, random.normal(0, 0.25, count), random.uniform(0, 2 * math.pi, count))
@@ -214,15 +273,4 @@ def _affine(random: Random, count: int, smallest: float, largest: float, *, shif
     matrix[:, 1, 0] = size * np.sin(angle)
     matrix[:, 1, 1] = size / stretch * np.cos(angle)
     matrix[:, :, 2] = shift * random.uniform(-1, 1, (count, 2))
-    return _floats(matrix)
-
-
-def _recoloured(images: Tensor, random: Random, strength: float, *, saturation: tuple[float, float]) -> Tensor:
-    """Channels mixed at random, each image in its own way, and more or less grey."""
-    count = len(images)
-    mixing = np.eye(3) + strength * random.normal(0, 1, (count, 3, 3))
-    mixing = mixing / np.maximum(mixing.sum(axis=2, keepdims=True), 0.3)
-    kept = random.uniform(*saturation, (count, 1, 1))
-    # First towards grey, then mixed: one matrix.
-    matrix = _floats(mixing @ (kept * np.eye(3) + (1 - kept) / 3))
-    return torch.bmm(matrix, images.flatten(2)).view_as(images)
+    return matrix

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -22,11 +22,13 @@ from torch.optim import Optimizer
 from app.errors import JobFailed
 from app.vision.device import pass_batch_size
 from worker.training.augment import cutmix, mixup
+from worker.training.graphs import RecordedPasses
 from worker.training.optim import Schedule, load_optimizer_tensors, optimizer_tensors, set_learning_rates
 from worker.training.pixels import (
     MIX,
     NETWORK,
     Batch,
+    KeptSource,
     Source,
     ordered_batches,
     prefetched,
@@ -317,19 +319,27 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
     """
     hooks = hooks or Hooks()
     pace = _Pace(state, plan, hooks)
+    if state.device.type == "cuda":
+        plan = replace(plan, val=KeptSource(plan.val))
+
+    def recorded(function: Callable[..., tuple[Tensor, ...]]) -> RecordedPasses:
+        told = "Passes of this network cannot be recorded as a CUDA graph."
+        return RecordedPasses(function, state.network, lambda why: hooks.log(told, {"why": why}))
+
+    passes, forward = recorded(partial(_pass, state, plan)), recorded(partial(_forward, state, plan))
     if plan.start_counts and state.best is None and state.total_steps == 0:
-        start = _validate(state, plan, pace)
+        start = _validate(state, plan, pace, forward)
         state.keep_if_best(0, val_accuracy=start.accuracy, val_loss=start.loss)
         pace.end_start()
     while not state.is_finished:
-        stop = _train_epoch(state, plan, pace)
+        stop = _train_epoch(state, plan, pace, passes)
         if stop and state.epoch > 0 and not pace.is_budget_spent():
             state.is_finished = True
             return
         # Asked to stop within the first epoch, or out of time at the end of a shortened schedule: the weights as they
         # are get validated, so that there is a result.
         with _averaged(state):
-            result = _end_epoch(state, plan, pace, _validate(state, plan, pace))
+            result = _end_epoch(state, plan, pace, _validate(state, plan, pace, forward))
         state.is_finished = (
             stop
             or state.epoch >= pace.plan.epochs
@@ -341,7 +351,7 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
         pace.save()
 
 
-def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
+def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", passes: RecordedPasses) -> bool:
     """The rest of the running epoch. Returns whether it was asked to end the run."""
     batches = training_batches(
         plan.train,
@@ -353,11 +363,12 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace") -> bool:
         device=state.device,
     )
     state.network.train()
+    passes.follow()
     made = prefetched(batches, device=state.device, are_light=plan.train.is_light)
     with _threads_for(plan.train, state.device), made as prepared:
         for batch in prepared:
             set_learning_rates(state.optimizer, pace.plan.schedule, state.total_steps)
-            _step_in_memory(state, plan, batch, pace.hooks)
+            _step_in_memory(state, plan, batch, passes, pace.hooks)
             state.step += 1
             state.total_steps += 1
             if pace.after_step(len(batch)):
@@ -379,12 +390,13 @@ def _threads_for(source: Source, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, hooks: Hooks) -> None:
+def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, passes: RecordedPasses, hooks: Hooks) -> None:
     """One optimiser step; out of memory, the same step again in more and smaller pieces."""
     halvings = 0
-    while not _attempt(lambda: _step(state, plan, batch)):
+    while not _attempt(lambda: _step(state, plan, batch, passes)):
         # Here, outside any except block, nothing holds the failed attempt's tensors any more.
         state.optimizer.zero_grad(set_to_none=True)
+        passes.forget()
         if state.device.type == "cuda":
             torch.cuda.empty_cache()
         halvings += 1
@@ -398,28 +410,20 @@ def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, hooks: Hooks) ->
         )
 
 
-def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
+def _step(state: LoopState, plan: Plan, batch: Batch, passes: RecordedPasses) -> None:
     _seed_network(state.device, (_epoch_seed(plan.seed, state.epoch) + state.step) % 2**63)
     labels = batch.labels.to(state.device, non_blocking=True)
     images = plan.normalise(batch.inputs.to(state.device, non_blocking=True))
     images, targets = _mixed(state, plan, images, labels)
-    gives_losses = plan.measure is not None
-    weights = None if plan.class_weights is None else _on_device(plan.class_weights, state.device)
-    scale = plan.tasks.scale(targets, weights)
-    state.optimizer.zero_grad(set_to_none=True)
-    found: list[tuple[Tensor, Tensor | int]] = []  # of each part, its share of the mean loss, and how many are right
-    for part in _parts(len(labels), state.micro_batches):
-        with _autocast(state.device, state.precision):
-            output = state.network(images[part])
-        losses = (
-            output.float()
-            if gives_losses
-            else plan.tasks.losses(output.float(), targets[part], weights=weights, label_smoothing=plan.label_smoothing)
-        )
-        # Each part's share of the whole batch's mean: summed over parts, the gradient is the whole batch's.
-        loss = losses.sum() / scale
-        loss.backward()
-        found.append((loss.detach(), 0 if gives_losses else plan.tasks.right(output.detach(), labels[part]).sum()))
+    if state.micro_batches == 1:
+        found = [passes(images, targets, labels)]
+    else:
+        scale = plan.tasks.scale(targets, _class_weights(state, plan))
+        state.optimizer.zero_grad(set_to_none=True)
+        found = [
+            _pass(state, plan, images[part], targets[part], labels[part], scale)
+            for part in _parts(len(labels), state.micro_batches)
+        ]
     state.optimizer.step()
     _update_ema(state)
     # Last, so that an attempt that runs out of memory is counted once.
@@ -428,6 +432,31 @@ def _step(state: LoopState, plan: Plan, batch: Batch) -> None:
         loss_sum.add_(loss, alpha=len(labels))
         right.add_(right_here)
     images_seen.add_(len(labels))
+
+
+def _pass(
+    state: LoopState, plan: Plan, images: Tensor, targets: Tensor, labels: Tensor, scale: Tensor | int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward. Returns the share of the mean loss, and how many are right.
+
+    scale: what the whole batch's sum of losses is divided by, where these are a part of it: summed over parts, the
+    gradient is the whole batch's.
+    """
+    weights = _class_weights(state, plan)
+    with _autocast(state.device, state.precision):
+        output = state.network(images)
+    if plan.measure is not None:
+        losses, right = output.float(), torch.zeros((), device=state.device)
+    else:
+        losses = plan.tasks.losses(output.float(), targets, weights=weights, label_smoothing=plan.label_smoothing)
+        right = plan.tasks.right(output.detach(), labels).sum()
+    loss = losses.sum() / (plan.tasks.scale(targets, weights) if scale is None else scale)
+    loss.backward()
+    return loss.detach(), right
+
+
+def _class_weights(state: LoopState, plan: Plan) -> Tensor | None:
+    return None if plan.class_weights is None else _on_device(plan.class_weights, state.device)
 
 
 def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
@@ -499,29 +528,28 @@ def _averaged(state: LoopState) -> Iterator[None]:
         _copy_into(state.live, own)
 
 
-def _validate(state: LoopState, plan: Plan, pace: "_Pace") -> Measured:
+def _validate(state: LoopState, plan: Plan, pace: "_Pace", forward: RecordedPasses) -> Measured:
     """Mean loss and accuracy on the validation images, or what the plan measures in their place.
 
     Raises JobFailed where the loss is no number.
     """
-    measure = plan.measure or (lambda on_batch: _accuracy(state, plan, on_batch))
+    forward.follow()
+    measure = plan.measure or (lambda on_batch: _accuracy(state, plan, forward, on_batch))
     found = measure(pace.during_validation)
     if not math.isfinite(found.loss):
         raise _diverged()
     return found
 
 
-def _accuracy(state: LoopState, plan: Plan, on_batch: Callable[[], None]) -> Measured:
-    logits = predict_logits(
-        state.network,
-        plan.val,
-        normalise=plan.normalise,
-        device=state.device,
-        precision=state.precision,
-        on_batch=on_batch,
-    )
-    labels = torch.from_numpy(plan.val.labels)
-    return measured(plan.tasks, logits, labels)
+def _accuracy(state: LoopState, plan: Plan, forward: RecordedPasses, on_batch: Callable[[], None]) -> Measured:
+    state.network.eval()
+    logits = _passed(forward, plan.val, device=state.device, on_batch=on_batch)
+    return measured(plan.tasks, logits, torch.from_numpy(plan.val.labels))
+
+
+def _forward(state: LoopState, plan: Plan, inputs: Tensor) -> tuple[Tensor]:
+    with _autocast(state.device, state.precision):
+        return (state.network(plan.normalise(inputs)).float(),)
 
 
 def measured(tasks: Tasks, logits: Tensor, labels: Tensor) -> Measured:
@@ -543,15 +571,31 @@ def predict_logits(
 
     Leaves the network in eval mode.
     """
+
+    def forward(inputs: Tensor) -> tuple[Tensor]:
+        with _autocast(device, precision):
+            return (network(normalise(inputs)).float(),)
+
     network.eval()
+    return _passed(forward, source, device=device, on_batch=on_batch)
+
+
+def _passed(
+    forward: Callable[[Tensor], tuple[Tensor, ...]],
+    source: Source,
+    *,
+    device: torch.device,
+    on_batch: Callable[[], None],
+) -> Tensor:
+    """What a forward pass gives for the whole source: float32 (N, C) on the CPU."""
     batch_size = pass_batch_size(device.type)
     found: list[Tensor] = []
 
     def run(start: int, batch: Batch) -> None:
         del found[start:]
         for inputs in torch.split(batch.inputs, batch_size):
-            with _autocast(device, precision):
-                found.append(network(normalise(inputs.to(device, non_blocking=True))).float().cpu())
+            (output,) = forward(inputs.to(device, non_blocking=True))
+            found.append(output.cpu())
 
     prepared = ordered_batches(source, batch_size=batch_size, device=device)
     with torch.inference_mode(), prefetched(prepared, device=device) as batches:
@@ -784,8 +828,7 @@ def _attempt(action: Callable[[], None]) -> bool:
 
 @torch.no_grad()
 def _copy_into(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        live[name].copy_(tensor)
+    torch._foreach_copy_([live[name] for name in tensors], list(tensors.values()))
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ Augment = Callable[[Sequence[Tensor], np.random.Generator, torch.device], Tensor
 # What a random stream is for; each purpose has its own, so that one more draw here shifts nothing there.
 ORDER, AUGMENT, MIX, NETWORK, HEAD, VIEW = range(6)
 _PREPARED_BATCHES = 2
+KEPT_BYTES = 1024**3  # of a GPU's memory, for validation: 7,000 pictures
 CPU = torch.device("cpu")
 
 
@@ -118,6 +119,43 @@ class PixelSource:
     def batch(self, positions: NDArray[np.int64], *, device: torch.device = CPU) -> Batch:
         pixels = stacked([self.prepare(picture) for picture in _pictures(self.split, positions)])
         return Batch(pinned(pixels, device), torch.from_numpy(self.labels[positions]))
+
+
+@dataclass(frozen=True)
+class KeptSource:
+    """A source that is passed again and again, whose batches stay on the GPU once they are made, as far as they fit.
+
+    Making them takes longer there than a pass through a small network.
+    """
+
+    source: Source
+    _kept: dict[tuple[int, int], Batch] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return self.source.labels
+
+    @property
+    def is_light(self) -> bool:
+        return self.source.is_light
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def training_batch(
+        self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int, device: torch.device = CPU
+    ) -> Batch:
+        return self.source.training_batch(positions, seed=seed, epoch=epoch, step=step, device=device)
+
+    def batch(self, positions: NDArray[np.int64], *, device: torch.device = CPU) -> Batch:
+        """As a source has it, of positions that follow each other; on the device where it is kept."""
+        place = int(positions[0]), len(positions)
+        if (found := self._kept.get(place)) is not None:
+            return found
+        made = self.source.batch(positions, device=device)
+        if sum(batch.inputs.nbytes for batch in self._kept.values()) + made.inputs.nbytes <= KEPT_BYTES:
+            made = self._kept[place] = Batch(made.inputs.to(device), made.labels)
+        return made
 
 
 def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generator:
