@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from app.vision.backbones import Backbone
 from app.vision.device import usable_cores
 from app.vision.folding import folded
 from app.vision.preprocessing import Preprocessing, normalise
+from app.vision.recording import record
 
 FORMAT_VERSION = 2  # of what a build leaves
 # Largest difference of any class's score that another engine may make; measured ones are below 1e-5.
@@ -114,18 +116,19 @@ class GraphEngine:
     passes_at_once = 1
 
     def __init__(self, plain: TorchEngine, *, side: int, device: torch.device) -> None:
-        """Records passes of pixels (N, 3, side, side). Raises RuntimeError for a network that cannot be recorded."""
+        """Records passes of pixels (N, 3, side, side). Raises CannotRecord, and OutOfMemoryError."""
         self._plain, self._alone = plain, threading.Lock()
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         # The largest first: the others find their memory in its own, since no two run at once.
         for size in sorted(_GRAPH_SIZES, reverse=True):
             pixels = torch.zeros(size, side, side, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
             plain.on_device(pixels)  # picks kernels, which cannot be done while recording
-            graph = torch.cuda.CUDAGraph()
             pool = next((recorded.pool() for recorded, _, _ in self._graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                features = plain.on_device(pixels)
+            graph, (features,) = record(partial(self._pass, pixels), device=device, pool=pool)
             self._graphs[size] = graph, pixels, features
+
+    def _pass(self, pixels: Tensor) -> tuple[Tensor]:
+        return (self._plain.on_device(pixels),)
 
     def features(self, pixels: Tensor) -> Tensor:
         size = next((size for size in _GRAPH_SIZES if size >= len(pixels)), None)

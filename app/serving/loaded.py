@@ -22,6 +22,7 @@ from app.vision.heatmaps import Heat, HeatMaps, log_odds
 from app.vision.images import Pixels
 from app.vision.outputs import probabilities
 from app.vision.preprocessing import Preprocessing, normalise
+from app.vision.recording import CannotRecord, may_record
 
 log = structlog.get_logger(__name__)
 
@@ -40,10 +41,10 @@ class Network:
         self.asked = 0
         # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
         self.features(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop, dtype=torch.uint8))
-        if device.type == "cuda":
+        if may_record(device):
             try:
                 self.engine = GraphEngine(self.torch, side=preprocessing.crop, device=device)
-            except RuntimeError as error:  # also where memory has run out
+            except (CannotRecord, torch.OutOfMemoryError) as error:
                 log.warning("passes not recorded", network=key, said=str(error).splitlines()[0])
 
     def features(self, pixels: Tensor) -> Tensor:
