@@ -7,15 +7,16 @@ r"""How fast each method trains, against the loop that courses teach and against
 A round measures the tutorial, Graft and the limit one after the other, so that other work on the machine hits all
 three alike; ratios are taken within a round, and their median is shown with the smallest and largest. Random weights.
 
-- Tutorial: see _tutorial.py; it gets its best number of loader processes of 0, 1, 2, 4 and 8, measured first, and its own
-  process, since the others run with the memory settings that the worker gives its children.
+- Tutorial: see _tutorial.py; it gets its best number of loader processes of 0, 1, 2, 4 and 8, measured first, and its
+  own process, since the others run with the memory settings that the worker gives its children.
 - Graft: `methods.prepare` and `loop.fit`, nothing replaced. full_fine_tuning and from_scratch: an epoch of training.
   fine_tuning and feature_extraction compute frozen stages as they see fit, so there a whole job counts, preparation and
   validation included, against the tutorial's epoch (training and validation) times --epochs: of --epochs epochs, or of
   a head that is solved for, as the recipe has it.
 - Limit: the same network on batches that are in memory already; precision, memory format, optimiser, batches and, on
-  cuda, recorded passes are Graft's. An epoch of Graft's stands against an epoch of steps, for fine_tuning from what the frozen stages gave; a
-  job with a head that is solved for, against one pass through the network, and nothing for the head.
+  cuda, recorded passes are Graft's. An epoch of Graft's stands against an epoch of steps, for fine_tuning from what the
+  frozen stages gave; a job with a head that is solved for, against one pass through the network, and nothing for the
+  head.
 
 Waiting is the share of Graft's time in which training stood still for its next batch. CPU time, of all threads and
 loader processes, says on a busy machine what the clock cannot; with --threads 1, for idle threads spin.
