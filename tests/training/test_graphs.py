@@ -13,7 +13,7 @@ import training_builders as builders
 from torch import Tensor, nn
 
 from worker.training import graphs, loop
-from worker.training.graphs import RECORD_AFTER, RecordedPasses
+from worker.training.graphs import RECORD_AFTER, Lead, RecordedPasses
 from worker.training.loop import Hooks, LoopState, fit
 from worker.training.optim import build_optimizer
 
@@ -186,6 +186,19 @@ def test_a_step_never_waits_for_the_device(cuda: torch.device, monkeypatch: pyte
     monkeypatch.setattr(graphs, "RECORD_AFTER", 10**9)
     list(fit(state_on(cuda, ema=0.9), plan, Hooks()))
     assert waits == []
+
+
+def test_training_is_a_few_steps_ahead_of_the_device_and_no_more(cuda: torch.device) -> None:
+    """Else what is to give way to predictions would have seconds of work queued before them."""
+    matrix = torch.randn(4096, 4096, device=cuda)
+    lead, ends = Lead(cuda), []
+    for step in range(12):
+        for _ in range(20):
+            matrix = (matrix @ matrix).clamp_(-1, 1)
+        ends.append(torch.cuda.Event())
+        ends[-1].record()
+        lead.after_step()
+        assert sum(not end.query() for end in ends) <= 2, step
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Training's forward and backward passes as CUDA graphs. Knows networks as what has parameters; not data."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,8 +17,30 @@ RECORD_AFTER = 3
 # Shapes that are recorded: whole batches, and the smaller one that an epoch may end with. Each keeps memory.
 _MOST_SHAPES = 4
 
+# Steps that may be under way or waiting on the GPU. One behind the one that runs keeps it busy; recorded steps could be
+# started seconds ahead, and predictions that training gives way to would wait for them.
+_MOST_AHEAD = 2
+
 Function = Callable[..., tuple[Tensor, ...]]
 _Shape = tuple[tuple[torch.dtype, tuple[int, ...], tuple[int, ...]], ...]
+
+
+class Lead:
+    """How far training is ahead of the GPU. Of no effect on other devices."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def after_step(self) -> None:
+        """Waits, without keeping a core busy, until few enough steps are left to do."""
+        if not self._is_cuda:
+            return
+        end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        end.record()
+        self._ends.append(end)
+        if len(self._ends) > _MOST_AHEAD:
+            self._ends.popleft().synchronize()
 
 
 @dataclass

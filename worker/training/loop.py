@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from app.errors import JobFailed
 from app.vision.device import pass_batch_size
 from worker.training.augment import cutmix, mixup
-from worker.training.graphs import RecordedPasses
+from worker.training.graphs import Lead, RecordedPasses
 from worker.training.optim import Schedule, load_optimizer_tensors, optimizer_tensors, set_learning_rates
 from worker.training.pixels import (
     MIX,
@@ -364,6 +364,7 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", passes: RecordedPa
     )
     state.network.train()
     passes.follow()
+    lead = Lead(state.device)
     made = prefetched(batches, device=state.device, are_light=plan.train.is_light)
     with _threads_for(plan.train, state.device), made as prepared:
         for batch in prepared:
@@ -371,6 +372,7 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", passes: RecordedPa
             _step_in_memory(state, plan, batch, passes, pace.hooks)
             state.step += 1
             state.total_steps += 1
+            lead.after_step()
             if pace.after_step(len(batch)):
                 return True
     return False
