@@ -570,7 +570,7 @@ def _graft_small() -> BackboneSpec:
     imagenet = _spec(architecture, cut)
     weights = WeightsSpec(
         backbone=GRAFT_SMALL,
-        name="FORMULA_V1",
+        name="FORMULA_V2",
         file=f"{GRAFT_SMALL}.safetensors",
         top1=None,
         preprocessing=replace(imagenet.preprocessing, resize=183, crop=160),

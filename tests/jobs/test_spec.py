@@ -80,7 +80,7 @@ def test_classic_is_the_textbook() -> None:
 
 
 def test_head_on_the_bundled_backbone_reads_all_layers_and_says_so_but_not_under_classic() -> None:
-    bundled = {"graft_small": "FORMULA_V1"}
+    bundled = {"graft_small": "FORMULA_V2"}
     spec = resolved(method="feature_extraction", weights=bundled)
     assert (spec.backbone.name, spec.hyperparameters.feature_layer) == ("graft_small", "all")
     assert any("reads all layers" in reason for reason in spec.reasons)
