@@ -28,9 +28,21 @@ log = structlog.get_logger(__name__)
 
 
 class Network:
-    """A backbone on its device, which any number of models may share. key: the same for the same weights."""
+    """A backbone on its device, which any number of models may share.
 
-    def __init__(self, key: str, classifier: Classifier, preprocessing: Preprocessing, device: torch.device) -> None:
+    key: the same for the same weights. records: whether passes of a few pictures are worth recording, where that can
+    be done.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        classifier: Classifier,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        *,
+        records: bool = True,
+    ) -> None:
         self.key = key
         self.backbone = classifier.backbone
         self.preprocessing = preprocessing
@@ -41,9 +53,11 @@ class Network:
         self.asked = 0
         # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
         self.features(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop, dtype=torch.uint8))
-        if may_record(device):
+        if records and may_record(device):
+            before = torch.cuda.memory_reserved(device)
             try:
                 self.engine = GraphEngine(self.torch, side=preprocessing.crop, device=device)
+                self.size_bytes += max(0, torch.cuda.memory_reserved(device) - before)
             except (CannotRecord, torch.OutOfMemoryError) as error:
                 log.warning("passes not recorded", network=key, said=str(error).splitlines()[0])
 

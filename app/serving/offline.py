@@ -42,7 +42,7 @@ class OfflineModel:
         Raises ModelUnavailable if the model's files cannot be used.
         """
         artifact, key = read_model(storage.path(f"models/{model_id}"))
-        network = Network(key, artifact.classifier, artifact.preprocessing, device)
+        network = Network(key, artifact.classifier, artifact.preprocessing, device, records=False)
         if uses_built_engine and device.type == "cpu":
             open_built_engine(storage, network)
         model = LoadedModel(model_id, artifact, network)

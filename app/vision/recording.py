@@ -6,13 +6,14 @@ recorded 3.5. Knows tensors; not networks.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Why recording failed in this process. After that torch's allocator and random numbers are not to be trusted with
-# another recording, while what runs kernel by kernel is as before.
+# Why recording failed in this process. After that torch's allocator believes for good that it is under way, so nothing
+# is recorded any more, while what runs kernel by kernel is as before.
 _failures: list[str] = []
 
 
@@ -37,17 +38,25 @@ def record(
     """
     if not may_record(device):
         raise CannotRecord(_failures[0] if _failures else f"{device.type} has no graphs")
-    numbers = torch.cuda.get_rng_state(device)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            outputs = function()
-        return graph, outputs
-    except RuntimeError as error:
-        _failures.append(str(error).strip().splitlines()[0])
-    # Outside of the except block, whose traceback would hold the attempt's tensors. The generator that was being
-    # recorded would refuse to give numbers for good.
-    generators: Any = torch.cuda.default_generators
-    generators[device.index or 0].graphsafe_set_state(torch.Generator(device))
-    torch.cuda.set_rng_state(numbers, device)
+    with torch.cuda.device(device):
+        before, numbers = torch.cuda.current_stream(), torch.cuda.get_rng_state()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=_side_stream(device), capture_error_mode="thread_local"):
+                outputs = function()
+            return graph, outputs
+        except RuntimeError as error:
+            cause = error.__context__ or error  # what broke it; raised is that it is broken
+            _failures.append(str(cause).strip().partition("\n")[0] or type(cause).__name__)
+        # Outside of the except block, whose traceback would hold the attempt's tensors. Torch leaves a broken
+        # recording's stream the current one, and its generator would refuse to give numbers for good.
+        torch.cuda.set_stream(before)
+        generators: Any = torch.cuda.default_generators
+        generators[torch.cuda.current_device()].graphsafe_set_state(torch.Generator(device))
+        torch.cuda.set_rng_state(numbers)
     raise CannotRecord(_failures[0])
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -146,6 +146,16 @@ def test_a_folder_is_gone_on_with_as_it_was_begun(options: Options) -> None:
     ):
         refused = begin_or_go_on(replace(options, **other))  # type: ignore[arg-type]
         assert refused == (f"{options.folder} was begun with {begun}. Give the same again, or another --folder.")
+    # A folder of the first release, which had no choice in these.
+    path = options.folder / "options.json"
+    begun_with = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({k: v for k, v in begun_with.items() if k not in ("side", "batch_size", "learning_rate")})
+    )
+    refused = begin_or_go_on(replace(options, side=96))
+    assert refused is not None
+    assert "was begun with --side 80, --batch-size 96." in refused
+    assert begin_or_go_on(replace(options, batch_size=96)) is None
 
 
 def test_options_that_cannot_be_are_told_in_a_sentence(tmp_path: Path) -> None:
@@ -174,3 +184,18 @@ def test_the_bundled_file_is_small_whole_and_free_of_a_head() -> None:
         features = built(torch.randn(4, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
     assert features.isfinite().all()
     assert float(features.std(0).mean()) > 0  # pictures differ in it
+
+
+def test_a_run_goes_on_on_a_gpu_too(options: Options, pool: Pool, bank: Bank, cuda: torch.device) -> None:
+    there = replace(options, device=cuda)
+    held = Pool.in_memory(bank.to(cuda), count=250, side=80, seed=0)
+    assert (held.pixels.device.type, held.labels.tolist()) == ("cuda", pool.labels.tolist())
+    ended = Run(there, held, bank.class_counts)
+    steps(ended, 8)  # recorded by then
+    ended.save()
+    resumed = Run(there, held, bank.class_counts)
+    assert resumed.resume()
+    steps(resumed, 8)
+    steps(ended, 8)
+    for name, tensor in ended.network.state_dict().items():
+        torch.testing.assert_close(resumed.network.state_dict()[name], tensor, rtol=0.05, atol=0.02)

@@ -167,7 +167,7 @@ def test_a_network_that_has_been_elsewhere_and_back_is_recorded_anew(cuda: torch
 
 
 def test_a_step_never_waits_for_the_device(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recorded or not; the batch has been made."""
+    """Kernel by kernel: a recorded step does no more. The batch has been made."""
     plain = loop._step
     waits: list[str] = []
 

@@ -4,14 +4,19 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import training_builders as builders
+from numpy.typing import NDArray
 
 from app.datasets.packed import PackedPixels, PackedWriter
 from worker.training.pixels import (
+    CPU,
+    Batch,
+    KeptSource,
     PixelSource,
     Split,
     batch_positions,
@@ -148,3 +153,37 @@ def test_a_training_batch_has_its_pictures_with_their_labels(augmentation: str) 
     for positions, batch in zip(batch_positions(22, 5, seed=0, epoch=0), made, strict=True):
         assert batch.labels.tolist() == plan.train.labels[positions].tolist()
         assert batch.inputs.shape == (len(positions), 3, 16, 16)
+
+
+def test_a_kept_source_makes_a_batch_once_as_far_as_there_is_room_and_gives_all_up_when_asked() -> None:
+    source = builders.plan().val
+    made: list[tuple[int, ...]] = []
+
+    class Counted:
+        labels, is_light = source.labels, source.is_light
+
+        def __len__(self) -> int:
+            return len(source)
+
+        def training_batch(self, positions: NDArray[np.int64], **options: Any) -> Batch:
+            return source.training_batch(positions, **options)
+
+        def batch(self, positions: NDArray[np.int64], *, device: torch.device = CPU) -> Batch:
+            made.append(tuple(positions.tolist()))
+            return source.batch(positions, device=device)
+
+    one_batch = source.batch(np.arange(5)).inputs.nbytes
+    kept = KeptSource(Counted(), _free=2 * one_batch)
+    expected = list(ordered_batches(source, batch_size=5))
+    for _ in range(3):
+        for ours, theirs in zip(ordered_batches(kept, batch_size=5), expected, strict=True):
+            assert torch.equal(ours.inputs, theirs.inputs)
+            assert torch.equal(ours.labels, theirs.labels)
+    whole, last = [tuple(range(5)), tuple(range(5, 10))], tuple(range(10, 12))
+    assert made == [*whole, last, last, last]  # two batches of five have taken all the room
+    assert kept.give_up()
+    assert not kept.give_up()
+    made.clear()
+    list(ordered_batches(kept, batch_size=5))
+    list(ordered_batches(kept, batch_size=5))
+    assert made == [*whole, last] * 2

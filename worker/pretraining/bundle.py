@@ -47,6 +47,7 @@ EMA_DECAY = 0.998
 BATCH_NORM_MOMENTUM = 0.05
 CHECKPOINT_SECONDS = 60.0
 # What a work folder's scenes and network follow from.
+_ALWAYS_BEFORE = {"side": 80, "batch_size": 96, "learning_rate": 2e-3}  # in folders of the first release
 _LASTING = ("scenes", "side", "textures", "shapes", "instances", "batch_size", "learning_rate", "seed", "start")
 
 
@@ -166,7 +167,7 @@ class Run:
             index, _, name = key.partition(".")
             like = parameters[int(index)]
             self.optimizer.state[like][name] = (
-                torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
+                torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor.to(like.device)
             )
         self.step, self.seconds = progress["step"], progress["seconds"]
         return True
@@ -309,8 +310,12 @@ def begin_or_go_on(options: Options) -> str | None:
     if not path.exists():
         path.write_text(json.dumps(asked), encoding="utf-8")
         return None
-    begun = asked | json.loads(path.read_text("utf-8"))  # an earlier release asked for less
-    other = [f"--{name} {begun[name]}" if begun[name] is not None else f"no --{name}" for name in _LASTING]
+    begun = _ALWAYS_BEFORE | json.loads(path.read_text("utf-8"))
+    flags = [f"--{name.replace('_', '-')}" for name in _LASTING]
+    other = [
+        f"{flag} {begun[name]}" if begun[name] is not None else f"no {flag}"
+        for flag, name in zip(flags, _LASTING, strict=True)
+    ]
     differing = [said for name, said in zip(_LASTING, other, strict=True) if begun[name] != asked[name]]
     if not differing:
         return None

@@ -2,7 +2,7 @@
 
 A network that tells shape, texture and ground apart has to find edges, outlines and surfaces whatever their colour,
 light and size: what is asked of it follows from the formula, so nothing has to be labelled. Scene i of a seed is always
-the same.
+the same on the same kind of device.
 """
 
 import math

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from app.vision.recording import CannotRecord, may_record, record
+from worker.training.pixels import KeptSource
 
 # Steps of a shape that are taken kernel by kernel before it is recorded. Recording costs about as much as they do, so
 # that a job too short to gain loses no more than twice that; and the first ones load and pick kernels.
@@ -29,15 +30,15 @@ class Lead:
     """How far training is ahead of the GPU. Of no effect on other devices."""
 
     def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
+        self._device = device
         self._ends: deque[torch.cuda.Event] = deque()
 
     def after_step(self) -> None:
         """Waits, without keeping a core busy, until few enough steps are left to do."""
-        if not self._is_cuda:
+        if self._device.type != "cuda":
             return
         end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        end.record()
+        end.record(torch.cuda.current_stream(self._device))
         self._ends.append(end)
         if len(self._ends) > _MOST_AHEAD:
             self._ends.popleft().synchronize()
@@ -73,6 +74,7 @@ class RecordedPasses:
     _recordings: dict[_Shape, _Recording] = field(default_factory=dict)
     _seen: dict[_Shape, int] = field(default_factory=dict)
     _place: tuple[int, ...] = ()
+    _is_given_up: bool = False
 
     def __post_init__(self) -> None:
         self._parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
@@ -82,7 +84,8 @@ class RecordedPasses:
 
         What is returned is overwritten by a later call. Raises what the function raises.
         """
-        if not may_record(inputs[0].device):
+        if self._is_given_up or not may_record(inputs[0].device):
+            self.forget()
             return self.plainly(*inputs)
         shape = tuple((tensor.dtype, tuple(tensor.shape), tensor.stride()) for tensor in inputs)
         if shape not in self._recordings:
@@ -100,6 +103,12 @@ class RecordedPasses:
         """Gives the recordings' memory back."""
         self._recordings.clear()
         self._seen.clear()
+
+    def give_up(self) -> bool:
+        """For want of memory: forgets what was recorded, and records nothing more. Returns whether anything was."""
+        had_any, self._is_given_up = bool(self._recordings), True
+        self.forget()
+        return had_any
 
     def follow(self) -> None:
         """Forgets what was recorded if the network is elsewhere in memory by now: it has been to another device."""
@@ -126,3 +135,16 @@ class RecordedPasses:
     def _clear_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is in a GPU's memory for speed alone: recorded steps and validation passes, and validation's pictures."""
+
+    steps: RecordedPasses
+    validation: RecordedPasses
+    val: KeptSource | None
+
+    def give_up(self) -> bool:
+        """Returns whether there was anything."""
+        return any([self.steps.give_up(), self.validation.give_up(), self.val is not None and self.val.give_up()])

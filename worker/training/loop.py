@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 
 from app.errors import JobFailed
 from app.vision.device import pass_batch_size
+from app.vision.recording import may_record
 from worker.training.augment import cutmix, mixup
-from worker.training.graphs import Lead, RecordedPasses
+from worker.training.graphs import Held, Lead, RecordedPasses
 from worker.training.optim import Schedule, load_optimizer_tensors, optimizer_tensors, set_learning_rates
 from worker.training.pixels import (
     MIX,
@@ -319,27 +320,27 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
     """
     hooks = hooks or Hooks()
     pace = _Pace(state, plan, hooks)
-    if state.device.type == "cuda":
-        plan = replace(plan, val=KeptSource(plan.val))
+    kept = KeptSource(plan.val) if state.device.type == "cuda" else None
+    plan = replace(plan, val=kept or plan.val)
 
     def recorded(function: Callable[..., tuple[Tensor, ...]]) -> RecordedPasses:
         told = "Passes of this network cannot be recorded as a CUDA graph."
         return RecordedPasses(function, state.network, lambda why: hooks.log(told, {"why": why}))
 
-    passes, forward = recorded(partial(_pass, state, plan)), recorded(partial(_forward, state, plan))
+    held = Held(recorded(partial(_pass, state, plan)), recorded(partial(_forward, state, plan)), kept)
     if plan.start_counts and state.best is None and state.total_steps == 0:
-        start = _validate(state, plan, pace, forward)
+        start = _validate(state, plan, pace, held)
         state.keep_if_best(0, val_accuracy=start.accuracy, val_loss=start.loss)
         pace.end_start()
     while not state.is_finished:
-        stop = _train_epoch(state, plan, pace, passes)
+        stop = _train_epoch(state, plan, pace, held)
         if stop and state.epoch > 0 and not pace.is_budget_spent():
             state.is_finished = True
             return
         # Asked to stop within the first epoch, or out of time at the end of a shortened schedule: the weights as they
         # are get validated, so that there is a result.
         with _averaged(state):
-            result = _end_epoch(state, plan, pace, _validate(state, plan, pace, forward))
+            result = _end_epoch(state, plan, pace, _validate(state, plan, pace, held))
         state.is_finished = (
             stop
             or state.epoch >= pace.plan.epochs
@@ -351,7 +352,7 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
         pace.save()
 
 
-def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", passes: RecordedPasses) -> bool:
+def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", held: Held) -> bool:
     """The rest of the running epoch. Returns whether it was asked to end the run."""
     batches = training_batches(
         plan.train,
@@ -363,13 +364,13 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", passes: RecordedPa
         device=state.device,
     )
     state.network.train()
-    passes.follow()
+    held.steps.follow()
     lead = Lead(state.device)
     made = prefetched(batches, device=state.device, are_light=plan.train.is_light)
     with _threads_for(plan.train, state.device), made as prepared:
         for batch in prepared:
             set_learning_rates(state.optimizer, pace.plan.schedule, state.total_steps)
-            _step_in_memory(state, plan, batch, passes, pace.hooks)
+            _step_in_memory(state, plan, batch, held, pace.hooks)
             state.step += 1
             state.total_steps += 1
             lead.after_step()
@@ -392,15 +393,14 @@ def _threads_for(source: Source, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, passes: RecordedPasses, hooks: Hooks) -> None:
-    """One optimiser step; out of memory, the same step again in more and smaller pieces."""
+def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, held: Held, hooks: Hooks) -> None:
+    """One optimiser step; out of memory, the same again: without what is held for speed, then in smaller pieces."""
     halvings = 0
-    while not _attempt(lambda: _step(state, plan, batch, passes)):
+    while not _attempt(lambda: _step(state, plan, batch, held.steps)):
         # Here, outside any except block, nothing holds the failed attempt's tensors any more.
         state.optimizer.zero_grad(set_to_none=True)
-        passes.forget()
-        if state.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if _make_room(state.device, held):
+            continue
         halvings += 1
         if halvings > MAX_HALVINGS or len(batch) // (2 * state.micro_batches) < 2:
             raise _out_of_memory(plan)
@@ -410,6 +410,14 @@ def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, passes: Recorded
             "their effect on the model stays the same.",
             {"micro_batches": state.micro_batches},
         )
+
+
+def _make_room(device: torch.device, held: Held) -> bool:
+    """Returns whether anything was given up for it."""
+    had_any = held.give_up()
+    if may_record(device):  # after a recording that broke, torch refuses
+        torch.cuda.empty_cache()
+    return had_any
 
 
 def _step(state: LoopState, plan: Plan, batch: Batch, passes: RecordedPasses) -> None:
@@ -530,22 +538,23 @@ def _averaged(state: LoopState) -> Iterator[None]:
         _copy_into(state.live, own)
 
 
-def _validate(state: LoopState, plan: Plan, pace: "_Pace", forward: RecordedPasses) -> Measured:
+def _validate(state: LoopState, plan: Plan, pace: "_Pace", held: Held) -> Measured:
     """Mean loss and accuracy on the validation images, or what the plan measures in their place.
 
     Raises JobFailed where the loss is no number.
     """
-    forward.follow()
-    measure = plan.measure or (lambda on_batch: _accuracy(state, plan, forward, on_batch))
+    held.validation.follow()
+    measure = plan.measure or (lambda on_batch: _accuracy(state, plan, held, on_batch))
     found = measure(pace.during_validation)
     if not math.isfinite(found.loss):
         raise _diverged()
     return found
 
 
-def _accuracy(state: LoopState, plan: Plan, forward: RecordedPasses, on_batch: Callable[[], None]) -> Measured:
+def _accuracy(state: LoopState, plan: Plan, held: Held, on_batch: Callable[[], None]) -> Measured:
     state.network.eval()
-    logits = _passed(forward, plan.val, device=state.device, on_batch=on_batch)
+    make_room = partial(_make_room, state.device, held)
+    logits = _passed(held.validation, plan.val, device=state.device, on_batch=on_batch, make_room=make_room)
     return measured(plan.tasks, logits, torch.from_numpy(plan.val.labels))
 
 
@@ -588,8 +597,12 @@ def _passed(
     *,
     device: torch.device,
     on_batch: Callable[[], None],
+    make_room: Callable[[], bool] = lambda: False,
 ) -> Tensor:
-    """What a forward pass gives for the whole source: float32 (N, C) on the CPU."""
+    """What a forward pass gives for the whole source: float32 (N, C) on the CPU.
+
+    make_room: gives up what is in the device's memory for speed alone. Returns whether there was anything.
+    """
     batch_size = pass_batch_size(device.type)
     found: list[Tensor] = []
 
@@ -604,6 +617,8 @@ def _passed(
         for batch in batches:
             start = len(found)
             while not _attempt(lambda start=start, batch=batch: run(start, batch)):  # type: ignore[misc]
+                if make_room():
+                    continue
                 if batch_size == 1:
                     raise _out_of_memory(None)
                 batch_size //= 2

@@ -121,7 +121,7 @@ class PixelSource:
         return Batch(pinned(pixels, device), torch.from_numpy(self.labels[positions]))
 
 
-@dataclass(frozen=True)
+@dataclass
 class KeptSource:
     """A source that is passed again and again, whose batches stay on the GPU once they are made, as far as they fit.
 
@@ -130,6 +130,7 @@ class KeptSource:
 
     source: Source
     _kept: dict[tuple[int, int], Batch] = field(default_factory=dict)
+    _free: int = KEPT_BYTES
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -153,9 +154,22 @@ class KeptSource:
         if (found := self._kept.get(place)) is not None:
             return found
         made = self.source.batch(positions, device=device)
-        if sum(batch.inputs.nbytes for batch in self._kept.values()) + made.inputs.nbytes <= KEPT_BYTES:
-            made = self._kept[place] = Batch(made.inputs.to(device), made.labels)
-        return made
+        if made.inputs.nbytes > self._free:
+            return made
+        try:
+            kept = Batch(made.inputs.to(device), made.labels)
+        except torch.OutOfMemoryError:
+            self._free = 0
+            return made
+        self._kept[place] = kept
+        self._free -= made.inputs.nbytes
+        return kept
+
+    def give_up(self) -> bool:
+        """For want of memory: keeps nothing more. Returns whether anything was kept."""
+        had_any, self._free = bool(self._kept), 0
+        self._kept.clear()
+        return had_any
 
 
 def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generator:
