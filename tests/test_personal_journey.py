@@ -10,7 +10,7 @@ import pytest
 from api_builders import RunningServer, assert_is_problem
 from test_pretraining_journey import train, upload
 
-SMALL: dict[str, Any] = {"image_size": 64}
+SMALL: dict[str, Any] = {"image_size": 96}
 # Of a colour between the classes', so that a model says something of them, and its owner something else.
 MINE = [builders.jpeg(700 + i, tint=(130, 60, 130)) for i in range(6)]
 Files = list[tuple[str, tuple[str | None, Any]]]
