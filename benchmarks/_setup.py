@@ -28,8 +28,8 @@ from app.vision import backbones
 from app.vision.classifier import Classifier
 from app.vision.weights import WeightStore
 from worker.training import loop, methods
-from worker.training.loop import EpochResult
 from worker.training.methods import Training
+from worker.training.state import EpochResult
 
 # Those that docs/benchmarks.md compares: of labelled pictures, with the textbook's recipe too.
 METHODS = ("feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch")

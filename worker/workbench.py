@@ -27,10 +27,12 @@ from worker.reporter import Reporter, ShuttingDown
 from worker.training import loop, methods, self_supervised
 from worker.training.checkpoint import Checkpoint, Checkpoints
 from worker.training.features import FeatureCache
-from worker.training.loop import EpochResult, Hooks, LoopState, Precision, StepProgress
+from worker.training.loop import Hooks, StepProgress
 from worker.training.methods import Conclusion, Surroundings, Training
 from worker.training.pixels import Images
+from worker.training.precision import Precision
 from worker.training.reference import fit_reference
+from worker.training.state import EpochResult, LoopState
 
 _DOWNLOAD_EVENT_SECONDS = 2.0
 # How a training's progress is shared out: passes through frozen stages are all that a head which is solved for takes.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from worker.training import graphs, loop
 from worker.training.graphs import RECORD_AFTER, Lead, RecordedPasses
-from worker.training.loop import Hooks, LoopState, fit
+from worker.training.loop import Hooks, fit
 from worker.training.optim import build_optimizer
+from worker.training.state import LoopState
 
 
 def passes_of(network: nn.Module, *, refused: list[str] | None = None, syncs: bool = False) -> RecordedPasses:

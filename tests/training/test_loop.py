@@ -18,9 +18,10 @@ from app.errors import JobFailed
 from app.storage import LocalStorage
 from worker.training import loop
 from worker.training.checkpoint import Checkpoints
-from worker.training.loop import Hooks, LoopState, Plan, StepProgress, fit, is_gain, predict_logits, trains_batch_norm
+from worker.training.loop import Hooks, Plan, StepProgress, fit, is_gain, predict_logits, trains_batch_norm
 from worker.training.optim import Schedule
 from worker.training.pixels import Source, batch_positions
+from worker.training.state import LoopState, Measured
 
 
 def test_losses_equal_the_textbook_loop_written_by_hand() -> None:
@@ -206,7 +207,7 @@ def test_a_loss_that_is_no_number_fails_as_diverged() -> None:
 
 
 def test_a_measure_that_is_no_number_fails_as_diverged() -> None:
-    plan = builders.plan(measure=lambda _on_batch: loop.Measured(math.nan, None))
+    plan = builders.plan(measure=lambda _on_batch: Measured(math.nan, None))
     with pytest.raises(JobFailed) as failure:
         list(fit(builders.state(builders.network()), plan))
     assert failure.value.code == "diverged"

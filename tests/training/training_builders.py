@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 from worker.training.augment import training_transform
-from worker.training.loop import LoopState, Plan
+from worker.training.loop import Plan
 from worker.training.optim import Schedule, build_optimizer
 from worker.training.pixels import PixelSource, Split, steps_per_epoch
+from worker.training.state import LoopState
 from worker.training.tasks import Tasks
 
 SMALL = Preprocessing(resize=20, crop=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), interpolation="bilinear")

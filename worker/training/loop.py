@@ -4,27 +4,24 @@ All that changes while training is a LoopState: random numbers follow from (seed
 the step. Knows networks and batches; not jobs, not storage: whoever drives it is asked through Hooks.
 """
 
-import copy
 import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from app.errors import JobFailed
 from app.vision.device import pass_batch_size
 from app.vision.recording import may_record
 from worker.training.augment import cutmix, mixup
 from worker.training.graphs import Held, Lead, RecordedPasses
-from worker.training.optim import Schedule, load_optimizer_tensors, optimizer_tensors, set_learning_rates
+from worker.training.optim import Schedule, set_learning_rates
 from worker.training.pixels import (
     MIX,
     NETWORK,
@@ -38,27 +35,15 @@ from worker.training.pixels import (
     torch_seed,
     training_batches,
 )
+from worker.training.precision import Precision
+from worker.training.state import EpochResult, LoopState, Measured, copy_into
 from worker.training.tasks import Tasks
-
-Precision = Literal["fp32", "bf16"]
 
 MAX_HALVINGS = 4
 TICK_SECONDS = 1.0
 CHECKPOINT_SECONDS = 60.0
-# bf16 must be this much faster to be chosen: less is within the noise of a few steps, and fp32 is exact.
-BF16_MIN_GAIN = 1.2
-_PROBE_STEPS = 3
 # Share of a budget that is planned with; the rest is for epochs that take longer than the one before.
 _USABLE_BUDGET = 0.95
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What validation found. accuracy: None where nothing is told apart; figures: further ones, by name."""
-
-    loss: float
-    accuracy: float | None
-    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,26 +94,6 @@ class StepProgress:
 
 
 @dataclass(frozen=True)
-class EpochResult:
-    """One epoch; losses and accuracies are means over images. learning_rate: the head's, at the epoch's last step."""
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float | None
-    val_loss: float
-    val_accuracy: float | None
-    learning_rate: float
-    seconds: float
-    images_per_second: float
-    is_best: bool
-    best_epoch: int
-    best_val_accuracy: float | None
-    best_val_loss: float
-    step: int  # optimiser steps done since the run began
-    figures: dict[str, float] = field(default_factory=dict)  # further ones of the validation
-
-
-@dataclass(frozen=True)
 class Hooks:
     """What the loop asks of whoever drives it.
 
@@ -142,171 +107,6 @@ class Hooks:
     log: Callable[[str, Mapping[str, Any]], None] = lambda _message, _details: None
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     on_step: Callable[[], object] = lambda: None
-
-
-@dataclass
-class Best:
-    """The best validation epoch so far, and a copy on the CPU of the weights that it had."""
-
-    epoch: int
-    val_accuracy: float | None
-    val_loss: float
-    weights: dict[str, Tensor]
-
-    def is_beaten_by(self, val_accuracy: float | None, val_loss: float) -> bool:
-        """By accuracy; among equals, by loss. Without accuracies, by whatever comes later."""
-        if val_accuracy is None or self.val_accuracy is None:
-            return True
-        return (val_accuracy, -val_loss) > (self.val_accuracy, -self.val_loss)
-
-
-@dataclass
-class LoopState:
-    """All that changes while training. epoch and step: done epochs, and done steps of the one after them."""
-
-    network: nn.Module
-    optimizer: Optimizer
-    precision: Precision
-    sums: Tensor  # (3,) on the device: loss times images, correct, images of the running epoch
-    ema: dict[str, Tensor] | None = None
-    ema_decay: float = 0.0
-    epoch: int = 0
-    step: int = 0
-    total_steps: int = 0
-    micro_batches: int = 1
-    epochs_without_gain: int = 0
-    reached_accuracy: float = -1.0  # the last gain that chance does not explain; below all before the first epoch
-    epoch_seconds: float = 0.0  # training time of the running epoch, over all attempts
-    elapsed_seconds: float = 0.0  # of all done epochs, and of validating the start
-    is_finished: bool = False
-    val_accuracies: list[float] = field(default_factory=list)  # one per done epoch
-    best: Best | None = None
-    _live: dict[str, Tensor] = field(default_factory=dict)
-    _trained: nn.Parameter | None = None  # any one
-    epochs: int | None = None  # fewer than planned, where budget_seconds has no room for all
-
-    @classmethod
-    def begin(cls, network: nn.Module, optimizer: Optimizer, *, precision: Precision, ema: float) -> "LoopState":
-        """The state before the first step. The network has been frozen as it shall be, and stays on its device.
-
-        ema: decay per step of the moving average of the weights; 0 for none.
-        """
-        network.train()
-        device = next(network.parameters()).device
-        weights = network.state_dict()
-        live = {name: weights[name] for name in changing_tensors(network)}
-        return cls(
-            network=network,
-            optimizer=optimizer,
-            precision=precision,
-            sums=torch.zeros(3, dtype=_sum_dtype(device), device=device),
-            ema={name: tensor.clone() for name, tensor in live.items()} if ema > 0 else None,
-            ema_decay=ema,
-            _live=live,
-            _trained=next(parameter for parameter in network.parameters() if parameter.requires_grad),
-        )
-
-    @property
-    def device(self) -> torch.device:
-        return self.sums.device
-
-    @property
-    def live(self) -> dict[str, Tensor]:
-        """What training changes, by name, in the network's own memory.
-
-        Kept, since collecting it anew takes 5 % of a step of fine_tuning; and collected anew where it is another's
-        memory by now: a network that has been to another device and back has a new one.
-        """
-        assert self._trained is not None
-        memory = self._trained.data_ptr()
-        if all(tensor.data_ptr() != memory for tensor in self._live.values()):
-            weights = self.network.state_dict()
-            self._live = {name: weights[name] for name in self._live}
-        return self._live
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the state, by name, on the CPU and contiguous."""
-        named = {f"network.{name}": tensor for name, tensor in self.live.items()}
-        named |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
-        named |= {f"ema.{name}": tensor for name, tensor in (self.ema or {}).items()}
-        named |= {f"best.{name}": tensor for name, tensor in (self.best.weights if self.best else {}).items()}
-        named["sums"] = self.sums
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
-
-    def numbers(self) -> dict[str, Any]:
-        """All numbers of the state, for JSON."""
-        best = self.best
-        return {
-            "precision": self.precision,
-            "epoch": self.epoch,
-            "step": self.step,
-            "total_steps": self.total_steps,
-            "micro_batches": self.micro_batches,
-            "epochs_without_gain": self.epochs_without_gain,
-            "reached_accuracy": self.reached_accuracy,
-            "epoch_seconds": self.epoch_seconds,
-            "elapsed_seconds": self.elapsed_seconds,
-            "is_finished": self.is_finished,
-            "epochs": self.epochs,
-            "val_accuracies": list(self.val_accuracies),
-            "best": best and {"epoch": best.epoch, "val_accuracy": best.val_accuracy, "val_loss": best.val_loss},
-        }
-
-    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Puts back what tensors() and numbers() gave, into a state that was begun alike."""
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "optimizer": {}, "ema": {}, "best": {}}
-        for key, tensor in tensors.items():
-            part, _, name = key.partition(".")
-            if name:
-                parts[part][name] = tensor
-        _copy_into(self.live, parts["network"])
-        load_optimizer_tensors(self.optimizer, parts["optimizer"])
-        if self.ema is not None:
-            for name, tensor in parts["ema"].items():
-                self.ema[name].copy_(tensor)
-        self.sums.copy_(tensors["sums"])
-        plain = {name: value for name, value in numbers.items() if name != "best"}
-        for name, value in plain.items():
-            setattr(self, name, value)
-        self.best = Best(**numbers["best"], weights=parts["best"]) if numbers["best"] else None
-
-    def keep_if_best(self, epoch: int, *, val_accuracy: float | None, val_loss: float) -> bool:
-        """Keeps the network's weights as the best epoch's, if it beats the one before."""
-        if self.best is not None and not self.best.is_beaten_by(val_accuracy, val_loss):
-            return False
-        kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.live.items()}
-        self.best = Best(epoch, val_accuracy, val_loss, kept)
-        return True
-
-    def finish_in_one(
-        self, train: Measured, val: Measured, *, learning_rate: float, seconds: float, images: int
-    ) -> EpochResult:
-        """Ends a run whose weights are final without any step, as one epoch."""
-        assert val.accuracy is not None
-        self.keep_if_best(1, val_accuracy=val.accuracy, val_loss=val.loss)
-        self.val_accuracies.append(val.accuracy)
-        self.epoch, self.is_finished, self.elapsed_seconds = 1, True, seconds
-        return EpochResult(
-            epoch=1,
-            train_loss=train.loss,
-            train_accuracy=train.accuracy,
-            val_loss=val.loss,
-            val_accuracy=val.accuracy,
-            learning_rate=learning_rate,
-            seconds=seconds,
-            images_per_second=images / max(seconds, 1e-9),
-            is_best=True,
-            best_epoch=1,
-            best_val_accuracy=val.accuracy,
-            best_val_loss=val.loss,
-            step=0,
-            figures=val.figures,
-        )
-
-    def load_best(self) -> None:
-        """Makes the network what it was at its best validation epoch."""
-        assert self.best is not None
-        _copy_into(self.live, self.best.weights)
 
 
 def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[EpochResult, None, None]:
@@ -531,11 +331,11 @@ def _averaged(state: LoopState) -> Iterator[None]:
         yield
         return
     own = {name: tensor.clone() for name, tensor in state.live.items()}
-    _copy_into(state.live, state.ema)
+    copy_into(state.live, state.ema)
     try:
         yield
     finally:
-        _copy_into(state.live, own)
+        copy_into(state.live, own)
 
 
 def _validate(state: LoopState, plan: Plan, pace: "_Pace", held: Held) -> Measured:
@@ -777,56 +577,9 @@ class _Pace:
         return min(1.0, (self._state.epoch + self._state.step / self._steps) / self.plan.epochs)
 
 
-def changing_tensors(network: nn.Module) -> tuple[str, ...]:
-    """Names in the state dict that training changes: trainable parameters, and buffers of modules in training mode.
-
-    The network is in training mode, with its frozen parts in eval mode: their batch-norm statistics do not move.
-    """
-    names = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    for prefix, module in network.named_modules():
-        if module.training:
-            names |= {f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)}
-    return tuple(name for name in network.state_dict() if name in names)
-
-
 def trains_batch_norm(network: nn.Module) -> bool:
     """Whether any batch-norm uses the statistics of its batch: those need two images or more."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in network.modules())
-
-
-def choose_precision(
-    network: nn.Module, normalise: Callable[[Tensor], Tensor], *, image_size: int, batch_size: int, seed: int
-) -> Precision:
-    """fp32 or bf16, whichever trains this network faster on its device, by a few steps on noise; the network is kept.
-
-    On cuda bf16 always: every card with bf16 has units for it. On CPUs it pays for dense convolutions and not for
-    depthwise ones, so it is measured; elsewhere fp32.
-    """
-    device = next(network.parameters()).device
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    if device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "fp32"
-    twin = copy.deepcopy(network)
-    random = np.random.default_rng(seed)
-    pixels = torch.from_numpy(random.integers(0, 256, (min(batch_size, 16), image_size, image_size, 3), np.uint8))
-    images = normalise(pixels.permute(0, 3, 1, 2))
-    seconds = {precision: _probe(twin, images, precision) for precision in ("fp32", "bf16")}
-    return "bf16" if seconds["fp32"] > BF16_MIN_GAIN * seconds["bf16"] else "fp32"
-
-
-def _probe(network: nn.Module, images: Tensor, precision: str) -> float:
-    """Seconds of the fastest of a few training steps, after one to warm up."""
-    best = math.inf
-    for step in range(_PROBE_STEPS + 1):
-        start = time.perf_counter()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            loss = network(images).float().logsumexp(1).sum()
-        loss.backward()
-        network.zero_grad(set_to_none=True)
-        if step > 0:
-            best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _attempt(action: Callable[[], None]) -> bool:
@@ -841,15 +594,6 @@ def _attempt(action: Callable[[], None]) -> bool:
             return False
         raise
     return True
-
-
-@torch.no_grad()
-def _copy_into(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    torch._foreach_copy_([live[name] for name in tensors], list(tensors.values()))
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def _diverged() -> JobFailed:

@@ -34,21 +34,13 @@ from app.vision.prototypes import Prototypes
 from worker.training.augment import training_transform
 from worker.training.features import Activations, ActivationSource, FeatureCache, activations, plain_features
 from worker.training.forecast import Forecast, Point, forecast
-from worker.training.loop import (
-    EpochResult,
-    LoopState,
-    Measured,
-    Plan,
-    Precision,
-    choose_precision,
-    measured,
-    predict_logits,
-    trains_batch_norm,
-)
+from worker.training.loop import Plan, measured, predict_logits, trains_batch_norm
 from worker.training.optim import Schedule, build_optimizer
 from worker.training.pixels import Images, PixelSource, Source, Split, class_counts, steps_per_epoch
+from worker.training.precision import Precision, choose_precision
 from worker.training.probe import DEFAULT_STRENGTH, Probe, fit_probe, learning_curve
 from worker.training.prototypes import fit_prototypes
+from worker.training.state import EpochResult, LoopState, Measured
 from worker.training.tasks import Tasks, of_task
 
 # torch's own default, which most of torchvision's networks were trained with.

@@ -23,7 +23,7 @@ from app.jobs.request import FEWEST_TOGETHER, MAX_CHECKED
 from app.jobs.spec import TrainingSpec
 from app.vision.backbones import Backbone
 from app.vision.classifier import Classifier
-from worker.training.loop import LoopState, Measured, Plan, Precision, choose_precision
+from worker.training.loop import Plan
 from worker.training.methods import (
     Conclusion,
     SplitPixels,
@@ -44,6 +44,8 @@ from worker.training.pixels import (
     ordered_batches,
     random_stream,
 )
+from worker.training.precision import Precision, choose_precision
+from worker.training.state import LoopState, Measured
 from worker.training.tasks import Tasks, of_task
 
 EXPANDED_WIDTH = 512
