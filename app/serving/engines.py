@@ -124,11 +124,8 @@ class GraphEngine:
             pixels = torch.zeros(size, side, side, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
             plain.on_device(pixels)  # picks kernels, which cannot be done while recording
             pool = next((recorded.pool() for recorded, _, _ in self._graphs.values()), None)
-            graph, (features,) = record(partial(self._pass, pixels), device=device, pool=pool)
+            graph, features = record(partial(plain.on_device, pixels), device=device, pool=pool)
             self._graphs[size] = graph, pixels, features
-
-    def _pass(self, pixels: Tensor) -> tuple[Tensor]:
-        return (self._plain.on_device(pixels),)
 
     def features(self, pixels: Tensor) -> Tensor:
         size = next((size for size in _GRAPH_SIZES if size >= len(pixels)), None)

@@ -7,10 +7,11 @@ recorded 3.5. Knows tensors; not networks.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+
+Made = TypeVar("Made")
 
 # Why recording failed in this process. After that torch's allocator believes for good that it is under way, so nothing
 # is recorded any more, while what runs kernel by kernel is as before.
@@ -27,9 +28,9 @@ def may_record(device: torch.device) -> bool:
 
 
 def record(
-    function: Callable[[], tuple[Tensor, ...]], *, device: torch.device, pool: Any = None
-) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """What replays the function's kernels on the same memory, and the tensors that it then writes to.
+    function: Callable[[], Made], *, device: torch.device, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Made]:
+    """What replays the function's kernels on the same memory, and what it returned: tensors that are then written to.
 
     The function must have run before, so that kernels are loaded; it is not run here. It does the same work each time,
     never waits for the device, and what it reads stays in its place in memory. Other threads may go on meanwhile. pool:

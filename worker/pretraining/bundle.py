@@ -12,13 +12,11 @@ Supervision by formula: Kataoka et al. 2020 and 2022. That it beat contrastive l
 """
 
 import argparse
-import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,10 @@ from app.vision.device import resolve_device
 from app.vision.preprocessing import normalise
 from worker.pretraining.scenes import NOT_ASKED, TASKS, Bank, Pool
 from worker.training.graphs import RecordedPasses
+from worker.training.optim import load_optimizer_tensors, optimizer_tensors
 from worker.training.pixels import on_device
+from worker.training.precision import autocast
+from worker.training.state import copy_into, move_average
 
 # Sides that the network sees over that of a scene, and from which share of the training on: small ones teach as much
 # and cost less.
@@ -97,9 +98,8 @@ class Run:
         if options.start is not None:
             load_backbone(self.network.backbone, options.start)
         self.optimizer = torch.optim.AdamW(_parameter_groups(self.network), lr=options.learning_rate, fused=True)
-        self.average = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
-        self._live = [tensor for _, tensor in sorted(self.network.state_dict().items())]
-        self._averaged = [tensor for _, tensor in sorted(self.average.items())]
+        self._live = self.network.state_dict()
+        self.average = {name: tensor.clone() for name, tensor in self._live.items()}
         self._passes = RecordedPasses(self._pass, self.network)
         self.step, self.seconds = 0, 0.0
 
@@ -136,13 +136,9 @@ class Run:
 
     def save(self) -> None:
         """Whole or not at all: written beside the one before, then renamed over it."""
-        states = {
-            f"optimizer.{i}.{name}": tensor
-            for i, entry in self.optimizer.state_dict()["state"].items()
-            for name, tensor in entry.items()
-        }
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()} | states
+        tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
         staged = self._options.folder / "checkpoint.part"
         safetensors.torch.save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
@@ -160,15 +156,8 @@ class Run:
             progress = json.loads(file.metadata()["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         self.network.load_state_dict(_part(tensors, "network"))
-        for name, tensor in _part(tensors, "average").items():
-            self.average[name].copy_(tensor)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for key, tensor in _part(tensors, "optimizer").items():
-            index, _, name = key.partition(".")
-            like = parameters[int(index)]
-            self.optimizer.state[like][name] = (
-                torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor.to(like.device)
-            )
+        copy_into(self.average, _part(tensors, "average"))
+        load_optimizer_tensors(self.optimizer, _part(tensors, "optimizer"))
         self.step, self.seconds = progress["step"], progress["seconds"]
         return True
 
@@ -182,12 +171,13 @@ class Run:
         (figures,) = self._passes(*self._batch())
         nn.utils.clip_grad_norm_(self.network.parameters(), LARGEST_GRADIENT)
         self.optimizer.step()
-        self._average()
+        move_average(self.average, self._live, decay=EMA_DECAY, step=self.step)
         return figures
 
     def _pass(self, images: Tensor, labels: Tensor) -> tuple[Tensor]:
         """Forward and backward; returns what _train_step does."""
-        with self._autocast():
+        # bf16 on a GPU only: on CPUs this network's depthwise convolutions train slower in it.
+        with autocast(images.device, "bf16" if images.device.type == "cuda" else "fp32"):
             answers = [answer.float() for answer in self.network(images)]
         loss = torch.stack(
             [
@@ -204,11 +194,6 @@ class Run:
 
     def _no_sums(self) -> Tensor:
         return torch.zeros((3, len(TASKS)), device=self._options.device)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        # On a GPU only: on CPUs this network's depthwise convolutions train slower in bf16.
-        is_cuda = self._options.device.type == "cuda"
-        return torch.autocast("cuda", dtype=torch.bfloat16) if is_cuda else nullcontext()
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         """The step's scenes, in one size and part for all, maybe mirrored: float32 (N, 3, S, S) and int64 (N, 3)."""
@@ -242,19 +227,6 @@ class Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
-        floating = [average.is_floating_point() for average in self._averaged]
-        torch._foreach_lerp_(
-            list(itertools.compress(self._averaged, floating)),
-            list(itertools.compress(self._live, floating)),
-            1 - decay,
-        )
-        for average, live in zip(self._averaged, self._live, strict=True):
-            if not average.is_floating_point():
-                average.copy_(live)
 
 
 def save_backbone(weights: Mapping[str, Tensor], path: Path) -> None:

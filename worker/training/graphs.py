@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from app.vision.recording import CannotRecord, may_record, record
-from worker.training.pixels import KeptSource
 
 # Steps of a shape that are taken kernel by kernel before it is recorded. Recording costs about as much as they do, so
 # that a job too short to gain loses no more than twice that; and the first ones load and pick kernels.
@@ -135,16 +134,3 @@ class RecordedPasses:
     def _clear_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
-
-
-@dataclass(frozen=True)
-class Held:
-    """What is in a GPU's memory for speed alone: recorded steps and validation passes, and validation's pictures."""
-
-    steps: RecordedPasses
-    validation: RecordedPasses
-    val: KeptSource | None
-
-    def give_up(self) -> bool:
-        """Returns whether there was anything."""
-        return any([self.steps.give_up(), self.validation.give_up(), self.val is not None and self.val.give_up()])

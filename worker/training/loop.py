@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -20,7 +20,7 @@ from app.errors import JobFailed
 from app.vision.device import pass_batch_size
 from app.vision.recording import may_record
 from worker.training.augment import cutmix, mixup
-from worker.training.graphs import Held, Lead, RecordedPasses
+from worker.training.graphs import Lead, RecordedPasses
 from worker.training.optim import Schedule, set_learning_rates
 from worker.training.pixels import (
     MIX,
@@ -35,8 +35,8 @@ from worker.training.pixels import (
     torch_seed,
     training_batches,
 )
-from worker.training.precision import Precision
-from worker.training.state import EpochResult, LoopState, Measured, copy_into
+from worker.training.precision import Precision, autocast
+from worker.training.state import EpochResult, LoopState, Measured, copy_into, move_average
 from worker.training.tasks import Tasks
 
 MAX_HALVINGS = 4
@@ -109,6 +109,19 @@ class Hooks:
     on_step: Callable[[], object] = lambda: None
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What is in a GPU's memory for speed alone: recorded steps and validation passes, and validation's pictures."""
+
+    steps: RecordedPasses
+    validation: RecordedPasses
+    val: KeptSource | None
+
+    def give_up(self) -> bool:
+        """Returns whether there was anything."""
+        return any([self.steps.give_up(), self.validation.give_up(), self.val is not None and self.val.give_up()])
+
+
 def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[EpochResult, None, None]:
     """Trains from wherever `state` is to the end; after each epoch's validation yields its result.
 
@@ -127,7 +140,11 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
         told = "Passes of this network cannot be recorded as a CUDA graph."
         return RecordedPasses(function, state.network, lambda why: hooks.log(told, {"why": why}))
 
-    held = Held(recorded(partial(_pass, state, plan)), recorded(partial(_forward, state, plan)), kept)
+    held = _Held(
+        recorded(partial(_pass, state, plan)),
+        recorded(partial(_forward, state.network, plan.normalise, state.precision)),
+        kept,
+    )
     if plan.start_counts and state.best is None and state.total_steps == 0:
         start = _validate(state, plan, pace, held)
         state.keep_if_best(0, val_accuracy=start.accuracy, val_loss=start.loss)
@@ -152,7 +169,7 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
         pace.save()
 
 
-def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", held: Held) -> bool:
+def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", held: _Held) -> bool:
     """The rest of the running epoch. Returns whether it was asked to end the run."""
     batches = training_batches(
         plan.train,
@@ -193,7 +210,7 @@ def _threads_for(source: Source, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, held: Held, hooks: Hooks) -> None:
+def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, held: _Held, hooks: Hooks) -> None:
     """One optimiser step; out of memory, the same again: without what is held for speed, then in smaller pieces."""
     halvings = 0
     while not _attempt(lambda: _step(state, plan, batch, held.steps)):
@@ -212,7 +229,7 @@ def _step_in_memory(state: LoopState, plan: Plan, batch: Batch, held: Held, hook
         )
 
 
-def _make_room(device: torch.device, held: Held) -> bool:
+def _make_room(device: torch.device, held: _Held) -> bool:
     """Returns whether anything was given up for it."""
     had_any = held.give_up()
     if may_record(device):  # after a recording that broke, torch refuses
@@ -235,7 +252,8 @@ def _step(state: LoopState, plan: Plan, batch: Batch, passes: RecordedPasses) ->
             for part in _parts(len(labels), state.micro_batches)
         ]
     state.optimizer.step()
-    _update_ema(state)
+    if state.ema is not None:
+        move_average(state.ema, state.live, decay=state.ema_decay, step=state.total_steps)
     # Last, so that an attempt that runs out of memory is counted once.
     loss_sum, right, images_seen = state.sums.unbind()
     for loss, right_here in found:
@@ -253,7 +271,7 @@ def _pass(
     gradient is the whole batch's.
     """
     weights = _class_weights(state, plan)
-    with _autocast(state.device, state.precision):
+    with autocast(state.device, state.precision):
         output = state.network(images)
     if plan.measure is not None:
         losses, right = output.float(), torch.zeros((), device=state.device)
@@ -267,11 +285,6 @@ def _pass(
 
 def _class_weights(state: LoopState, plan: Plan) -> Tensor | None:
     return None if plan.class_weights is None else _on_device(plan.class_weights, state.device)
-
-
-def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    # Not autocast's own `enabled`: being off costs it a tenth of the step of a head.
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 @lru_cache(maxsize=1)  # mixing a seed takes a tenth of the step of a head
@@ -311,19 +324,6 @@ def _parts(count: int, parts: int) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise(edges)]
 
 
-@torch.no_grad()
-def _update_ema(state: LoopState) -> None:
-    if state.ema is None:
-        return
-    # A young average follows faster, else it would hold on to the random head for 1 / (1 - decay) steps.
-    decay = min(state.ema_decay, (1 + state.total_steps) / (10 + state.total_steps))
-    floating = [name for name, average in state.ema.items() if average.is_floating_point()]
-    # One kernel where there is one for lists: on a GPU launching one for each tensor would be part of a short step.
-    torch._foreach_lerp_([state.ema[name] for name in floating], [state.live[name] for name in floating], 1 - decay)
-    for name in state.ema.keys() - set(floating):
-        state.ema[name].copy_(state.live[name])
-
-
 @contextmanager
 def _averaged(state: LoopState) -> Iterator[None]:
     """The network with its averaged weights, where there are any; its own are back at the end."""
@@ -338,7 +338,7 @@ def _averaged(state: LoopState) -> Iterator[None]:
         copy_into(state.live, own)
 
 
-def _validate(state: LoopState, plan: Plan, pace: "_Pace", held: Held) -> Measured:
+def _validate(state: LoopState, plan: Plan, pace: "_Pace", held: _Held) -> Measured:
     """Mean loss and accuracy on the validation images, or what the plan measures in their place.
 
     Raises JobFailed where the loss is no number.
@@ -351,16 +351,11 @@ def _validate(state: LoopState, plan: Plan, pace: "_Pace", held: Held) -> Measur
     return found
 
 
-def _accuracy(state: LoopState, plan: Plan, held: Held, on_batch: Callable[[], None]) -> Measured:
+def _accuracy(state: LoopState, plan: Plan, held: _Held, on_batch: Callable[[], None]) -> Measured:
     state.network.eval()
     make_room = partial(_make_room, state.device, held)
     logits = _passed(held.validation, plan.val, device=state.device, on_batch=on_batch, make_room=make_room)
     return measured(plan.tasks, logits, torch.from_numpy(plan.val.labels))
-
-
-def _forward(state: LoopState, plan: Plan, inputs: Tensor) -> tuple[Tensor]:
-    with _autocast(state.device, state.precision):
-        return (state.network(plan.normalise(inputs)).float(),)
 
 
 def measured(tasks: Tasks, logits: Tensor, labels: Tensor) -> Measured:
@@ -382,13 +377,15 @@ def predict_logits(
 
     Leaves the network in eval mode.
     """
-
-    def forward(inputs: Tensor) -> tuple[Tensor]:
-        with _autocast(device, precision):
-            return (network(normalise(inputs)).float(),)
-
     network.eval()
-    return _passed(forward, source, device=device, on_batch=on_batch)
+    return _passed(partial(_forward, network, normalise, precision), source, device=device, on_batch=on_batch)
+
+
+def _forward(
+    network: nn.Module, normalise: Callable[[Tensor], Tensor], precision: Precision, inputs: Tensor
+) -> tuple[Tensor]:
+    with autocast(inputs.device, precision):
+        return (network(normalise(inputs)).float(),)
 
 
 def _passed(

@@ -131,7 +131,7 @@ class LoopState:
         named |= {f"ema.{name}": tensor for name, tensor in (self.ema or {}).items()}
         named |= {f"best.{name}": tensor for name, tensor in (self.best.weights if self.best else {}).items()}
         named["sums"] = self.sums
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named.items()}
+        return _on_cpu(named)
 
     def numbers(self) -> dict[str, Any]:
         """All numbers of the state, for JSON."""
@@ -162,8 +162,7 @@ class LoopState:
         copy_into(self.live, parts["network"])
         load_optimizer_tensors(self.optimizer, parts["optimizer"])
         if self.ema is not None:
-            for name, tensor in parts["ema"].items():
-                self.ema[name].copy_(tensor)
+            copy_into(self.ema, parts["ema"])
         self.sums.copy_(tensors["sums"])
         plain = {name: value for name, value in numbers.items() if name != "best"}
         for name, value in plain.items():
@@ -174,8 +173,7 @@ class LoopState:
         """Keeps the network's weights as the best epoch's, if it beats the one before."""
         if self.best is not None and not self.best.is_beaten_by(val_accuracy, val_loss):
             return False
-        kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.live.items()}
-        self.best = Best(epoch, val_accuracy, val_loss, kept)
+        self.best = Best(epoch, val_accuracy, val_loss, _on_cpu(self.live))
         return True
 
     def finish_in_one(
@@ -225,6 +223,22 @@ def changing_tensors(network: nn.Module) -> tuple[str, ...]:
 def copy_into(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Over the live tensors of the same names, in their own memory."""
     torch._foreach_copy_([live[name] for name in tensors], list(tensors.values()))
+
+
+@torch.no_grad()
+def move_average(average: Mapping[str, Tensor], live: Mapping[str, Tensor], *, decay: float, step: int) -> None:
+    """A step of the moving average of weights; what is no floating point number is as it is in `live`."""
+    # A young average follows faster, else it would hold on to the random start for 1 / (1 - decay) steps.
+    decay = min(decay, (1 + step) / (10 + step))
+    floating = [name for name, tensor in average.items() if tensor.is_floating_point()]
+    # One kernel where there is one for lists: on a GPU launching one for each tensor would be part of a short step.
+    torch._foreach_lerp_([average[name] for name in floating], [live[name] for name in floating], 1 - decay)
+    for name in average.keys() - set(floating):
+        average[name].copy_(live[name])
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
