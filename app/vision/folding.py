@@ -6,22 +6,26 @@ times as fast for mobilenet_v3_small, 2.0 for mobilenet_v2, 1.6 for efficientnet
 rounding: by a millionth of the largest.
 """
 
-from collections import OrderedDict
+import copy
 from collections.abc import Callable
+from itertools import chain
+from typing import Any
 
-from torch import Tensor, fx, nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from app.vision.backbones import Backbone
+from app.vision.backbones import BACKBONES, Backbone
 from app.vision.classifier import Classifier
 
 
 def folded(backbone: Backbone) -> Backbone:
     """The backbone, which is in eval mode, for inference. Shares with it whatever has no batch-norm."""
-    stages = OrderedDict((name, _folded(stage)) for name, stage in backbone.stages.named_children())
-    found = Backbone(backbone.name, stages, feature_width=backbone.feature_width, layout=backbone.layout)
-    found.reads_all = backbone.reads_all
-    return found.eval()
+    found: Backbone = _twin(backbone)
+    _fold(found, backbone.name)
+    return found
 
 
 def folded_prefix(classifier: Classifier) -> Callable[[Tensor], Tensor]:
@@ -29,23 +33,59 @@ def folded_prefix(classifier: Classifier) -> Callable[[Tensor], Tensor]:
     frozen = len(classifier.frozen_stage_names)
     if frozen == len(classifier.stage_names):
         return folded(classifier.backbone)
-    return nn.Sequential(*[_folded(stage) for stage in list(classifier.backbone.stages)[:frozen]]).eval()
+    found = nn.Sequential(*[_twin(stage) for stage in list(classifier.backbone.stages)[:frozen]])
+    _fold(found, classifier.backbone.name)
+    return found
 
 
-def _folded(stage: nn.Module) -> nn.Module:
-    if not any(isinstance(module, nn.BatchNorm2d) for module in stage.modules()):
-        return stage
-    traced = fx.symbolic_trace(stage)
-    modules = dict(traced.named_modules())
-    for norm in list(traced.graph.nodes):
-        if norm.op != "call_module" or not isinstance(modules[norm.target], nn.BatchNorm2d):
-            continue
-        before = norm.args[0]
-        is_folded = before.op == "call_module" and len(before.users) == 1
-        if is_folded and isinstance(modules[before.target], nn.Conv2d):
-            traced.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[norm.target]))
-            norm.replace_all_uses_with(before)
-            traced.graph.erase_node(norm)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced
+def _twin(network: nn.Module) -> Any:
+    """Modules of its own around the same tensors, in eval mode: nothing that is done to it reaches the network."""
+    tensors = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
+    return copy.deepcopy(network, memo=tensors).eval()
+
+
+def _fold(network: nn.Module, name: str) -> None:
+    """Folds what a pass of one picture shows to follow each other, where nothing else reads what is between them.
+
+    Not by torch.fx: while that traces, calls of modules fail in all other threads of the process.
+    """
+    paths = {module: path for path, module in network.named_modules()}
+    if not any(isinstance(module, nn.BatchNorm2d) for module in paths):
+        return
+    made: dict[int, tuple[Tensor, nn.Conv2d]] = {}
+    pairs: list[tuple[Tensor, nn.Conv2d, nn.BatchNorm2d]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            made[id(output)] = output, module
+        elif isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in made:
+            pairs.append((*made[id(inputs[0])], module))
+
+    hooks = [module.register_forward_hook(note) for module in paths]
+    spec, parameter = BACKBONES[name], next(network.parameters())
+    side = spec.fixed_image_size or spec.min_image_size
+    with torch.no_grad(), _Reads() as reads:
+        network(parameter.new_zeros(1, 3, side, side))
+    for hook in hooks:
+        hook.remove()
+    for between, convolution, norm in pairs:
+        if reads.count(between) == 1:
+            network.set_submodule(paths[convolution], fuse_conv_bn_eval(convolution, norm))
+            network.set_submodule(paths[norm], nn.Identity())
+
+
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which tensors operations of this thread take, and keeps them, lest another gets the same id."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._taken: list[Tensor] = []
+
+    def count(self, tensor: Tensor) -> int:
+        return sum(taken is tensor for taken in self._taken)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._taken.extend(value for value in tree_leaves(args) if isinstance(value, Tensor))
+        return func(*args, **(kwargs or {}))

@@ -1,5 +1,8 @@
 """Batch-norms folded into convolutions: the same numbers from fewer layers, and the network stays what it was."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,3 +114,26 @@ def test_the_layout_in_memory_stays() -> None:
     dense = [m for m in convolutions if m.weight.shape[1] > 1]
     assert dense
     assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in dense)
+
+
+@torch.inference_mode()
+def test_other_threads_go_on_while_one_folds() -> None:
+    # torch.fx replaces nn.Module.__call__ for the whole process while it traces.
+    backbone = trained("mobilenet_v3_small")
+    expected = backbone(pictures(64))
+    done = threading.Event()
+
+    def fold() -> None:
+        with torch.inference_mode():
+            for _ in range(10):
+                folded(backbone)
+        done.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        folding = pool.submit(fold)
+        passes = 0
+        while not done.is_set() and not folding.done():
+            assert torch.equal(backbone(pictures(64)), expected)
+            passes += 1
+        folding.result()
+    assert passes > 10
