@@ -6,37 +6,42 @@ r"""What a start is worth: the bundled backbone against random weights, training
 Each run takes so many training images of each class, another choice for each seed, and is measured on all validation
 images. probe: the head alone, solved for (feature_extraction). tuned: full_fine_tuning. scratch: from_scratch, in twice
 the epochs of tuned; and in the seconds that the probe, or tuning, takes with graft_small, measured just before it,
-features included. Random is an untrained network's features. A JSON line is written per run, and runs that the file
-has are not made again.
+features included. Random is an untrained network's features. The probe after self_supervised reads a network that first
+saw all training images of the set, not their labels, for two minutes at 96 pixels; two_trees has too few for that. A
+JSON line is written per run, and runs that the file has are not made again.
 """
 
 import argparse
+import copy
 import itertools
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _setup import Ingested, fitted, hardware, ingested, markdown, measure, resolved
+from _setup import Ingested, classifier, fitted, hardware, ingested, markdown, measure, resolved
 
 from app.datasets.manifest import Manifest
 from app.jobs.spec import DatasetFacts
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision.backbones import BACKBONES
+from app.vision.classifier import Classifier
 from app.vision.weights import WeightStore
-from worker.training import methods
+from worker.training import methods, self_supervised
 from worker.training.features import FeatureCache
 from worker.training.methods import Surroundings
 
 # Training from nothing is "scratch", so that nothing is tuned from random weights.
 # Behind a network's name, where the head reads that alone; else it reads what it would in a job.
 LAST_LAYER = ", last layer"
+PRETRAINED = "probe after self_supervised"
 STARTS = {
     "probe": (
         "random",
@@ -45,12 +50,19 @@ STARTS = {
         f"random{LAST_LAYER}",
         f"graft_small{LAST_LAYER}",
     ),
+    PRETRAINED: ("graft_small", "mobilenet_v3_small"),
     "tuned": ("graft_small", "mobilenet_v3_small"),
     "scratch": ("random",),
     "scratch in the probe's time": ("random",),
     "scratch in tuning's time": ("random",),
 }
-METHODS = {"probe": "feature_extraction", "tuned": "full_fine_tuning", "scratch": "from_scratch"}
+METHODS = {
+    "probe": "feature_extraction",
+    PRETRAINED: "feature_extraction",
+    "tuned": "full_fine_tuning",
+    "scratch": "from_scratch",
+}
+PRETRAINING_SECONDS, PRETRAINING_SIDE = 120.0, 96
 # Training from nothing in the time of another method.
 BUDGETS = {"scratch in the probe's time": "probe", "scratch in tuning's time": "tuned"}
 
@@ -65,12 +77,18 @@ def main() -> None:
             arguments.seeds, arguments.sets, arguments.shots, arguments.what
         )
         for start in STARTS[what]
+        if (what, name) != (PRETRAINED, "two_trees")
     ]
     with tempfile.TemporaryDirectory() as folder:
         storage = LocalStorage(Path(folder))
 
+        @cache
+        def pretrained(name: str, start: str, seed: int) -> Classifier:
+            return _pretrained(ingested(arguments.data / f"{name}.zip", storage), start, seed, arguments.weights)
+
         def outcome_of(run: dict[str, Any]) -> dict[str, Any]:
-            return _run(run, ingested(arguments.data / f"{run['set']}.zip", storage), arguments.weights)
+            earlier = pretrained(run["set"], run["start"], run["seed"]) if run["what"] == PRETRAINED else None
+            return _run(run, ingested(arguments.data / f"{run['set']}.zip", storage), arguments.weights, earlier)
 
         lines = measure(runs, outcome_of, arguments.results)
     print(table(lines))
@@ -99,8 +117,29 @@ def _cell(values: list[float], *, is_mean: bool) -> str:
     return f"{statistics.mean(values):.3f}{spread} ({len(values)})"
 
 
-def _run(run: dict[str, Any], data: Ingested, weights_dir: Path) -> dict[str, Any]:
+def _pretrained(data: Ingested, start: str, seed: int, weights_dir: Path) -> Classifier:
+    """The start's network after self_supervised on all training images."""
+    sizes = {"image_size": PRETRAINING_SIDE}
+    spec = resolved(
+        data, method="self_supervised", backbone=start, seed=seed, hyperparameters=sizes, weights_dir=weights_dir
+    )
+    spec = spec.model_copy(update={"budget_seconds": PRETRAINING_SECONDS})
+    training = self_supervised.prepare(
+        spec,
+        classifier=classifier(spec, 0, weights_dir),
+        manifest=data.manifest,
+        images=data.images(spec),
+        device=torch.device("cpu"),
+    )
+    fitted(training)
+    self_supervised.conclude(training)
+    return training.classifier
+
+
+def _run(run: dict[str, Any], data: Ingested, weights_dir: Path, earlier: Classifier | None) -> dict[str, Any]:
     part = _part(data, run["shots"], run["seed"])
+    if earlier is not None:
+        return _trained(run, part, weights_dir, earlier=copy.deepcopy(earlier))
     if run["what"] not in BUDGETS:
         return _trained(run, part, weights_dir, keeps_features=True)
     _trained(run | {"what": "probe", "start": "graft_small"}, part, weights_dir)  # what a first run loads and warms up
@@ -115,6 +154,7 @@ def _trained(
     *,
     keeps_features: bool = False,
     budget_seconds: float | None = None,
+    earlier: Classifier | None = None,
 ) -> dict[str, Any]:
     start, reads_last = run["start"].removesuffix(LAST_LAYER), run["start"].endswith(LAST_LAYER)
     backbone = "graft_small" if start == "random" else start
@@ -137,7 +177,7 @@ def _trained(
     started_at = time.perf_counter()
     training = methods.prepare(
         spec,
-        classifier=methods.build_classifier(spec, len(part.manifest.classes), state_dict=state_dict),
+        classifier=methods.build_classifier(spec, len(part.manifest.classes), state_dict=state_dict, earlier=earlier),
         manifest=part.manifest,
         images=part.images(spec),
         device=torch.device("cpu"),
