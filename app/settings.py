@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 MEBIBYTE = 1024**2
 GIBIBYTE = 1024**3
 
+ServingEngine = Literal["auto", "fp32", "torch"]
+
 
 class Settings(BaseSettings):
     """Graft's settings; unknown `GRAFT_…` names in `.env` are refused so that a typo cannot pass unnoticed."""
@@ -57,10 +59,11 @@ class Settings(BaseSettings):
     predict_timeout_seconds: Annotated[float, Field(gt=0)] = Field(
         30.0, description="Longest that a picture waits for its turn on the device before 503, in seconds."
     )
-    serving_engine: Literal["auto", "torch"] = Field(
+    serving_engine: ServingEngine = Field(
         "auto",
-        description="What runs networks for prediction on a CPU: auto builds one in ONNX Runtime for a network that is "
-        "used much, and takes it where it is faster and gives the same answers; torch never does.",
+        description="What runs networks for prediction on a CPU: auto tries ONNX Runtime and OpenVINO for a network "
+        "that is used much, half precision too where the processor has it, and takes the fastest that gives the same "
+        "answers; fp32 does without half precision; torch tries none.",
     )
     store_predictions: bool = Field(
         True, description="Whether /predict keeps pictures and answers of requests that ask for it with store=true."

@@ -11,14 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from app.serving import engines
-from app.serving.engines import Engine, TorchEngine
+from app.serving import engine_builder
+from app.serving.engines import Engine, Threads, TorchEngine, open_engine
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision import artifact, images
@@ -38,8 +37,11 @@ def main() -> None:
     (model_folder,) = storage.path("models").iterdir()
     model = artifact.load(model_folder)
     built = list(storage.path("engines").glob("*/engine.json"))
-    engine: Engine | None = engines.open_built(built[0].parent)[0] if built else None
-    engine = engine or TorchEngine(model.classifier.backbone, model.preprocessing, torch.device("cpu"))
+    engine: Engine = TorchEngine(model.classifier.backbone, model.preprocessing, torch.device("cpu"))
+    chosen = None
+    if built:
+        found, report = engine_builder.open_built(built[0].parent)
+        engine, chosen = found or engine, report.chosen()
     limits = ImageLimits.from_settings(Settings())
     encoded = [path.read_bytes() for path in sorted((folder / "pictures").iterdir())]
     head = model.classifier.head
@@ -62,9 +64,10 @@ def main() -> None:
         answered([prepared(picture)])
         alone.append(time.perf_counter() - start)
     ways = [lambda: _in_turns(prepared, answered, encoded, seconds)]
-    if built:
-        session = engines.open_session(built[0].parent / "engine.onnx", 1)
-        alone_in_its_thread = answering(partial(engines.passed, session))
+    if chosen is not None:
+        alone_in_its_thread = answering(
+            open_engine(chosen.engine, built[0].parent / "engine.onnx", Threads(1, 1)).features
+        )
         ways.append(lambda: _side_by_side(prepared, alone_in_its_thread, encoded, seconds))
     per_second, cpu = max(way() for way in ways)
     print(per_second, 1000 * cpu, 1000 * statistics.median(alone))

@@ -54,7 +54,7 @@ def run_batch(
         model_id,
         device=resolve_device(settings.device),
         limits=limits.images,
-        uses_built_engine=settings.serving_engine == "auto",
+        policy=settings.serving_engine,
     )
     parts = Parts(storage, job_id=claim.job_id, fence=claim.fence)
     if parts.rows:

@@ -79,7 +79,7 @@ def open_services(settings: Settings) -> Services:
         max_loaded_bytes=settings.max_loaded_model_bytes,
         max_pending=settings.max_pending_predictions,
         timeout_seconds=settings.predict_timeout_seconds,
-        builds_engines=settings.serving_engine == "auto",
+        engine_policy=settings.serving_engine,
         check_pixels=lambda model_id, preprocessing: check_pixels(model_id, preprocessing, storage),
         training_pictures=lambda dataset_id, image_ids: training_pictures(dataset_id, image_ids, storage),
         on_pending=lambda count: precedence.claim() if count else precedence.release(),

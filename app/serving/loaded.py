@@ -2,17 +2,18 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import onnxruntime
 import structlog
 import torch
 from torch import Tensor
 
 from app.errors import Conflict, Overloaded
-from app.serving import engines
+from app.serving import engine_builder
 from app.serving.adaptation import NEIGHBOURS, Head, Plan, entropy_steps
-from app.serving.engines import Engine, GraphEngine, TorchEngine
+from app.serving.engines import SMALL_BATCH, Engine, GraphEngine, TorchEngine
+from app.settings import ServingEngine
 from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.artifact import Artifact
@@ -46,7 +47,7 @@ class Network:
         self.key = key
         self.backbone = classifier.backbone
         self.preprocessing = preprocessing
-        self.size_bytes = sum(tensor.nbytes for tensor in classifier.backbone.state_dict().values())
+        self._weights_bytes: int = sum(tensor.nbytes for tensor in classifier.backbone.state_dict().values())
         self.torch = TorchEngine(classifier.backbone, preprocessing, device)
         self._heat_maps, self._device = HeatMaps(classifier.backbone, preprocessing.crop), device
         self.engine: Engine = self.torch
@@ -54,12 +55,16 @@ class Network:
         # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
         self.features(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop, dtype=torch.uint8))
         if records and may_record(device):
-            before = torch.cuda.memory_reserved(device)
             try:
                 self.engine = GraphEngine(self.torch, side=preprocessing.crop, device=device)
-                self.size_bytes += max(0, torch.cuda.memory_reserved(device) - before)
             except (CannotRecord, torch.OutOfMemoryError) as error:
                 log.warning("passes not recorded", network=key, said=str(error).splitlines()[0])
+
+    @property
+    def size_bytes(self) -> int:
+        """Of weights, in each of the forms that they are held in."""
+        engines = {id(engine): engine.size_bytes for engine in (self.torch, self.engine)}
+        return self._weights_bytes + sum(engines.values())
 
     def features(self, pixels: Tensor) -> Tensor:
         """pixels: uint8 (N, 3, S, S), or float32 and normalised already. Returns float32 (N, D) on the CPU."""
@@ -155,24 +160,22 @@ def read_model(folder: Path) -> tuple[Artifact, str]:
     return loaded, weights_digest(described, backbone.state_dict())[:32]
 
 
-def open_built_engine(storage: LocalStorage, network: Network) -> None:
-    """Gives the network the faster engine that was built for it, if one was and it is worth it."""
-    folder = storage.path(engine_key(network.key))
-    if not folder.exists():
+def open_built_engine(storage: LocalStorage, network: Network, policy: ServingEngine) -> None:
+    """Gives the network the fastest engine that was built for it, if one was and it is worth it."""
+    folder = storage.path(engine_builder.key_of(network.key))
+    if policy == "torch" or not folder.exists():
         return
     try:
-        engine, report = engines.open_built(folder)
+        engine, report = engine_builder.open_built(folder, policy)
     except (OSError, ValueError) as error:
         log.warning("engine cannot be read", error=type(error).__name__)
         return
     if engine is not None:
-        engine.features(torch.zeros(1, 3, *[network.preprocessing.crop] * 2, dtype=torch.uint8))
+        # OpenVINO makes itself ready for each size of batch when it first sees it.
+        for size in range(1, SMALL_BATCH + 1):
+            engine.features(torch.zeros(size, 3, *[network.preprocessing.crop] * 2, dtype=torch.uint8))
         network.engine = engine
-    log.info("engine chosen", engine=network.engine.name, **vars(report))
-
-
-def engine_key(network_key: str) -> str:
-    return f"engines/{network_key}-{onnxruntime.__version__}-{engines.FORMAT_VERSION}"
+    log.info("engine chosen", engine=network.engine.name, **asdict(report))
 
 
 def bytes_of(models: Iterable[LoadedModel]) -> int:

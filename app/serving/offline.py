@@ -11,6 +11,7 @@ from torch import Tensor
 from app.serving.engines import in_parts
 from app.serving.loaded import LoadedModel, Network, open_built_engine, read_model
 from app.serving.scores import Scores
+from app.settings import ServingEngine
 from app.storage import LocalStorage
 from app.vision import images
 from app.vision.device import pass_batch_size
@@ -35,16 +36,16 @@ class OfflineModel:
         *,
         device: torch.device,
         limits: ImageLimits,
-        uses_built_engine: bool,
+        policy: ServingEngine,
     ) -> "OfflineModel":
-        """uses_built_engine: whether the engine that /predict had built for the network is taken, where there is one.
+        """policy: which of the engines that /predict had built for the network may be taken, where there are any.
 
         Raises ModelUnavailable if the model's files cannot be used.
         """
         artifact, key = read_model(storage.path(f"models/{model_id}"))
         network = Network(key, artifact.classifier, artifact.preprocessing, device, records=False)
-        if uses_built_engine and device.type == "cpu":
-            open_built_engine(storage, network)
+        if device.type == "cpu":
+            open_built_engine(storage, network, policy)
         model = LoadedModel(model_id, artifact, network)
         return cls(model, limits=limits, batch_size=pass_batch_size(device.type))
 

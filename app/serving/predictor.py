@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from app.errors import FieldError, ImageRefused, InvalidRequest, Overloaded, StorageFull
-from app.serving import engines
+from app.serving import engine_builder, engines
 from app.serving.adaptation import Plan, advanced, by_neighbours, share_of, views_of
 from app.serving.batcher import Batcher, fail
 from app.serving.engines import Engine
@@ -34,12 +34,12 @@ from app.serving.loaded import (
     LoadedModel,
     Network,
     bytes_of,
-    engine_key,
     memory_or_overloaded,
     open_built_engine,
     read_model,
 )
 from app.serving.scores import Adapted, Scores
+from app.settings import ServingEngine
 from app.storage import LocalStorage
 from app.vision import images
 from app.vision.device import usable_cores
@@ -85,7 +85,7 @@ class Predictor:
         max_loaded_bytes: int,
         max_pending: int,
         timeout_seconds: float,
-        builds_engines: bool,
+        engine_policy: ServingEngine,
         check_pixels: Callable[[str, Preprocessing], Tensor | None] = lambda _model_id, _preprocessing: None,
         training_pictures: Callable[[str, Sequence[str | None]], Sequence[Pixels | None]] = lambda _dataset_id, ids: [
             None for _ in ids
@@ -96,8 +96,8 @@ class Predictor:
     ) -> None:
         """max_loaded_bytes: of weights, the default model's aside. max_pending: pictures that may wait or be worked on.
 
-        timeout_seconds: the longest that a picture waits for the device. builds_engines: whether a busy network may be
-        given a faster engine than torch. check_pixels: validation pictures of a model, uint8 (N, 3, S, S), to compare
+        timeout_seconds: the longest that a picture waits for the device. engine_policy: what a busy network may be
+        given that is faster than torch. check_pixels: validation pictures of a model, uint8 (N, 3, S, S), to compare
         engines on. training_pictures: a data set's, by their ids; None for those that are not to be had. on_pending:
         told how many pictures wait or are worked on, when that changes and with each batch. on_load: told of each load
         whether it succeeded. on_batch: told of each batch's size.
@@ -108,7 +108,7 @@ class Predictor:
         self._max_loaded_bytes = max_loaded_bytes
         self._max_pending = max_pending
         self._timeout_seconds = timeout_seconds
-        self._builds_engines = builds_engines and device.type == "cpu"
+        self._engine_policy: ServingEngine = engine_policy if device.type == "cpu" else "torch"
         self._check_pixels = check_pixels
         self._training_pictures = training_pictures
         self._on_load = on_load
@@ -123,7 +123,7 @@ class Predictor:
         self._decoders = ThreadPoolExecutor(max_workers=max(2, usable_cores()), thread_name_prefix="decode")
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self._build_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="build")
-        self._builder = engines.Builder()
+        self._builder = engine_builder.Builder()
         # What takes long for one picture is done for one at a time, so that what is short comes in between.
         self._long_work = asyncio.Semaphore(1)
 
@@ -436,7 +436,7 @@ class Predictor:
         deadline = time.monotonic() + self._timeout_seconds
         batcher.submit(engine, _Asked(model, pixels, is_compared), deadline=deadline, future=answer)
         network.asked += 1
-        if network.asked == BUILD_AFTER_PICTURES and self._builds_engines:
+        if network.asked == BUILD_AFTER_PICTURES and self._engine_policy != "torch":
             self._build_soon(model)
 
     # Loading
@@ -452,8 +452,7 @@ class Predictor:
                 # In the forward thread, since it makes a first pass; loads come one after the other.
                 network = await self._batcher.alone(Network, key, loaded.classifier, loaded.preprocessing, self._device)
                 network = self._networks.setdefault(key, network)
-                if self._builds_engines:
-                    await loop.run_in_executor(self._loader, open_built_engine, self._storage, network)
+                await loop.run_in_executor(self._loader, open_built_engine, self._storage, network, self._engine_policy)
             model = LoadedModel(model_id, loaded, network)
             is_loaded = True
         finally:
@@ -484,7 +483,7 @@ class Predictor:
 
     def _build_soon(self, model: LoadedModel) -> None:
         key = model.network.key
-        if key not in self._building and not self._storage.exists(engine_key(key)):
+        if key not in self._building and not self._storage.exists(engine_builder.key_of(key)):
             self._building[key] = asyncio.create_task(self._build(model))
             self._building[key].add_done_callback(lambda _done: self._building.pop(key, None))
 
@@ -505,9 +504,9 @@ class Predictor:
                 folder.mkdir()
                 self._builder.build(self._storage.path(f"models/{model.id}"), folder, pixels=pixels)
                 self._storage.check_room()
-                self._storage.publish(folder, engine_key(model.network.key))
+                self._storage.publish(folder, engine_builder.key_of(model.network.key))
             self._drop_old_engines()
-            open_built_engine(self._storage, model.network)
+            open_built_engine(self._storage, model.network, self._engine_policy)
         except (OSError, subprocess.SubprocessError, StorageFull) as error:
             said = getattr(error, "stderr", None)
             log.warning("engine not built", model_id=model.id, error=type(error).__name__, said=said and said[-500:])

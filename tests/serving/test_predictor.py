@@ -58,7 +58,7 @@ def with_predictor(models: Path) -> Callable[..., list[int]]:
                 max_loaded_bytes=options.get("max_loaded_bytes", 10**9),
                 max_pending=options.get("max_pending", 100),
                 timeout_seconds=options.get("timeout_seconds", 60.0),
-                builds_engines=options.get("builds_engines", False),
+                engine_policy=options.get("engine_policy", "torch"),
                 on_pending=options.get("on_pending", lambda _count: None),
                 on_batch=sizes.append,
             )

@@ -156,7 +156,7 @@ def served_on(
             max_loaded_bytes=10**9,
             max_pending=100,
             timeout_seconds=60,
-            builds_engines=False,
+            engine_policy="torch",
         )
         try:
             model = await predictor.predict("model", pictures[:1])  # its warm-up passes through `features` too

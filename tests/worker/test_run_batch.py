@@ -137,7 +137,7 @@ def test_scores_are_those_of_each_picture_alone(database: Database, storage: Loc
         model_id,
         device=torch.device("cpu"),
         limits=ImageLimits.from_settings(SETTINGS),
-        uses_built_engine=False,
+        policy="torch",
     )
 
     run(claim)
