@@ -26,7 +26,7 @@ from app.vision.backbones import ALL_LAYERS, BACKBONES
 from app.vision.classifier import Classifier
 from app.vision.outputs import Output
 from app.vision.preprocessing import Preprocessing
-from app.vision.reference import Novelty, Reference, coded
+from app.vision.reference import Images, Novelty, Reference, coded
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "weights.safetensors"
@@ -265,7 +265,7 @@ def _load_reference(path: Path, model: _ModelFile, *, feature_width: int) -> Ref
     return Reference(
         codes=codes,
         labels=tensors["labels"].numpy(),
-        images=record.images,
+        images=Images(record.images),
         novelty=Novelty(record.typical_distance, record.limit_distance),
         errors=[tensors[name].numpy() for name in errors],
         lengths=None if lengths is None else lengths.numpy(),

@@ -235,7 +235,7 @@ def test_what_answers_are_held_against_comes_back_to_the_bit(tmp_path: Path) -> 
     assert np.array_equal(before.labels, after.labels)
     assert before.lengths is not None
     assert np.array_equal(before.lengths, after.lengths)
-    assert (before.novelty, list(before.images)) == (after.novelty, after.images)
+    assert (before.novelty, list(before.images)) == (after.novelty, list(after.images))
     assert [errors.tolist() for errors in before.errors] == [errors.tolist() for errors in after.errors]
     record = json.loads((tmp_path / MODEL_FILE).read_bytes())["reference"]
     encoded = (tmp_path / REFERENCE_FILE).read_bytes()

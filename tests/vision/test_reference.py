@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from app.vision import reference
-from app.vision.reference import MAX_IMAGES, Neighbour, Novelty, Reference, choose, coded, errors_of, prediction_set
+from app.vision.reference import (
+    MAX_IMAGES,
+    Images,
+    Neighbour,
+    Novelty,
+    Reference,
+    choose,
+    coded,
+    errors_of,
+    prediction_set,
+)
 
 
 def assert_is_share(hits: int, trials: int, expected: float) -> None:
@@ -181,7 +191,7 @@ def test_beyond_the_limit_small_classes_are_kept_whole_and_large_ones_alike() ->
 
     kept = choose(labels, class_count=3, seed=0)
 
-    assert np.bincount(labels[kept]).tolist() == [495, 10, 495]
+    assert np.bincount(labels[kept]).tolist() == [MAX_IMAGES // 2 - 5, 10, MAX_IMAGES // 2 - 5]
     assert kept.tolist() == sorted(set(kept.tolist()))
     assert kept.tolist() == choose(labels, class_count=3, seed=0).tolist()
     assert kept.tolist() != choose(labels, class_count=3, seed=1).tolist()
@@ -243,3 +253,14 @@ def test_new_class_stands_beside_the_others() -> None:
     assert after.novelty == before.novelty
     nearest = after.nearest(after.similarities(shots[1]), 1)[0]
     assert (nearest.labels, nearest.image) == ((2,), None)
+
+
+def test_names_are_kept_in_one_block_and_read_like_any_sequence() -> None:
+    pairs = [("img_1", "ants/a b.jpg"), None, ("img_2", 'bées/"\n".jpg'), ("img_3", "\udcff.jpg")]
+    names = Images(pairs)
+
+    assert list(names) == pairs
+    assert (len(names), names[-1], names[1], names[1:3]) == (4, pairs[-1], None, pairs[1:3])
+    with pytest.raises(IndexError):
+        names[4]
+    assert list(Images([])) == []

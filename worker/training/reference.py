@@ -1,7 +1,7 @@
 """What a trained model's answers are held against, from its training and validation images. Knows networks and pixels.
 
 Training images are taken as they are served, without augmentation; where the backbone was trained they run through it
-once more, 1,000 at most: less than the forward passes of one epoch.
+once more, 800 at most: less than the forward passes of one epoch.
 """
 
 from collections.abc import Callable
