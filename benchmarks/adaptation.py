@@ -31,7 +31,17 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from app.datasets.packed import PackedPixels
-from app.serving.adaptation import NEIGHBOURS, Head, Plan, advanced, by_neighbours, entropy_steps, share_of, views_of
+from app.serving.adaptation import (
+    NEIGHBOURS,
+    Head,
+    Plan,
+    advanced,
+    by_neighbours,
+    entropy_steps,
+    neighbour_steps,
+    share_of,
+    views_of,
+)
 from app.serving.personal import Labelled, personalise
 from app.storage import LocalStorage
 from app.vision.artifact import Artifact
@@ -192,9 +202,22 @@ class Subject:
             return logits
         likeness = self.reference.similarities(features.numpy())
         places = np.argsort(-likeness, kind="stable")[:NEIGHBOURS].tolist()
-        seen = self._features(seen_alike(torch.stack([self.neighbours[place] for place in places]), pixels))
+        alike = seen_alike(torch.stack([self.neighbours[place] for place in places]), pixels)
         as_they_are = torch.from_numpy(self.reference.raw(places))
-        return by_neighbours(self.head, features, seen, as_they_are, self.outputs, plan)
+        if plan.parameters == "last_stage":
+            turns = neighbour_steps(
+                self.training.classifier.backbone,
+                self.head,
+                torch.cat([pixels.unsqueeze(0), alike]),
+                as_they_are,
+                self.outputs,
+                prepared,
+                plan,
+            )
+            while (logits := advanced(turns)) is None:
+                pass
+            return logits
+        return by_neighbours(self.head, features, self._features(alike), as_they_are, self.outputs, plan)
 
     def _features(self, pixels: Tensor) -> Tensor:
         backbone = self.training.classifier.backbone

@@ -132,11 +132,13 @@ def test_copy_is_tuned_to_the_neighbors_as_the_picture_was_taken_while_they_are_
 
     adapted = ask(client, strange, "adapt=neighbors")
     again = ask(client, strange, "adapt=neighbors&adapt_steps=1")
+    deeper = ask(client, strange, "adapt=neighbors&adapt_parameters=last_stage")
 
     assert ask(client, strange, "") == own
     assert (adapted["adaptation"]["parameters"], adapted["adaptation"]["steps"]) == ("head", 20)
     assert adapted["adaptation"]["share"] > 0
-    assert len({own["score"], adapted["score"], again["score"]}) == 3
+    assert (deeper["adaptation"]["parameters"], deeper["adaptation"]["steps"]) == ("last_stage", 3)
+    assert len({own["score"], adapted["score"], again["score"], deeper["score"]}) == 4
 
     assert client.delete(f"/v1/datasets/{dataset['id']}").status_code == 200
     refused = client.post("/predict?adapt=neighbors", content=strange)

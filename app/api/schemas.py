@@ -521,7 +521,10 @@ class PredictOptions(BaseModel):
     ] = None
     adapt_parameters: Annotated[
         Parameters | None,
-        Field(description="What is tuned: head by neighbors; normalisation, the usual, or all by entropy."),
+        Field(
+            description="What is tuned: by neighbors head, the usual, or last_stage, with the head; by entropy "
+            "normalisation, the usual, or all."
+        ),
     ] = None
     adapt_steps: Annotated[Annotated[int, Field(ge=1, le=50)] | None, Field(description="Gradient steps.")] = None
     adapt_learning_rate: Annotated[

@@ -10,6 +10,7 @@ docs/adaptation.md has what was measured. Knows tensors and networks; not models
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -23,7 +24,7 @@ from app.vision.preprocessing import Preprocessing, normalise
 from app.vision.reference import LIMIT_SCORE
 
 Method = Literal["neighbors", "entropy"]
-Parameters = Literal["head", "normalisation", "all"]
+Parameters = Literal["head", "last_stage", "normalisation", "all"]
 
 # Of the training pictures, those that a head is tuned to.
 NEIGHBOURS = 24
@@ -31,6 +32,7 @@ NEIGHBOURS = 24
 _LIKENESS = 0.05
 # Of the views, those that are to agree, beside the picture itself.
 _AGREEING = 4
+_cosine = nn.functional.cosine_similarity
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -61,8 +63,16 @@ class Plan:
 
 
 # The first one is the usual one.
-TUNED: dict[Method, tuple[Parameters, ...]] = {"neighbors": ("head",), "entropy": ("normalisation", "all")}
-_USUAL: dict[Parameters, tuple[int, float]] = {"head": (20, 10.0), "normalisation": (1, 5e-3), "all": (1, 1e-4)}
+TUNED: dict[Method, tuple[Parameters, ...]] = {
+    "neighbors": ("head", "last_stage"),
+    "entropy": ("normalisation", "all"),
+}
+_USUAL: dict[Parameters, tuple[int, float]] = {
+    "head": (20, 10.0),
+    "last_stage": (3, 2e-4),
+    "normalisation": (1, 5e-3),
+    "all": (1, 1e-4),
+}
 
 
 class Head(NamedTuple):
@@ -124,10 +134,69 @@ def by_neighbours(
     picture: float32 (D,), its features. seen: (K, D), the neighbours' when they look as it does; as_they_are: (K, D).
     """
     targets = _softmax(head.logits(as_they_are), outputs)
-    likeness = nn.functional.cosine_similarity(seen, picture.unsqueeze(0))
-    weights = (likeness / _LIKENESS).softmax(0)
+    weights = _weights(picture, seen)
     tuned = tuned_head(head, seen, targets, weights, outputs, steps=plan.steps, learning_rate=plan.learning_rate)
     return tuned.logits(picture)
+
+
+def neighbour_steps(
+    backbone: Backbone,
+    head: Head,
+    images: Tensor,
+    as_they_are: Tensor,
+    outputs: Sequence[Output],
+    preprocessing: Preprocessing,
+    plan: Plan,
+) -> Generator[None, None, Tensor]:
+    """Logits (C,) of a picture by a copy whose last stage, and then head, were tuned to its neighbours; the device is
+    free at each yield.
+
+    The stage learns to give neighbours that look as the picture does the features that they have as they are, by the
+    cosine: it is told more than a head is, which only hears what they are to be called. images: uint8 (1 + K, 3, S, S),
+    the picture, then the neighbours as they look when they look as it does. as_they_are: float32 (K, D). The backbone
+    is in eval mode and stays as it is.
+    """
+    stages, stage = list(backbone.stages)[:-1], backbone.stages[-1]
+    fixed = {name: tensor.detach() for name, tensor in chain(stage.named_parameters(), stage.named_buffers())}
+    tuned = [name for name, _ in stage.named_parameters()]
+    activations, summaries = normalise(images.to(next(backbone.parameters()).device), preprocessing), []
+    with torch.no_grad():
+        for earlier in stages:
+            activations = earlier(activations)
+            if backbone.reads_all:
+                summaries.append(backbone.summary(activations))
+
+    def features(copy: Sequence[Tensor]) -> Tensor:
+        found = functional_call(stage, fixed | dict(zip(tuned, copy, strict=True)), (activations,))
+        if backbone.reads_all:
+            return torch.cat([*summaries, backbone.summary(found)], dim=1).float()
+        return backbone.pool(found).float()
+
+    wanted = as_they_are.to(activations.device)
+    copy = [fixed[name].clone() for name in tuned]
+    for _ in range(plan.steps):
+        yield
+        with torch.enable_grad():
+            copy = [tensor.requires_grad_() for tensor in copy]
+            found = features(copy)
+            picture, seen = found[:1], found[1:]
+            weights = _weights(picture.detach(), seen.detach())
+            slopes = torch.autograd.grad(-(weights * _cosine(seen, wanted)).sum(), copy)
+        copy = _stepped(copy, slopes, plan.learning_rate)
+    yield
+    with torch.no_grad():
+        found = features(copy).cpu()
+    return by_neighbours(head, found[0], found[1:], as_they_are, outputs, Plan.of("neighbors"))
+
+
+def _weights(picture: Tensor, seen: Tensor) -> Tensor:
+    """How much each neighbour counts: (D,) or (1, D), and (K, D), to (K,) that sum to 1."""
+    return (_cosine(seen, picture) / _LIKENESS).softmax(0)
+
+
+def _stepped(copy: Sequence[Tensor], slopes: Sequence[Tensor], rate: float) -> list[Tensor]:
+    """The size of a step is the rate's alone, as in Adam's first one: views that agree have tiny gradients."""
+    return [tensor.detach() - rate * slope.sign() for tensor, slope in zip(copy, slopes, strict=True)]
 
 
 def _softmax(logits: Tensor, outputs: Sequence[Output]) -> Tensor:
@@ -177,8 +246,7 @@ def entropy_steps(
         with torch.enable_grad():
             copy = [tensor.requires_grad_() for tensor in copy]
             slopes = torch.autograd.grad(_marginal_entropy(logits(copy, agreeing), outputs), copy)
-        # The size of a step is the rate's alone, as in Adam's first one: views that agree have tiny gradients.
-        copy = [tensor.detach() - plan.learning_rate * slope.sign() for tensor, slope in zip(copy, slopes, strict=True)]
+        copy = _stepped(copy, slopes, plan.learning_rate)
     with torch.no_grad():
         answer: Tensor = logits(copy, images[:1])
     return answer[0].cpu()

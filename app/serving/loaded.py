@@ -11,7 +11,7 @@ from torch import Tensor
 
 from app.errors import Conflict, Overloaded
 from app.serving import engine_builder
-from app.serving.adaptation import NEIGHBOURS, Head, Plan, entropy_steps
+from app.serving.adaptation import NEIGHBOURS, Head, Plan, entropy_steps, neighbour_steps
 from app.serving.engines import SMALL_BATCH, Engine, GraphEngine, TorchEngine
 from app.settings import ServingEngine
 from app.storage import LocalStorage
@@ -132,6 +132,16 @@ class LoadedModel:
         known = likeness if reference else None
         backbone = self.network.backbone
         return entropy_steps(backbone, self.head, views, self.outputs, self.preprocessing, plan, likeness=known)
+
+    def neighbour_steps(self, images: Tensor, places: Sequence[int], plan: Plan) -> Generator[None, None, Tensor]:
+        """Logits (C,) of a picture by a copy whose last stage was tuned to its neighbours, of these places.
+
+        images: uint8 (1 + K, 3, S, S), the picture first, then the neighbours as they look when they look as it does.
+        """
+        assert self.reference is not None, "checked by who asks for neighbours"
+        as_they_are = torch.from_numpy(self.reference.raw(places))
+        backbone = self.network.backbone
+        return neighbour_steps(backbone, self.head, images, as_they_are, self.outputs, self.preprocessing, plan)
 
     def neighbours_of(self, features: Tensor, pictures: Sequence[Pixels | None]) -> tuple[list[int], list[Pixels]]:
         """Places in the reference of the training pictures most like one, and the pictures, as far as they are there.

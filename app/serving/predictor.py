@@ -367,13 +367,13 @@ class Predictor:
         share = share_of(model.ood_score(features))
 
         def prepared() -> tuple[Tensor, list[int]]:
-            """What the device is to look at: views of the picture, or its neighbours, as it was taken."""
+            """What the device is to look at: views of the picture, or it, and its neighbours as it was taken."""
             pixels = self._pixels(picture, model.preprocessing)
             if plan.method == "entropy":
                 return views_of(pixels), []
             places, pictures = model.neighbours_of(features, known)
             found = [eval_pixels(each, model.preprocessing) for each in pictures]
-            return seen_alike(torch.stack(found), pixels), places
+            return torch.cat([pixels.unsqueeze(0), seen_alike(torch.stack(found), pixels)]), places
 
         def answered(logits: Tensor) -> Scores:
             plain = model.head.logits(features)
@@ -390,17 +390,23 @@ class Predictor:
         async with self._one_by_one():
             images, places = await loop.run_in_executor(self._decoders, prepared)
             if plan.method == "entropy":
-                turns, logits = model.entropy_steps(images, plan), None
-                while logits is None:
-                    logits = await self._alone(_advanced_in_memory, turns)
+                logits = await self._advanced(model.entropy_steps(images, plan))
+            elif plan.parameters == "last_stage":
+                logits = await self._advanced(model.neighbour_steps(images, places, plan))
             else:
                 assert model.reference is not None
-                seen = await self._alone(model.network.features, images)
+                seen = await self._alone(model.network.features, images[1:])
                 as_they_are = torch.from_numpy(model.reference.raw(places))
                 logits = await loop.run_in_executor(
                     self._decoders, by_neighbours, model.head, features, seen, as_they_are, model.outputs, plan
                 )
         return Adapted(plan, answered(logits), share, time.perf_counter() - start)
+
+    async def _advanced(self, turns: Generator[None, None, Tensor]) -> Tensor:
+        """What the turns come to; other pictures' batches run between them."""
+        while (found := await self._alone(_advanced_in_memory, turns)) is None:
+            pass
+        return found
 
     @contextlib.asynccontextmanager
     async def _one_by_one(self) -> AsyncIterator[None]:

@@ -1,6 +1,6 @@
 """Copies of a model that are tuned to one picture: by its neighbours, and by its views."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import builders
@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from app.serving import adaptation
-from app.serving.adaptation import Head, Plan, advanced, by_neighbours, entropy_steps, share_of, tuned_head, views_of
+from app.serving.adaptation import (
+    Head,
+    Plan,
+    advanced,
+    by_neighbours,
+    entropy_steps,
+    neighbour_steps,
+    share_of,
+    tuned_head,
+    views_of,
+)
 from app.vision import images
 from app.vision.backbones import Backbone, build
 from app.vision.images import ImageLimits
@@ -18,6 +28,7 @@ from app.vision.outputs import Output, of_outputs
 from app.vision.preprocessing import Preprocessing, eval_pixels
 
 ONE = [Output("", ["a", "b", "c"], 0.7)]
+USUAL = Plan.of("neighbors")
 TWO = [Output("kind", ["a", "b"], 1.0), Output("colour", ["x", "y", "z"], 2.0)]
 PREPROCESSING = Preprocessing(64, 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
 
@@ -99,8 +110,11 @@ def test_stranger_pictures_are_answered_more_by_the_copy(ood_score: float | None
 
 
 def by_entropy(*asked: Any, **options: Any) -> Tensor:
+    return ended(entropy_steps(*asked, **options))
+
+
+def ended(turns: Generator[None, None, Tensor]) -> Tensor:
     """All steps, one after the other."""
-    turns = entropy_steps(*asked, **options)
     while (found := advanced(turns)) is None:
         pass
     return found
@@ -143,6 +157,46 @@ def test_copy_is_surer_and_the_model_is_as_it_was(name: str, parameters: adaptat
     assert entropy < entropy_before
     assert all(torch.equal(before[key], tensor) for key, tensor in backbone.state_dict().items())
     assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("resnet18", None), ("mobilenet_v3_small", "all"), ("vit_b_16", None), ("swin_t", None)]
+)
+def test_last_stage_is_what_steps_on_a_copy_of_the_whole_network_come_to(name: str, layer: str | None) -> None:
+    side = 224 if name == "vit_b_16" else 64
+    backbone = build(name, seed=0).eval()
+    if layer:
+        backbone.read(layer)
+    start = Head(0.05 * numbers(backbone.feature_width, 3, seed=6), torch.zeros(3))
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    plain = torch.randint(60, 256, (5, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    dark = plain // 3
+    normalised = adaptation.normalise(dark, PREPROCESSING)
+    with torch.no_grad():
+        wanted = backbone(adaptation.normalise(plain[1:], PREPROCESSING))
+
+    plan = Plan.of("neighbors", parameters="last_stage", steps=2, learning_rate=1e-3)
+    found = ended(neighbour_steps(backbone, start, dark, wanted, ONE, PREPROCESSING, plan))
+
+    assert all(torch.equal(before[key], tensor) for key, tensor in backbone.state_dict().items())
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+    untouched = by_neighbours(start, backbone(normalised[:1])[0], backbone(normalised[1:]), wanted, ONE, USUAL)
+    likenesses = []
+    for _ in range(2):
+        features = backbone(normalised)
+        alike = functional.cosine_similarity(features[1:], wanted)
+        weights = (functional.cosine_similarity(features[1:], features[:1]) / 0.05).softmax(0).detach()
+        likenesses.append(float((weights * alike).sum().detach()))
+        slopes = torch.autograd.grad((weights * alike).sum(), list(backbone.stages[-1].parameters()))
+        with torch.no_grad():
+            for parameter, slope in zip(backbone.stages[-1].parameters(), slopes, strict=True):
+                parameter += 1e-3 * slope.sign()
+    with torch.no_grad():
+        features = backbone(normalised)
+        expected = by_neighbours(start, features[0], features[1:], wanted, ONE, USUAL)
+    assert likenesses[1] > likenesses[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert (found - untouched.detach()).norm() > 5 * (found - expected).norm()
 
 
 def test_views_that_are_nearest_to_what_is_known_are_those_that_agree() -> None:
@@ -211,3 +265,4 @@ def test_method_tunes_its_own_parameters_alone(method: adaptation.Method, parame
 def test_plan_takes_what_is_left_out_from_what_was_measured() -> None:
     assert Plan.of("entropy", steps=3) == Plan("entropy", "normalisation", 3, 5e-3)
     assert Plan.of("neighbors", learning_rate=2.0) == Plan("neighbors", "head", 20, 2.0)
+    assert Plan.of("neighbors", parameters="last_stage") == Plan("neighbors", "last_stage", 3, 2e-4)
