@@ -175,7 +175,7 @@ def test_last_stage_is_what_steps_on_a_copy_of_the_whole_network_come_to(name: s
     with torch.no_grad():
         wanted = backbone(adaptation.normalise(plain[1:], PREPROCESSING))
 
-    plan = Plan.of("neighbors", parameters="last_stage", steps=2, learning_rate=1e-3)
+    plan = Plan.of("neighbors", parameters="last_stage", steps=2, learning_rate=2e-4)
     found = ended(neighbour_steps(backbone, start, dark, wanted, ONE, PREPROCESSING, plan))
 
     assert all(torch.equal(before[key], tensor) for key, tensor in backbone.state_dict().items())
@@ -190,7 +190,7 @@ def test_last_stage_is_what_steps_on_a_copy_of_the_whole_network_come_to(name: s
         slopes = torch.autograd.grad((weights * alike).sum(), list(backbone.stages[-1].parameters()))
         with torch.no_grad():
             for parameter, slope in zip(backbone.stages[-1].parameters(), slopes, strict=True):
-                parameter += 1e-3 * slope.sign()
+                parameter += 2e-4 * slope.sign()
     with torch.no_grad():
         features = backbone(normalised)
         expected = by_neighbours(start, features[0], features[1:], wanted, ONE, USUAL)
