@@ -3,7 +3,7 @@
 VICReg (Bardes, Ponce and LeCun 2022): two random views of a picture are to have the same features, while over the batch
 every feature is to vary and no two of them alike. It needs no second network, no predictor and no large batch. Chosen
 by measurement: on two sets it was the one of three that did not lose what the weights at the start knew
-(docs/benchmarks.md). The checks are the spread of the features, and where there are labels the accuracy of the nearest
+(decision 11). The checks are the spread of the features, and where there are labels the accuracy of the nearest
 neighbours.
 """
 
