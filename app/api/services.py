@@ -86,6 +86,9 @@ def open_services(settings: Settings) -> Services:
         on_load=lambda is_loaded: metrics.count_model_load(is_loaded=is_loaded),
         on_batch=metrics.observe_batch,
     )
+    metrics.add_gauge(
+        "graft_models_loaded", "Models in memory, by the engine that runs them.", predictor.engines_used, label="engine"
+    )
     return Services(
         settings=settings,
         database=database,

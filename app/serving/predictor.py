@@ -15,7 +15,7 @@ import math
 import subprocess
 import time
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -278,6 +278,10 @@ class Predictor:
         """The name of the engine that runs a loaded model."""
         model = self._loaded.get(model_id)
         return None if model is None else model.network.engine.name
+
+    def engines_used(self) -> Counter[str]:
+        """How many loaded models each engine runs, by its name. Safe to call from any thread."""
+        return Counter(model.network.engine.name for model in list(self._loaded.values()))
 
     def forget(self, model_id: str) -> None:
         """Lets go of a deleted model; requests under way still end on it."""

@@ -62,4 +62,5 @@ def test_predictions_are_counted(client: httpx.Client, model: str) -> None:
     assert 'graft_predictions_total{outcome="answered"} 1.0' in metrics
     assert 'graft_predictions_total{outcome="refused"} 1.0' in metrics
     assert 'graft_model_loads_total{outcome="loaded"} 1.0' in metrics
+    assert 'graft_models_loaded{engine="torch"} 1.0' in metrics
     assert 'graft_requests_total{method="POST",route="/predict",status="200"} 1.0' in metrics
