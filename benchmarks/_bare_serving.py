@@ -40,8 +40,10 @@ def main() -> None:
     engine: Engine = TorchEngine(model.classifier.backbone, model.preprocessing, torch.device("cpu"))
     chosen = None
     if built:
-        found, report = engine_builder.open_built(built[0].parent)
-        engine, chosen = found or engine, report.chosen()
+        found = engine_builder.open_built(built[0].parent)
+        keeps = found.report.half_keeps.get(model_folder.name)
+        engine = (found.half if keeps else None) or found.exact or engine
+        chosen = (found.report.half if keeps else None) or found.report.exact
     limits = ImageLimits.from_settings(Settings())
     encoded = [path.read_bytes() for path in sorted((folder / "pictures").iterdir())]
     head = model.classifier.head

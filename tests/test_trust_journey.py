@@ -140,6 +140,10 @@ def test_copy_is_tuned_to_the_neighbors_as_the_picture_was_taken_while_they_are_
     assert (deeper["adaptation"]["parameters"], deeper["adaptation"]["steps"]) == ("last_stage", 3)
     assert len({own["score"], adapted["score"], again["score"], deeper["score"]}) == 4
 
+    too_large = "adapt=neighbors&adapt_parameters=last_stage&adapt_learning_rate=1000&adapt_steps=5"
+    problem = assert_is_problem(client.post(f"/predict?{too_large}", content=strange), 422, "invalid-request")
+    assert problem["errors"][0]["pointer"] == "#/adapt_learning_rate"
+
     assert client.delete(f"/v1/datasets/{dataset['id']}").status_code == 200
     refused = client.post("/predict?adapt=neighbors", content=strange)
     assert_is_problem(refused, 409, "no-training-pictures")

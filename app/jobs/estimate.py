@@ -271,11 +271,13 @@ def stage_costs(backbone_name: str, image_size: int) -> tuple[StageCost, ...]:
 
 
 def _run(stage: nn.Module, inputs: Tensor) -> tuple[float, Tensor]:
-    """The bytes that a stage's layers put into memory, and its output; layers that work in place add nothing."""
+    """The bytes that a stage's layers put into memory, and its output; layers that work in place, or that are where a
+    folded one was, add nothing."""
     outputs: list[int] = []
     with ExitStack() as hooks:
         for layer in stage.modules():
-            if not any(layer.children()) and not getattr(layer, "inplace", False):
+            works = not getattr(layer, "inplace", False) and not isinstance(layer, nn.Identity)
+            if works and not any(layer.children()):
                 handle = layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output.numel()))
                 hooks.callback(handle.remove)
         found = stage(inputs)

@@ -32,6 +32,8 @@ NEIGHBOURS = 24
 _LIKENESS = 0.05
 # Of the views, those that are to agree, beside the picture itself.
 _AGREEING = 4
+# Pictures that pass the stages that are not tuned, between two turns.
+_PART = 8
 _cosine = nn.functional.cosine_similarity
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -159,12 +161,12 @@ def neighbour_steps(
     stages, stage = list(backbone.stages)[:-1], backbone.stages[-1]
     fixed = {name: tensor.detach() for name, tensor in chain(stage.named_parameters(), stage.named_buffers())}
     tuned = [name for name, _ in stage.named_parameters()]
-    activations, summaries = normalise(images.to(next(backbone.parameters()).device), preprocessing), []
-    with torch.no_grad():
-        for earlier in stages:
-            activations = earlier(activations)
-            if backbone.reads_all:
-                summaries.append(backbone.summary(activations))
+    parts, device = [], next(backbone.parameters()).device
+    for part in torch.split(images, _PART):
+        with torch.no_grad():
+            parts.append(_through(backbone, normalise(part.to(device), preprocessing), stages))
+        yield
+    activations, *summaries = (torch.cat(each) for each in zip(*parts, strict=True))
 
     def features(copy: Sequence[Tensor]) -> Tensor:
         found = functional_call(stage, fixed | dict(zip(tuned, copy, strict=True)), (activations,))
@@ -172,7 +174,7 @@ def neighbour_steps(
             return torch.cat([*summaries, backbone.summary(found)], dim=1).float()
         return backbone.pool(found).float()
 
-    wanted = as_they_are.to(activations.device)
+    wanted = as_they_are.to(device)
     copy = [fixed[name].clone() for name in tuned]
     for _ in range(plan.steps):
         yield
@@ -186,7 +188,19 @@ def neighbour_steps(
     yield
     with torch.no_grad():
         found = features(copy).cpu()
+    if not torch.isfinite(found).all():
+        return torch.full_like(head.bias, math.nan)  # steps were too large: who asked says so
     return by_neighbours(head, found[0], found[1:], as_they_are, outputs, Plan.of("neighbors"))
+
+
+def _through(backbone: Backbone, images: Tensor, stages: Sequence[nn.Module]) -> list[Tensor]:
+    """What comes out of these stages, and if the head reads all layers, the summary of each."""
+    summaries = []
+    for stage in stages:
+        images = stage(images)
+        if backbone.reads_all:
+            summaries.append(backbone.summary(images))
+    return [images, *summaries]
 
 
 def _weights(picture: Tensor, seen: Tensor) -> Tensor:

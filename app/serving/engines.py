@@ -14,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import onnxruntime
+import psutil
+import structlog
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 from torch import Tensor
@@ -27,6 +29,8 @@ from app.vision.device import usable_cores
 from app.vision.folding import folded
 from app.vision.preprocessing import Preprocessing, normalise
 from app.vision.recording import record
+
+log = structlog.get_logger(__name__)
 
 # Pictures of one pass among others: with more, what a layer makes no longer fits into a core's cache.
 SMALL_BATCH = 8
@@ -158,6 +162,9 @@ class OnnxEngine:
         self._alone, self._batches = sessions[threads.alone], sessions[threads.batches]
         self.size_bytes = len(sessions) * path.stat().st_size
         self.passes_at_once = usable_cores() if threads.batches == 1 else 1
+        side = self._alone.get_inputs()[0].shape[-1]
+        for count in (1, 2):  # the first pass allocates: nobody's request should wait for that
+            self.features(torch.zeros(count, 3, side, side, dtype=torch.uint8))
 
     def features(self, pixels: Tensor) -> Tensor:
         session = self._alone if len(pixels) == 1 else self._batches
@@ -168,38 +175,39 @@ class OnnxEngine:
 class OpenVinoEngine:
     """The network in OpenVINO, on the CPU. Safe to call from many threads.
 
-    bf16: in half precision, which processors with instructions for it are several times as fast in.
+    bf16: in half precision, which processors with instructions for it are several times as fast in. Batches are of
+    SMALL_BATCH at most, since it makes itself ready, and keeps memory, for each size.
     """
 
     def __init__(self, path: Path, threads: Threads, *, bf16: bool) -> None:
         self.name: str = "openvino-bf16" if bf16 else "openvino"
+        before = _resident_bytes()
         compiled = {count: _Compiled(path, count, bf16=bf16) for count in {threads.alone, threads.batches}}
         self._alone, self._batches = compiled[threads.alone], compiled[threads.batches]
-        self.size_bytes = len(compiled) * path.stat().st_size
+        self._alone.make_ready(1)
+        for size in range(2, SMALL_BATCH + 1):
+            self._batches.make_ready(size)
+        self.size_bytes = max(_resident_bytes() - before, path.stat().st_size)
         self.passes_at_once = usable_cores() if threads.batches == 1 else 1
 
     def features(self, pixels: Tensor) -> Tensor:
-        return (self._alone if len(pixels) == 1 else self._batches).passed(pixels)
+        if len(pixels) == 1:
+            return self._alone.passed(pixels)
+        return torch.cat([self._batches.passed(part) for part in torch.split(pixels, SMALL_BATCH)])
 
 
 class _Compiled:
     """threads: of one pass; with one, as many passes as there are cores may run beside each other."""
 
     def __init__(self, path: Path, threads: int, *, bf16: bool) -> None:
-        self._compiled = (
-            _openvino()
-            .Core()
-            .compile_model(
-                path,
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
-                    "INFERENCE_NUM_THREADS": usable_cores() if threads == 1 else threads,
-                    "NUM_STREAMS": usable_cores() if threads == 1 else 1,
-                    "ENABLE_CPU_PINNING": False,  # the cores are shared with what decodes
-                },
-            )
-        )
+        self._streams = usable_cores() if threads == 1 else 1
+        options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+            "INFERENCE_NUM_THREADS": usable_cores() if threads == 1 else threads,
+            "NUM_STREAMS": self._streams,
+            "ENABLE_CPU_PINNING": False,  # the cores are shared with what decodes
+        }
+        self._compiled = _openvino().Core().compile_model(path, "CPU", options)
         self._free: deque[Any] = deque()  # requests; each holds what one pass needs
 
     def passed(self, pixels: Tensor) -> Tensor:
@@ -212,30 +220,50 @@ class _Compiled:
         self._free.append(request)
         return found
 
-
-def names_here() -> list[EngineName]:
-    """The engines that this machine can run, the plainest first."""
-    found: list[EngineName] = ["onnxruntime"]
-    if openvino_version() is not None:
-        found.append("openvino")
-        if "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            found.append("openvino-bf16")
-    return found
+    def make_ready(self, size: int) -> None:
+        """For batches of this size, which takes 20 to 90 ms for a small network, in each of its streams."""
+        side = self._compiled.input(0).partial_shape[-1].get_length()
+        pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8)
+        with ThreadPoolExecutor(self._streams) as pool:
+            list(pool.map(self.passed, [pixels] * self._streams))
 
 
 def open_engine(name: EngineName, path: Path, threads: Threads) -> Engine:
-    """path: of the exported network. Raises ValueError for what cannot be read, or run here."""
+    """An engine that has made its first passes. path: of the exported network.
+
+    Raises ValueError for what cannot be read, or run here.
+    """
     try:
         if name == "onnxruntime":
             return OnnxEngine(path, threads)
         return OpenVinoEngine(path, threads, bf16=name == "openvino-bf16")
     except (ImportError, *_UNREADABLE) as error:
-        raise ValueError("the built engine cannot be read") from error
+        raise ValueError(f"the built engine cannot be read: {error}") from error
+
+
+def names_here() -> list[EngineName]:
+    """The engines that this machine can run, the plainest first."""
+    return [name for name in get_args(EngineName) if is_here(name)]
+
+
+@cache
+def is_here(name: EngineName) -> bool:
+    """Whether this machine can run an engine. OpenVINO is made for few kinds of machine, and may be broken."""
+    if name == "onnxruntime":
+        return True
+    if openvino_version() is None:
+        return False
+    try:
+        able = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except (ImportError, OSError, RuntimeError) as error:
+        log.warning("openvino cannot be used", error=str(error)[:500])
+        return False
+    return name == "openvino" or "BF16" in able
 
 
 @cache
 def openvino_version() -> str | None:
-    """None where it is not installed: it is made for few kinds of machine."""
+    """None where it is not installed."""
     try:
         return importlib.metadata.version("openvino")
     except importlib.metadata.PackageNotFoundError:
@@ -244,10 +272,15 @@ def openvino_version() -> str | None:
 
 @cache
 def _openvino() -> Any:
-    """Imported where it is used: it takes 27 MiB, and few networks are ever asked enough for another engine."""
+    """Imported where it is used: it takes 27 MiB and a third of a second."""
     # A module that reports to its maker how OpenVINO's converters are used. They are not, and it does without.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return importlib.import_module("openvino")
+
+
+def _resident_bytes() -> int:
+    found: int = psutil.Process().memory_info().rss
+    return found
 
 
 def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:

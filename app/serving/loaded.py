@@ -12,7 +12,7 @@ from torch import Tensor
 from app.errors import Conflict, Overloaded
 from app.serving import engine_builder
 from app.serving.adaptation import NEIGHBOURS, Head, Plan, entropy_steps, neighbour_steps
-from app.serving.engines import SMALL_BATCH, Engine, GraphEngine, TorchEngine
+from app.serving.engines import Engine, GraphEngine, TorchEngine
 from app.settings import ServingEngine
 from app.storage import LocalStorage
 from app.vision import artifact
@@ -32,7 +32,8 @@ class Network:
     """A backbone on its device, which any number of models may share.
 
     key: the same for the same weights. records: whether passes of a few pictures are worth recording, where that can
-    be done.
+    be done. engine: says for any model what torch says; half: in half precision, for models that it was tried with and
+    keeps (half_keeps, by id).
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class Network:
         self.torch = TorchEngine(classifier.backbone, preprocessing, device)
         self._heat_maps, self._device = HeatMaps(classifier.backbone, preprocessing.crop), device
         self.engine: Engine = self.torch
-        self.asked = 0
+        self.half: Engine | None = None
+        self.half_keeps: dict[str, bool] = {}
         # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
         self.features(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop, dtype=torch.uint8))
         if records and may_record(device):
@@ -63,16 +65,12 @@ class Network:
     @property
     def size_bytes(self) -> int:
         """Of weights, in each of the forms that they are held in."""
-        engines = {id(engine): engine.size_bytes for engine in (self.torch, self.engine)}
+        engines = {id(engine): engine.size_bytes for engine in (self.torch, self.engine, self.half) if engine}
         return self._weights_bytes + sum(engines.values())
 
     def features(self, pixels: Tensor) -> Tensor:
         """pixels: uint8 (N, 3, S, S), or float32 and normalised already. Returns float32 (N, D) on the CPU."""
-        return self.engine_for(pixels).features(pixels)
-
-    def engine_for(self, pixels: Tensor) -> Engine:
-        """pixels: of one picture or of many; the other engines know uint8 alone."""
-        return self.engine if pixels.dtype == torch.uint8 else self.torch
+        return (self.engine if pixels.dtype == torch.uint8 else self.torch).features(pixels)
 
     def evidence(self, pixels: Tensor, score: Callable[[Tensor], Tensor]) -> Heat:
         """Where in one picture, uint8 (3, S, S), is what raises the score of its features: (S, S), 0 to 1.
@@ -101,6 +99,17 @@ class LoadedModel:
         self.head = Head(head.weight.detach().T.contiguous(), head.bias.detach())
         self.size_bytes = self.head.weight.nbytes + self.head.bias.nbytes
         self.size_bytes += self.reference.size_bytes if self.reference else 0
+        self.asked = self.builds = 0
+
+    @property
+    def engine(self) -> Engine:
+        """The fastest that may answer for this model."""
+        network = self.network
+        return network.half if network.half and network.half_keeps.get(self.id) else network.engine
+
+    def engine_for(self, pixels: Tensor) -> Engine:
+        """pixels: of one picture or of many; the other engines know uint8 alone."""
+        return self.engine if pixels.dtype == torch.uint8 else self.network.torch
 
     def probabilities(self, features: Tensor) -> Tensor:
         """features: float32 (N, D). Returns float32 (N, C), calibrated, of all outputs."""
@@ -171,21 +180,19 @@ def read_model(folder: Path) -> tuple[Artifact, str]:
 
 
 def open_built_engine(storage: LocalStorage, network: Network, policy: ServingEngine) -> None:
-    """Gives the network the fastest engine that was built for it, if one was and it is worth it."""
+    """Gives the network the fastest engines that were built for it, if any were and are worth it."""
     folder = storage.path(engine_builder.key_of(network.key))
     if policy == "torch" or not folder.exists():
         return
     try:
-        engine, report = engine_builder.open_built(folder, policy)
+        built = engine_builder.open_built(folder, policy)
     except (OSError, ValueError) as error:
-        log.warning("engine cannot be read", error=type(error).__name__)
+        log.warning("engine cannot be read", error=str(error)[:500])
         return
-    if engine is not None:
-        # OpenVINO makes itself ready for each size of batch when it first sees it.
-        for size in range(1, SMALL_BATCH + 1):
-            engine.features(torch.zeros(size, 3, *[network.preprocessing.crop] * 2, dtype=torch.uint8))
-        network.engine = engine
-    log.info("engine chosen", engine=network.engine.name, **asdict(report))
+    network.engine = built.exact or network.engine
+    network.half, network.half_keeps = built.half, built.report.half_keeps
+    half = network.half and network.half.name
+    log.info("engine chosen", engine=network.engine.name, half=half, **asdict(built.report))
 
 
 def bytes_of(models: Iterable[LoadedModel]) -> int:

@@ -26,7 +26,7 @@ class OfflineModel:
         self.batch_size = batch_size
         self._model = model
         self._limits = limits
-        self._pool = ThreadPoolExecutor(model.network.engine.passes_at_once, thread_name_prefix="forward")
+        self._pool = ThreadPoolExecutor(model.engine.passes_at_once, thread_name_prefix="forward")
 
     @classmethod
     def open(
@@ -63,6 +63,6 @@ class OfflineModel:
         """Of each prepared picture; none for none."""
         if not prepared:
             return []
-        features = in_parts(self._model.network.engine, torch.stack(list(prepared)), self._pool)
+        features = in_parts(self._model.engine, torch.stack(list(prepared)), self._pool)
         rows = self._model.probabilities(features).tolist()
         return [Scores.of(row, self._model.outputs, features=seen) for row, seen in zip(rows, features, strict=True)]

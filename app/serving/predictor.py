@@ -51,7 +51,7 @@ from app.vision.preprocessing import Preprocessing, eval_pixels
 
 # Pictures in one forward pass. More gain nothing on a CPU, and on a GPU only memory is left to lose.
 FORWARD_BATCH_SIZE = 32
-# A network that was asked for so many pictures will be asked for more: worth the seconds that an engine takes to build.
+# A model that was asked for so many pictures will be asked for more: worth the seconds that an engine takes to build.
 BUILD_AFTER_PICTURES = 100
 # Built engines that are kept on disk for the next start; the oldest goes first.
 KEPT_ENGINES = 32
@@ -277,11 +277,11 @@ class Predictor:
     def engine_of(self, model_id: str) -> str | None:
         """The name of the engine that runs a loaded model."""
         model = self._loaded.get(model_id)
-        return None if model is None else model.network.engine.name
+        return None if model is None else model.engine.name
 
     def engines_used(self) -> Counter[str]:
         """How many loaded models each engine runs, by its name. Safe to call from any thread."""
-        return Counter(model.network.engine.name for model in list(self._loaded.values()))
+        return Counter(model.engine.name for model in list(self._loaded.values()))
 
     def forget(self, model_id: str) -> None:
         """Lets go of a deleted model; requests under way still end on it."""
@@ -440,13 +440,14 @@ class Predictor:
         """answer: gets the scores."""
         if answer.done():
             return
-        network = model.network
-        engine = network.engine_for(pixels)
+        engine = model.engine_for(pixels)
         batcher = self._batcher if engine.passes_at_once == 1 else self._side_by_side
         deadline = time.monotonic() + self._timeout_seconds
         batcher.submit(engine, _Asked(model, pixels, is_compared), deadline=deadline, future=answer)
-        network.asked += 1
-        if network.asked == BUILD_AFTER_PICTURES and self._engine_policy != "torch":
+        model.asked += 1
+        # Again after ten times as many: another model's build may have been under way, or this one's have failed.
+        if model.asked == BUILD_AFTER_PICTURES * 10**model.builds and self._engine_policy != "torch":
+            model.builds += 1
             self._build_soon(model)
 
     # Loading
@@ -492,29 +493,36 @@ class Predictor:
     # Faster engines
 
     def _build_soon(self, model: LoadedModel) -> None:
-        key = model.network.key
-        if key not in self._building and not self._storage.exists(engine_builder.key_of(key)):
+        network, key = model.network, model.network.key
+        is_untried = network.half is not None and model.id not in network.half_keeps
+        if key not in self._building and (is_untried or not self._storage.exists(engine_builder.key_of(key))):
             self._building[key] = asyncio.create_task(self._build(model))
             self._building[key].add_done_callback(lambda _done: self._building.pop(key, None))
 
     async def _build(self, model: LoadedModel) -> None:
         await asyncio.get_running_loop().run_in_executor(self._build_thread, self._build_now, model)
+        self._evict()  # engines take memory, too
 
     def _build_now(self, model: LoadedModel) -> None:
         """What goes wrong is told to the operator: the model is served as it was."""
         preprocessing = model.preprocessing
         try:
             pixels = self._check_pixels(model.id, preprocessing)
+            are_own = pixels is not None
             if pixels is None:
                 # Soft noise: every class of picture that a network tells apart has edges and plain parts.
                 coarse = torch.randint(0, 256, (16, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
                 side = (preprocessing.crop, preprocessing.crop)
                 pixels = torch.nn.functional.interpolate(coarse, side, mode="bilinear").to(torch.uint8)
+            key = engine_builder.key_of(model.network.key)
+            earlier = self._storage.path(key) if self._storage.exists(key) else None
             with self._storage.staging() as folder:
                 folder.mkdir()
-                self._builder.build(self._storage.path(f"models/{model.id}"), folder, pixels=pixels)
+                self._builder.build(
+                    self._storage.path(f"models/{model.id}"), folder, pixels=pixels, are_own=are_own, earlier=earlier
+                )
                 self._storage.check_room()
-                self._storage.publish(folder, engine_builder.key_of(model.network.key))
+                self._storage.publish(folder, key)
             self._drop_old_engines()
             open_built_engine(self._storage, model.network, self._engine_policy)
         except (OSError, subprocess.SubprocessError, StorageFull) as error:

@@ -7,6 +7,7 @@ rounding: by a millionth of the largest.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -68,8 +69,9 @@ def _fold(network: nn.Module, name: str) -> None:
         network(parameter.new_zeros(1, 3, side, side))
     for hook in hooks:
         hook.remove()
+    used = Counter(chain(*[(convolution, norm) for _, convolution, norm in pairs]))
     for between, convolution, norm in pairs:
-        if reads.count(between) == 1:
+        if reads.count(between) == used[convolution] == used[norm] == 1:
             network.set_submodule(paths[convolution], fuse_conv_bn_eval(convolution, norm))
             network.set_submodule(paths[norm], nn.Identity())
 
@@ -87,5 +89,5 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self._taken.extend(value for value in tree_leaves(args) if isinstance(value, Tensor))
+        self._taken.extend(value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
         return func(*args, **(kwargs or {}))

@@ -1,6 +1,7 @@
 """Batch-norms folded into convolutions: the same numbers from fewer layers, and the network stays what it was."""
 
 import threading
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -121,19 +122,53 @@ def test_other_threads_go_on_while_one_folds() -> None:
     # torch.fx replaces nn.Module.__call__ for the whole process while it traces.
     backbone = trained("mobilenet_v3_small")
     expected = backbone(pictures(64))
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
 
     def fold() -> None:
         with torch.inference_mode():
-            for _ in range(10):
+            while not done.is_set():
                 folded(backbone)
-        done.set()
+                begun.set()
 
     with ThreadPoolExecutor(1) as pool:
         folding = pool.submit(fold)
-        passes = 0
-        while not done.is_set() and not folding.done():
-            assert torch.equal(backbone(pictures(64)), expected)
-            passes += 1
+        try:
+            assert begun.wait(60)
+            for _ in range(30):
+                assert torch.equal(backbone(pictures(64)), expected)
+        finally:
+            done.set()
         folding.result()
-    assert passes > 10
+
+
+class Chain(nn.Module):
+    """A convolution, a norm, and one more thing that reads what is between, or one that is called again."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.convolution, self.norm, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        between = self.convolution(images)
+        if self.kind == "read twice":
+            return self.norm(between) + between
+        if self.kind == "read by name":
+            return torch.add(self.norm(between), other=between)
+        if self.kind == "called twice":
+            return self.norm(between) + self.other(self.convolution(images + 1))
+        return self.norm(between)
+
+
+@pytest.mark.parametrize(("kind", "left"), [("plain", 1), ("read twice", 2), ("read by name", 2), ("called twice", 2)])
+@torch.inference_mode()
+def test_only_what_nothing_else_reads_is_folded(kind: str, left: int) -> None:
+    network = Chain(kind).eval()
+    with_statistics(network)
+    backbone = Backbone("resnet18", OrderedDict(stem=network), feature_width=3, layout="NCHW").eval()
+    expected = backbone(pictures(32))
+
+    found = folded(backbone)
+
+    assert norms(found) == left
+    torch.testing.assert_close(found(pictures(32)), expected)
