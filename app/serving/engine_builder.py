@@ -233,8 +233,8 @@ def _build_here(order: _Order) -> Report:
     names: list[EngineName] = ["onnxruntime"] if order.is_plain else names_here()
     for name in names:
         try:
-            opened[name] = {count: open_engine(name, file, Threads(count, count)) for count in _thread_counts()}
-            found[name] = scores(opened[name][1])
+            by_count = {count: open_engine(name, file, Threads(count, count)) for count in _thread_counts()}
+            opened[name], found[name] = by_count, scores(by_count[1])
         except (ValueError, RuntimeError) as error:  # the others go on
             print(f"{name}: {error}", file=sys.stderr)  # noqa: T201 (a program)
     timed = _timed(plain, opened, pixels[torch.arange(_MEASURED_BATCH) % len(pixels)])
