@@ -46,7 +46,7 @@ def main() -> None:
         chosen = (found.report.half if keeps else None) or found.report.exact
     limits = ImageLimits.from_settings(Settings())
     encoded = [path.read_bytes() for path in sorted((folder / "pictures").iterdir())]
-    head = model.classifier.head
+    head, best = model.classifier.head, min(5, len(model.classes))
 
     def prepared(picture: bytes) -> Tensor:
         return eval_pixels(images.decode(picture, side=model.preprocessing.side, limits=limits), model.preprocessing)
@@ -54,7 +54,7 @@ def main() -> None:
     def answering(features: Callable[[Tensor], Tensor]) -> Answer:
         def answered(pixels: list[Tensor]) -> None:
             with torch.no_grad():
-                head(features(torch.stack(pixels))).softmax(1).topk(5).values.tolist()
+                head(features(torch.stack(pixels))).softmax(1).topk(best).values.tolist()
 
         return answered
 

@@ -44,7 +44,7 @@ class Model:
         images = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in pictures]
         with torch.no_grad():
             scores = self._model.classifier(torch.stack([self._prepare(image) for image in images])).softmax(1)
-        best = scores.topk(5)
+        best = scores.topk(min(5, scores.shape[1]))
         return [
             {"top": [{"label": self._model.classes[i], "score": score} for i, score in zip(*row, strict=True)]}
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)

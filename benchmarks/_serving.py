@@ -18,6 +18,9 @@ from typing import Any
 
 import httpx
 import psutil
+import torch
+from _setup import Ingested, fitted, ingested, resolved
+from _setup import classifier as network
 
 from app import registry
 from app.db.engine import Database
@@ -30,6 +33,7 @@ from app.vision.artifact import Artifact
 from app.vision.backbones import BACKBONES
 from app.vision.classifier import Classifier
 from app.vision.weights import WeightStore
+from worker.training import methods
 
 PICTURES = 64
 CLASSES = [f"class {i}" for i in range(10)]
@@ -107,24 +111,48 @@ def write_pictures(archive: Path, folder: Path) -> None:
             (folder / f"{i}.jpg").write_bytes(opened.read(name))
 
 
-def prepare(data: Path, backbone: str, weights: Path) -> str:
-    """The default becomes a model with the backbone's weights and a head of chance, registered as a worker does it.
+def prepare(data: Path, backbone: str, weights: Path, *, archive: Path | None = None) -> str:
+    """The default becomes a model with the backbone's weights, or random ones, registered as a worker does it.
 
-    Returns its id.
+    archive: a data set that its head is solved for, and engines are compared on; else it is one of chance. Returns its
+    id.
     """
     settings = Settings(data_dir=data, weights_dir=weights)
     upgrade(settings.resolved_database_url)
     storage, database = LocalStorage(data), Database(settings.resolved_database_url)
     store = WeightStore.from_settings(settings)
     found = store.find(backbone)
-    state_dict = None if found is None else store.load(found)
-    classifier = Classifier.new(backbone, len(CLASSES), seed=0, state_dict=state_dict).eval()
-    made = Artifact(classifier, CLASSES, BACKBONES[backbone].preprocessing)
+    if archive is None:
+        state_dict = None if found is None else store.load(found)
+        classifier = Classifier.new(backbone, len(CLASSES), seed=0, state_dict=state_dict).eval()
+        made = Artifact(classifier, CLASSES, BACKBONES[backbone].preprocessing)
+    else:
+        made = _solved(backbone, ingested(archive, storage), None if found is None else weights)
     model_id = register(made, storage, database)
     with database.write() as session:
         registry.point_alias(session, registry.DEFAULT_ALIAS, model_id)
     database.dispose()
     return model_id
+
+
+def _solved(backbone: str, data: Ingested, weights: Path | None) -> Artifact:
+    spec = resolved(data, method="feature_extraction", backbone=backbone, weights_dir=weights)
+    training = methods.prepare(
+        spec,
+        classifier=network(spec, len(data.manifest.classes), weights),
+        manifest=data.manifest,
+        images=data.images(spec),
+        device=torch.device("cpu"),
+    )
+    fitted(training)
+    task = methods.conclude(training, data.manifest, is_final=False).tasks[0]
+    return Artifact(
+        training.classifier.eval(),
+        list(task.output.classes),
+        training.preprocessing,
+        temperature=task.output.temperature,
+        metadata={"dataset": data.name},
+    )
 
 
 def register(made: Artifact, storage: LocalStorage, database: Database) -> str:
