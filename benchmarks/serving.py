@@ -3,14 +3,15 @@ r"""What /predict costs beside the bare work: throughput, latency and CPU time, 
     python benchmarks/serving.py --data hymenoptera.zip --weights FOLDER [--backbone mobilenet_v3_small]
         [--concurrency 1,8,32,128] [--seconds 5] [--rounds 3] [--peers INTERPRETER]
 
-Real servers in processes of their own on loopback, loaded by wrk (Debian package wrk), a JPEG a request, top 5 out; the
-servers take turns in each round. The model's head is solved for on the zip, whose validation pictures engines are
+Real servers in processes of their own on loopback, loaded by wrk (Debian package wrk), a JPEG a request, top 5 out;
+the servers take turns in each round. The model's head is solved for on the zip, whose validation pictures engines are
 compared on; a backbone without weights in the folder is a random one. The bare limit is this machine doing nothing
 else, in whichever way is faster: decode and preprocess in one thread per core, forward in batches of eight on the
-engine that Graft chose; or all of it in each of one thread per core. The naive server is what tutorials show: a `def` route of
-FastAPI, PIL, torchvision's transforms, eager torch. --peers: also LitServe, BentoML and Ray Serve, see _peer_model.py,
-by an interpreter that has them and Graft's packages; two of them take forms alone, so Graft is asked by forms too.
-Prints medians (smallest to largest) over rounds, and the CPU time of each server's processes per request.
+engine that Graft chose; or all of it in each of one thread per core. The naive server is what tutorials show: a `def`
+route of FastAPI, PIL, torchvision's transforms, eager torch. --peers: also LitServe, BentoML and Ray Serve, see
+_peer_model.py, by an interpreter that has them and Graft's packages; two of them take forms alone, so Graft is asked
+by forms too. Prints medians (smallest to largest) over rounds, and the CPU time of each server's processes per
+request.
 """
 
 import argparse
