@@ -38,12 +38,14 @@ def main() -> None:
     model = artifact.load(model_folder)
     built = list(storage.path("engines").glob("*/engine.json"))
     engine: Engine = TorchEngine(model.classifier.backbone, model.preprocessing, torch.device("cpu"))
-    chosen = None
+    alone_in_its_thread: Engine | None = None
     if built:
-        found = engine_builder.open_built(built[0].parent)
-        keeps = found.report.half_keeps.get(model_folder.name)
-        engine = (found.half if keeps else None) or found.exact or engine
-        chosen = (found.report.half if keeps else None) or found.report.exact
+        report = engine_builder.open_built(built[0].parent).report
+        keeps_half = report.half_keeps.get(model_folder.name)
+        if chosen := (report.half if keeps_half else None) or report.exact:
+            file = built[0].parent / "engine.onnx"
+            engine = open_engine(chosen.engine, file, chosen.threads)
+            alone_in_its_thread = open_engine(chosen.engine, file, Threads(1, 1))
     limits = ImageLimits.from_settings(Settings())
     encoded = [path.read_bytes() for path in sorted((folder / "pictures").iterdir())]
     head, best = model.classifier.head, min(5, len(model.classes))
@@ -66,11 +68,9 @@ def main() -> None:
         answered([prepared(picture)])
         alone.append(time.perf_counter() - start)
     ways = [lambda: _in_turns(prepared, answered, encoded, seconds)]
-    if chosen is not None:
-        alone_in_its_thread = answering(
-            open_engine(chosen.engine, built[0].parent / "engine.onnx", Threads(1, 1)).features
-        )
-        ways.append(lambda: _side_by_side(prepared, alone_in_its_thread, encoded, seconds))
+    if alone_in_its_thread is not None:
+        beside = answering(alone_in_its_thread.features)
+        ways.append(lambda: _side_by_side(prepared, beside, encoded, seconds))
     per_second, cpu = max(way() for way in ways)
     print(per_second, 1000 * cpu, 1000 * statistics.median(alone))
 

@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,9 +197,7 @@ class Subject:
                 plan,
                 likeness=lambda found: torch.from_numpy(self.reference.likeness(found.numpy())),
             )
-            while (logits := advanced(turns)) is None:
-                pass
-            return logits
+            return _ended(turns)
         likeness = self.reference.similarities(features.numpy())
         places = np.argsort(-likeness, kind="stable")[:NEIGHBOURS].tolist()
         alike = seen_alike(torch.stack([self.neighbours[place] for place in places]), pixels)
@@ -214,9 +212,7 @@ class Subject:
                 prepared,
                 plan,
             )
-            while (logits := advanced(turns)) is None:
-                pass
-            return logits
+            return _ended(turns)
         return by_neighbours(self.head, features, self._features(alike), as_they_are, self.outputs, plan)
 
     def _features(self, pixels: Tensor) -> Tensor:
@@ -224,6 +220,12 @@ class Subject:
         with torch.no_grad():
             parts = [backbone(normalise(part, self.training.preprocessing)) for part in pixels.split(32)]
         return torch.cat(parts)
+
+
+def _ended(turns: Generator[None, None, Tensor]) -> Tensor:
+    while (logits := advanced(turns)) is None:
+        pass
+    return logits
 
 
 def _subject(name: str, network: str, storage: LocalStorage, arguments: argparse.Namespace) -> Subject:

@@ -102,7 +102,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build left: engines that are worth it, as `Report` has them."""
+    """What a build left: engines that are worth it, as `Report` has them; half only where a model keeps it."""
 
     exact: Engine | None
     half: Engine | None
@@ -182,7 +182,8 @@ def open_built(folder: Path, policy: ServingEngine = "auto") -> Built:
     def opened(trial: Trial | None) -> Engine | None:
         return None if trial is None else open_engine(trial.engine, folder / _ENGINE_FILE, trial.threads)
 
-    return Built(opened(report.exact), opened(report.half) if policy == "auto" else None, report)
+    is_kept = policy == "auto" and any(report.half_keeps.values())
+    return Built(opened(report.exact), opened(report.half) if is_kept else None, report)
 
 
 def _read(folder: Path) -> Report:

@@ -33,7 +33,7 @@ class Network:
 
     key: the same for the same weights. records: whether passes of a few pictures are worth recording, where that can
     be done. engine: says for any model what torch says; half: in half precision, for models that it was tried with and
-    keeps (half_keeps, by id).
+    keeps (half_keeps, by id). tries_half: whether it is worth trying with others.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Network:
         self.engine: Engine = self.torch
         self.half: Engine | None = None
         self.half_keeps: dict[str, bool] = {}
+        self.tries_half = False
         # The first pass allocates and, on a GPU, picks kernels: nobody's request should wait for that.
         self.features(torch.zeros(1, 3, preprocessing.crop, preprocessing.crop, dtype=torch.uint8))
         if records and may_record(device):
@@ -191,6 +192,7 @@ def open_built_engine(storage: LocalStorage, network: Network, policy: ServingEn
         return
     network.engine = built.exact or network.engine
     network.half, network.half_keeps = built.half, built.report.half_keeps
+    network.tries_half = policy == "auto" and built.report.half is not None
     half = network.half and network.half.name
     log.info("engine chosen", engine=network.engine.name, half=half, **asdict(built.report))
 

@@ -494,7 +494,7 @@ class Predictor:
 
     def _build_soon(self, model: LoadedModel) -> None:
         network, key = model.network, model.network.key
-        is_untried = network.half is not None and model.id not in network.half_keeps
+        is_untried = network.tries_half and model.id not in network.half_keeps
         if key not in self._building and (is_untried or not self._storage.exists(engine_builder.key_of(key))):
             self._building[key] = asyncio.create_task(self._build(model))
             self._building[key].add_done_callback(lambda _done: self._building.pop(key, None))
