@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 # Two files of tests at a time, or four: many wait for processes of their own. More would need gigabytes for torch.
-PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+# A process of tests that dies ends the run and names its test: another in its place has been seen to wait for ever.
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 
 .PHONY: help setup demo test test-slow test-all check lock clean
 .DEFAULT_GOAL := help

@@ -207,7 +207,7 @@ class _Compiled:
             "NUM_STREAMS": self._streams,
             "ENABLE_CPU_PINNING": False,  # the cores are shared with what decodes
         }
-        self._compiled = _openvino().Core().compile_model(path, "CPU", options)
+        self._compiled = _openvino_core().compile_model(path, "CPU", options)
         self._free: deque[Any] = deque()  # requests; each holds what one pass needs
 
     def passed(self, pixels: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ def is_here(name: EngineName) -> bool:
     if openvino_version() is None:
         return False
     try:
-        able = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        able = _openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except (ImportError, OSError, RuntimeError) as error:
         log.warning("openvino cannot be used", error=str(error)[:500])
         return False
@@ -270,12 +270,24 @@ def openvino_version() -> str | None:
         return None
 
 
+def _openvino_core() -> Any:
+    """One for the process, and never freed: where the processor has AMX, it gives the thread that first uses it a stack
+    for signal handlers, and unmaps that stack when it is freed. Freed by another thread, it would leave the first one
+    to die of the next signal, the server of SIGTERM in place of stopping.
+    """
+    with _opening_core:
+        return _opened_core()
+
+
+_opening_core = threading.Lock()
+
+
 @cache
-def _openvino() -> Any:
-    """Imported where it is used: it takes 27 MiB and a third of a second."""
+def _opened_core() -> Any:
+    """OpenVINO is imported where it is used: it takes 27 MiB and a third of a second."""
     # A module that reports to its maker how OpenVINO's converters are used. They are not, and it does without.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    return importlib.import_module("openvino")
+    return importlib.import_module("openvino").Core()
 
 
 def _resident_bytes() -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import builders
+import onnx
 import pytest
 import torch
 from pydantic import TypeAdapter
@@ -248,6 +249,40 @@ def test_engine_that_kills_the_build_leaves_the_others(tmp_path: Path, monkeypat
 
     report = TypeAdapter(Report).validate_json((tmp_path / "built" / "engine.json").read_bytes())
     assert [trial.engine for trial in report.trials] == ["onnxruntime"]
+
+
+ASKED_TO_STOP = """
+import faulthandler, os, signal, sys, threading
+from pathlib import Path
+from app.serving import engines
+faulthandler.enable()
+assert engines.is_here("openvino")
+held = [engines.OpenVinoEngine(Path(sys.argv[1]), engines.Threads(1, 1), bf16=False)]
+dropping = threading.Thread(target=held.clear)
+dropping.start()
+dropping.join()
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append("to stop"))
+os.kill(os.getpid(), signal.SIGTERM)
+print(*asked)
+"""
+
+
+@pytest.mark.skipif(engines.openvino_version() is None, reason="needs OpenVINO")
+def test_process_whose_engine_another_thread_dropped_still_stops_when_asked_to(tmp_path: Path) -> None:
+    shape = [None, 3, 8, 8]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Cast", ["pixels"], ["features"], to=onnx.TensorProto.FLOAT)],
+        "network",
+        [onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, shape)],
+        [onnx.helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, shape)],
+    )
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "network.onnx")
+
+    command = [sys.executable, "-c", ASKED_TO_STOP, str(tmp_path / "network.onnx")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (ran.returncode, ran.stdout.strip()) == (0, "to stop"), ran.stderr
 
 
 def test_every_task_is_looked_at() -> None:
