@@ -55,7 +55,7 @@ class LocalStorage:
         """
         target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sync_tree(staged)
+        sync_tree(staged)
         if target.is_dir():
             # A folder cannot be renamed over a full one; only a retry of the same work publishes twice.
             with self.staging() as aside:
@@ -64,14 +64,14 @@ class LocalStorage:
         else:
             staged.replace(target)
         for folder in (target.parent, *target.parent.parents):
-            _sync(folder)
+            sync(folder)
             if folder == self.root:
                 break
 
     def announce(self, key: str) -> None:
         """Notes that `key` is about to be published, and is worth nothing until a row speaks of it."""
         self._announcement(key).touch()
-        _sync(self._announced)
+        sync(self._announced)
 
     def settle(self, key: str, *, is_wanted: bool) -> None:
         """Ends an announcement: the key stays, or is deleted."""
@@ -90,6 +90,13 @@ class LocalStorage:
         path = (self.root / key).resolve()
         assert path.is_relative_to(self.root.resolve()), key
         return path
+
+    def files(self, key: str) -> list[str]:
+        """Keys of the files at or below a key. Raises FileNotFoundError if it goes meanwhile."""
+        root = self.path(key)
+        if root.is_file():
+            return [key]
+        return sorted(f"{key}/{path.relative_to(root).as_posix()}" for path in root.rglob("*") if path.is_file())
 
     def exists(self, key: str) -> bool:
         return self.path(key).exists()
@@ -135,14 +142,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_tree(path: Path) -> None:
+def sync_tree(path: Path) -> None:
+    """Waits until the disk has a file, or a folder with all below it. Raises OSError."""
     if path.is_dir():
         for child in path.iterdir():
-            _sync_tree(child)
-    _sync(path)
+            sync_tree(child)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until the disk has a file's bytes, or a folder's names. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

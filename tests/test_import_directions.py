@@ -50,7 +50,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.client": frozenset(),
     "app.demo": frozenset(),
     "app.supervisor": frozenset(),
-    "app.cli": frozenset({"app.access", "app.client", "app.db", "app.supervisor"}),
+    "app.backup": frozenset({"app.db", "app.jobs", "app.predictions"}),
+    "app.cli": frozenset({"app.access", "app.backup", "app.client", "app.db", "app.supervisor"}),
     "worker.training": frozenset(
         {"app.vision", "app.datasets.manifest", "app.datasets.packed", "app.jobs.request", "app.jobs.spec"}
     ),

@@ -1,10 +1,11 @@
-"""The commands of whoever runs a server: up, api, worker, migrate, settings, keys."""
+"""The commands of whoever runs a server: up, api, worker, migrate, backup, restore, settings, keys."""
 
 import json
 import os
 import re
 import sys
 from datetime import UTC, timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import structlog
@@ -14,12 +15,16 @@ from pydantic.fields import FieldInfo
 
 from app import access, logs
 from app.access import Scope
+from app.backup import Contents, back_up
+from app.backup import restore as put_back
 from app.cli.terminal import EXIT_USAGE, Failure, errors, print_line, print_table
 from app.client import GraftClient
 from app.db.engine import Database
-from app.db.migrate import upgrade
+from app.db.migrate import check_is_current, upgrade
 from app.db.tables import utc_now
+from app.errors import listed
 from app.settings import Settings
+from app.storage import LocalStorage
 from app.supervisor import Program, StopRequests, Supervisor, free_port, is_port_free
 
 API = Program("API", (sys.executable, "-m", "app.main"))
@@ -36,7 +41,7 @@ keys = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=True)
 
 
 def add_to(cli: typer.Typer) -> None:
-    for command in (up, api, worker, migrate, settings):
+    for command in (up, api, worker, migrate, backup, restore, settings):
         cli.command()(command)
     # The program has its own options and its own help; they are handed on as they are.
     cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})(pretrain_bundle)
@@ -88,6 +93,29 @@ def migrate() -> None:
     chosen = load_settings()
     upgrade(chosen.resolved_database_url)
     print_line(f"The database is up to date: {_masked(chosen.resolved_database_url)}")
+
+
+def backup(folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
+    """Copy every row and file into a folder, while Graft runs; `graft restore` puts them back."""
+    chosen = load_settings()
+    database = Database(chosen.resolved_database_url)
+    check_is_current(database)
+    made = back_up(database, LocalStorage(chosen.storage_root), folder)
+    database.dispose()
+    print_line(f"{folder} has {_counted(made)}.")
+    if made.missing:
+        errors.print(
+            f"{len(made.missing)} things that the database speaks of have no files: {listed(made.missing)}.",
+            style="yellow",
+        )
+
+
+def restore(folder: Annotated[Path, typer.Argument(help="What `graft backup` has made.")]) -> None:
+    """Put a backup into an empty database and data folder, of whatever kind: SQLite or PostgreSQL."""
+    chosen = load_settings()
+    storage = LocalStorage(chosen.storage_root, min_free_bytes=chosen.min_free_bytes)
+    made = put_back(folder, chosen.resolved_database_url, storage)
+    print_line(f"Back as of {made.created_at}: {_counted(made)}. `graft up` starts the server.")
 
 
 def settings() -> None:
@@ -238,6 +266,11 @@ def _masked(url: str) -> str:
     """The URL without its password, wherever it stands."""
     without_user_password = re.sub(r"//([^:/@]*):[^/]*@", r"//\1:***@", url)
     return re.sub(r"(?i)([?&]password=)[^&]*", r"\1***", without_user_password)
+
+
+def _counted(made: Contents) -> str:
+    rows = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in made.rows.items() if count)
+    return f"{rows or 'no rows'} and {len(made.files) - 1} files ({made.size_bytes / 1e6:,.1f} MB)"
 
 
 def _date(moment: Any) -> str:

@@ -45,6 +45,8 @@ class Database:
     def read(self) -> Iterator[Session]:
         """A transaction that only reads, from one consistent state, and never waits for writers."""
         with self._session("BEGIN") as session, _locked_means_overloaded(), session.begin():
+            if not self._is_sqlite:
+                session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             yield session
             session.expunge_all()  # so that rows stay readable after the rollback, which would expire them
             session.rollback()

@@ -1,0 +1,267 @@
+"""A backup: a folder with every row, the files that rows speak of, and a digest of each file. Made while Graft runs.
+
+Rows are kept in an SQLite file whichever database they come from, so that a backup may be restored into another kind
+of database. Files are never changed once they are published, and are there before the row that speaks of them; so the
+rows are read first, and what a row speaks of is missing only if it was deleted since, which the rows then say too.
+What can be made again (features, engines, exports) is left out. Knows tables and keys; not HTTP.
+"""
+
+import hashlib
+import json
+import shutil
+import sqlite3
+import uuid
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy import Connection, Select, Table, func, insert, select
+from sqlalchemy.orm import Session
+
+from app.db.engine import Database
+from app.db.migrate import upgrade
+from app.db.tables import Base, DatasetRow, IdempotencyRow, JobRow, ModelRow, PredictionRow, utc_now
+from app.errors import Conflict, GraftError, StorageFull
+from app.jobs import queue
+from app.jobs.queue import Claim
+from app.jobs.states import JobKind, JobStatus
+from app.predictions import picture_key
+from app.storage import LocalStorage, file_sha256, sync, sync_tree
+
+DATABASE_FILE, FILES_FOLDER, CONTENTS_FILE = "graft.db", "files", "backup.json"
+_FORMAT_VERSION = 1
+_ROWS_AT_A_TIME = 1000
+# Made again when they are needed.
+_LEFT_OUT = "features"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a backup holds. files: sha256 of each. missing: keys that rows speak of and that have no files."""
+
+    format_version: int
+    created_at: str
+    rows: dict[str, int]
+    files: dict[str, str]
+    size_bytes: int
+    missing: list[str]
+
+
+class BackupDamaged(GraftError):
+    """A backup that is not whole, or that this version cannot read."""
+
+    title = "Damaged backup"
+
+
+def back_up(database: Database, storage: LocalStorage, folder: Path) -> Contents:
+    """Writes a backup to a folder that must not exist yet; it appears whole or not at all.
+
+    Raises Conflict if the folder exists, StorageFull if its disk does not take it.
+    """
+    if folder.exists():
+        raise Conflict(f"{folder} is there already; a backup goes to a new folder.")
+    staged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        (staged / FILES_FOLDER).mkdir(parents=True)
+        contents = _written(database, storage, staged)
+        (staged / CONTENTS_FILE).write_text(json.dumps(asdict(contents), indent=1), "utf-8")
+        sync_tree(staged)
+        staged.rename(folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise StorageFull(f"The backup could not be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return contents
+
+
+def restore(folder: Path, database_url: str, storage: LocalStorage) -> Contents:
+    """Puts a backup into an empty database and its storage; files first, then every row in one transaction.
+
+    What was running is queued again and goes on from its last checkpoint. Nothing is changed before every file of the
+    backup was read and found right. Raises BackupDamaged, Conflict if the database has rows, DatabaseMismatch if a
+    newer version made the backup, StorageFull.
+    """
+    contents = _checked(folder)
+    with storage.staging() as staged:
+        staged.mkdir()
+        shutil.copyfile(folder / DATABASE_FILE, staged / DATABASE_FILE)
+        upgrade(f"sqlite:///{staged / DATABASE_FILE}")  # of an older version
+        upgrade(database_url)
+        source, target = Database(f"sqlite:///{staged / DATABASE_FILE}"), Database(database_url)
+        try:
+            _refuse_rows(target)
+            _put_files(folder, contents, storage)
+            with source.read() as rows, target.write() as session:
+                _copy_rows(rows.connection(), session.connection())
+                _count_on(session)
+                _give_back(session)
+        finally:
+            source.dispose()
+            target.dispose()
+    for key in _top_keys(contents):
+        storage.settle(key, is_wanted=True)
+    return contents
+
+
+def _written(database: Database, storage: LocalStorage, staged: Path) -> Contents:
+    digests: dict[str, dict[str, str]] = {}  # of each key, of each of its files
+    missing: list[str] | None = None
+    while True:
+        rows, keys = _snapshot(database, staged / DATABASE_FILE)
+        for gone in digests.keys() - keys.keys():
+            del digests[gone]
+            _remove(staged / FILES_FOLDER / gone)
+        found = {key: _copied(storage, key, staged / FILES_FOLDER) for key in keys if key not in digests}
+        digests |= {key: files for key, files in found.items() if files}
+        before, missing = missing, [key for key, is_needed in keys.items() if is_needed and key not in digests]
+        # What was deleted while files were copied is no longer in rows that are read after that; what is, is lost.
+        if not missing or missing == before:
+            break
+    files = {DATABASE_FILE: file_sha256(staged / DATABASE_FILE)}
+    files |= {f"{FILES_FOLDER}/{name}": digest for each in digests.values() for name, digest in each.items()}
+    size = sum((staged / name).stat().st_size for name in files)
+    return Contents(_FORMAT_VERSION, utc_now().isoformat(), rows, files, size, missing)
+
+
+def _snapshot(database: Database, path: Path) -> tuple[dict[str, int], dict[str, bool]]:
+    """Every row as of one moment, in an SQLite file; returns how many of each table, and the keys they speak of."""
+    path.unlink(missing_ok=True)
+    url = f"sqlite:///{path}"
+    upgrade(url)
+    copy = Database(url)
+    try:
+        with database.read() as rows, copy.write() as session:
+            counts = _copy_rows(rows.connection(), session.connection())
+        with copy.read() as session:
+            keys = _keys(session)
+    finally:
+        copy.dispose()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
+    return counts, keys
+
+
+def _keys(session: Session) -> dict[str, bool]:
+    """What rows speak of, and whether it must be there."""
+    datasets = session.execute(select(DatasetRow.id, DatasetRow.status))
+    batches = session.execute(select(JobRow.id, JobRow.status).where(JobRow.kind == JobKind.prediction))
+    return {
+        **{f"datasets/{id}": status == "ready" for id, status in datasets},
+        **{f"models/{id}": True for id in session.scalars(select(ModelRow.id))},
+        **{picture_key(id): True for id in session.scalars(select(PredictionRow.id))},
+        **{f"batches/{id}": status != JobStatus.failed for id, status in batches},
+        **{f"jobs/{id}": False for id in sorted(queue.unfinished_ids(session))},
+    }
+
+
+def _copied(storage: LocalStorage, key: str, target: Path) -> dict[str, str]:
+    """Digests of the copied files of a key, by their own keys; none if it is gone, or goes while it is copied."""
+    try:
+        names = [name for name in storage.files(key) if name.split("/")[2:3] != [_LEFT_OUT]]
+        return {name: _copy(storage.path(name), target / name) for name in names}
+    except FileNotFoundError:
+        _remove(target / key)
+        return {}
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copies a file; returns the sha256 of what was read."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with source.open("rb") as reading, target.open("wb") as writing:
+        while block := reading.read(1024 * 1024):
+            digest.update(block)
+            writing.write(block)
+    return digest.hexdigest()
+
+
+def _copy_rows(source: Connection, target: Connection) -> dict[str, int]:
+    counts = {}
+    for table in Base.metadata.sorted_tables:
+        counts[table.name] = 0
+        for part in source.execute(_rows(table).execution_options(yield_per=_ROWS_AT_A_TIME)).mappings().partitions():
+            target.execute(insert(table), [dict(row) for row in part])
+            counts[table.name] += len(part)
+    return counts
+
+
+def _rows(table: Table) -> Select[Any]:
+    rows = select(table)
+    if table is IdempotencyRow.__table__:
+        # Of requests that are being answered: whoever makes them must ask again.
+        return rows.where(IdempotencyRow.response.is_not(None))
+    return rows
+
+
+def _count_on(session: Session) -> None:
+    """Lets PostgreSQL number new rows after those that were brought; SQLite does so by itself."""
+    if session.get_bind().dialect.name != "postgresql":
+        return
+    for table in Base.metadata.sorted_tables:
+        if (column := table.autoincrement_column) is None:
+            continue
+        last = session.scalar(select(func.max(column)))
+        if last is not None:
+            sequence = func.pg_get_serial_sequence(table.name, column.name)
+            session.execute(select(func.setval(sequence, last)))
+
+
+def _give_back(session: Session) -> None:
+    """Queues what was running: its worker is not here."""
+    for job in session.scalars(select(JobRow).where(JobRow.status == JobStatus.running)).all():
+        claim = Claim(job.id, job.fence, JobKind(job.kind), job.dataset_id, job.spec, job.attempt)
+        queue.give_back(session, claim)
+
+
+def _checked(folder: Path) -> Contents:
+    """Raises BackupDamaged, naming what is wrong."""
+    try:
+        contents = TypeAdapter(Contents).validate_json((folder / CONTENTS_FILE).read_bytes())
+    except (OSError, ValidationError):
+        raise BackupDamaged(f"{folder} is no backup of Graft, or its {CONTENTS_FILE} is damaged.") from None
+    if contents.format_version != _FORMAT_VERSION:
+        raise BackupDamaged("A newer version of Graft made this backup; install that one to restore it.")
+    for name, digest in contents.files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+            raise BackupDamaged(f"The backup is not whole: {name} is missing.")
+        if file_sha256(path) != digest:
+            raise BackupDamaged(f"The backup is damaged: {name} is not what was written.")
+    return contents
+
+
+def _refuse_rows(database: Database) -> None:
+    with database.read() as session:
+        if any(session.execute(select(table).limit(1)).first() for table in Base.metadata.sorted_tables):
+            raise Conflict("The database has data in it; restore into an empty one (a new GRAFT_DATA_DIR).")
+
+
+def _put_files(folder: Path, contents: Contents, storage: LocalStorage) -> None:
+    """Announced, since their rows come after them: should they never come, the worker's sweep removes the files."""
+    storage.check_room(contents.size_bytes)
+    try:
+        for key in _top_keys(contents):
+            if not key.startswith("jobs/"):
+                storage.announce(key)
+            with storage.staging() as staged:
+                source = folder / FILES_FOLDER / key
+                shutil.copytree(source, staged) if source.is_dir() else shutil.copyfile(source, staged)
+                storage.publish(staged, key)
+    except OSError as error:
+        raise StorageFull("The server's disk is full or failing; nothing was restored.") from error
+
+
+def _top_keys(contents: Contents) -> list[str]:
+    """Such as "models/mdl_…", of all files."""
+    names = (name.removeprefix(f"{FILES_FOLDER}/") for name in contents.files if name != DATABASE_FILE)
+    return sorted({"/".join(name.split("/")[:2]) for name in names})
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
