@@ -4,6 +4,7 @@ Run as `python stories.py --kind … --ready-fd …`, as the worker runs `python
 """
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.orm import Session
+
+from app import registry
 from app.db.engine import Database
 from app.errors import JobFailed
 from app.jobs import queue
@@ -83,6 +87,50 @@ def run_out_of_memory(claim: Claim, reporter: Reporter, storage: LocalStorage) -
     bytearray(1 << 62)
 
 
+STEPS = 8
+
+
+def count(claim: Claim, reporter: Reporter, storage: LocalStorage) -> None:
+    """Takes STEPS steps with a checkpoint after each, and notes what it found and what it was told is stored.
+
+    One run in three is frozen right before it ends, and its worker with it, until somebody thaws them: the moment in
+    which a run that has lost its job would still end it, were it not for the fence.
+    """
+    notes = storage.path(f"notes/{claim.job_id}-{claim.fence}")
+    notes.parent.mkdir(exist_ok=True)
+    found = [int(path.read_text()) for path in storage.path(f"jobs/{claim.job_id}").glob("*/step")]
+    folder = folder_of(storage, claim)
+    with notes.open("w", buffering=1) as stored:
+        stored.write(f"{max(found, default=0)}\n")
+        for step in range(max(found, default=0) + 1, STEPS + 1):
+            time.sleep(0.05)
+            folder.joinpath("new").write_text(str(step))
+            folder.joinpath("new").replace(folder / "step")
+            reporter.checkpoint(step)
+            stored.write(f"{step}\n")
+    if random.Random(f"{claim.job_id}/{claim.fence}").random() < 1 / 3:
+        os.kill(os.getppid(), signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def end(session: Session) -> None:
+        model_id = f"mdl_{claim.job_id}_{claim.fence}"
+        registry.register(
+            session,
+            model_id=model_id,
+            job_id=claim.job_id,
+            dataset_id=claim.dataset_id,
+            method="fine_tuning",
+            backbone={},
+            classes=["a", "b"],
+            metrics={},
+            size_bytes=1,
+            sha256="",
+        )
+        queue.succeed(session, claim, model_id=model_id)
+
+    reporter.transaction(end)
+
+
 STORIES: dict[str, Callable[[Claim, Reporter, LocalStorage], None]] = {
     story.__name__: story
     for story in (
@@ -96,6 +144,7 @@ STORIES: dict[str, Callable[[Claim, Reporter, LocalStorage], None]] = {
         raise_expected,
         raise_unexpected,
         run_out_of_memory,
+        count,
     )
 }
 

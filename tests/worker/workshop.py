@@ -32,15 +32,15 @@ FAST = {
 }
 
 
-def wait_until(condition: Callable[[], Any]) -> Any:
-    """What the condition returns, once it is true. Fails after PATIENCE_SECONDS."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_until(condition: Callable[[], Any], *, within_seconds: float = PATIENCE_SECONDS) -> Any:
+    """What the condition returns, once it is true. Fails if it does not become true."""
+    deadline = time.monotonic() + within_seconds
     while time.monotonic() < deadline:
         value = condition()
         if value:
             return value
         time.sleep(0.01)
-    pytest.fail(f"still not so after {PATIENCE_SECONDS} s")
+    pytest.fail(f"still not so after {within_seconds} s")
 
 
 def is_running(pid: int) -> bool:
@@ -68,7 +68,8 @@ class Workshop:
         self.workers: list[subprocess.Popen[bytes]] = []
 
     def settings(self, **changes: Any) -> Settings:
-        return Settings(data_dir=self.folder, **{**FAST, **changes})
+        url = self.database.engine.url.render_as_string(hide_password=False)
+        return Settings(data_dir=self.folder, database_url=url, **{**FAST, **changes})
 
     def start_worker(self, *, child_command: Sequence[str] = (), **changes: Any) -> subprocess.Popen[bytes]:
         settings = self.settings(**changes).model_dump(mode="json")
