@@ -111,11 +111,14 @@ class LocalStorage:
 
     def check_room(self, incoming_bytes: int = 0) -> None:
         """Raises StorageFull if storing this many bytes would leave less than the reserve free."""
-        free = shutil.disk_usage(self.root).free
-        if free - incoming_bytes < self._min_free_bytes:
+        if self.spare_bytes() < incoming_bytes:
             raise StorageFull(
                 "The server's disk is too full for this; delete data sets or models, or ask its operator."
             )
+
+    def spare_bytes(self) -> int:
+        """What is free beyond the reserve; negative when it is less."""
+        return shutil.disk_usage(self.root).free - self._min_free_bytes
 
     def sweep(self, *, older_than_seconds: float = STAGING_MAX_AGE_SECONDS) -> int:
         """Removes what crashes have left in staging. Returns how many entries were removed."""

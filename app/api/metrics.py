@@ -1,15 +1,20 @@
 """What Prometheus reads at /metrics: counted here, or looked up in the database when asked."""
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 
 from app.db.engine import Database
-from app.db.tables import JobRow
+from app.db.tables import JobRow, utc_now
+from app.jobs import queue
+from app.jobs.queue import Lease
 from app.jobs.states import JobKind, JobStatus
+from app.storage import LocalStorage
 
 # From a cached answer to a cold model; predictions on one CPU lie in the middle.
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -18,7 +23,7 @@ LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 class Metrics:
     """One registry per app, never the library's global one: several apps may live in one process, as in tests."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, storage: LocalStorage) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "graft_requests", "Requests answered.", ["method", "route", "status"], registry=self.registry
@@ -43,6 +48,11 @@ class Metrics:
             "graft_model_loads", "Models loaded for prediction.", ["outcome"], registry=self.registry
         )
         self.registry.register(_JobsCollector(database))
+        Gauge(
+            "graft_disk_spare_bytes",
+            "What is free beyond the reserve; at 0 and below, uploads and models are refused.",
+            registry=self.registry,
+        ).set_function(storage.spare_bytes)
 
     def observe_request(self, *, method: str, route: str, status: int, seconds: float) -> None:
         # Anybody can send any method: an unbounded label would be an unbounded table.
@@ -86,14 +96,17 @@ class _GaugeCollector(Collector):
 class _JobsCollector(Collector):
     """The queue as the database knows it: the workers are other processes, maybe on other machines."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._database = database
+        self._monotonic = monotonic
+        # Of each running job what was last seen of its lease, and when that was first seen.
+        self._seen: dict[str, tuple[tuple[int, int], float]] = {}
 
     def describe(self) -> Iterable[Metric]:
         return self._families()
 
     def collect(self) -> Iterable[Metric]:
-        jobs, depth, speed = families = self._families()
+        jobs, depth, speed, waited, silent = families = self._families()
         with self._database.read() as session:
             rows = session.execute(
                 select(JobRow.kind, JobRow.status, func.count()).group_by(JobRow.kind, JobRow.status)
@@ -102,18 +115,48 @@ class _JobsCollector(Collector):
             running = session.scalars(
                 select(JobRow.progress).where(JobRow.kind == JobKind.training, JobRow.status == JobStatus.running)
             ).all()
+            oldest = session.execute(
+                select(JobRow.kind, func.min(JobRow.created_at))
+                .where(JobRow.status == JobStatus.queued)
+                .group_by(JobRow.kind)
+            )
+            queued_since = {row.kind: row[1] for row in oldest}
+            leases = queue.running_leases(session)
+        silences = self._silences(leases)
         for kind in JobKind:
+            since = queued_since.get(kind)
+            waited.add_metric([kind], max((utc_now() - since).total_seconds(), 0.0) if since else 0.0)
+            silent.add_metric([kind], max(silences.get(kind, []), default=0.0))
             for status in JobStatus:
                 jobs.add_metric([kind, status], counts.get((kind, status), 0))
             depth.add_metric([kind], counts.get((kind, JobStatus.queued), 0))
         speed.add_metric([], sum((progress or {}).get("images_per_second") or 0.0 for progress in running))
         return families
 
-    def _families(self) -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
+    def _silences(self, leases: Sequence[Lease]) -> dict[JobKind, list[float]]:
+        """Seconds since each running job's owner was last seen to renew its lease, by this server's own clock."""
+        now, before, self._seen = self._monotonic(), self._seen, {}
+        found = defaultdict(list)
+        for lease in leases:
+            latest, since = before.get(lease.job_id, (None, now))
+            renewed = (lease.fence, lease.beat)
+            self._seen[lease.job_id] = (renewed, since if latest == renewed else now)
+            found[lease.kind].append(now - self._seen[lease.job_id][1])
+        return found
+
+    def _families(self) -> tuple[GaugeMetricFamily, ...]:
         return (
             GaugeMetricFamily("graft_jobs", "Jobs by kind and status.", labels=["kind", "status"]),
             GaugeMetricFamily("graft_queue_depth", "Jobs that wait for a worker.", labels=["kind"]),
             GaugeMetricFamily(
                 "graft_training_images_per_second", "Images that all running training jobs take in per second."
+            ),
+            GaugeMetricFamily(
+                "graft_longest_queued_seconds", "Since when the oldest job that waits was submitted.", labels=["kind"]
+            ),
+            GaugeMetricFamily(
+                "graft_longest_silence_seconds",
+                "For how long the owner of a running job has not renewed its lease; beyond the lease, no worker lives.",
+                labels=["kind"],
             ),
         )

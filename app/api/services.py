@@ -70,7 +70,7 @@ class Services:
 def open_services(settings: Settings) -> Services:
     database = Database(settings.resolved_database_url)
     storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
-    metrics = Metrics(database)
+    metrics = Metrics(database, storage)
     precedence = Precedence.of(settings)
     predictor = Predictor(
         storage=storage,
