@@ -1,0 +1,101 @@
+"""The whole OpenAPI document against a real server, by Schemathesis: as an owner, with a small key, and with none.
+
+All of its checks but one: that whatever fits the document is accepted. Rules that a schema cannot say (an archive that
+is one, options that exclude each other) refuse some of it, with a problem that says why.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import api_builders
+import pytest
+from api_builders import RunningServer
+from test_models_and_operations import EVALUATION
+
+from app import access
+from app.access import Scope
+
+HOOKS = Path(__file__).with_name("schemathesis_hooks.py")
+CASES_AN_OPERATION = 40
+# Besides what it takes for a refusal by itself, a body beyond the limit.
+CHECKS = """
+[checks.negative_data_rejection]
+expected-statuses = [400, 401, 403, 404, 405, 406, 409, 413, 415, 422, 428, 429]
+"""
+# What the paths' parameters are taken from, so that requests get beyond 404.
+PARAMETERS = {
+    **dict.fromkeys(("model", "model_id", "name"), "model"),
+    "job_id": "job",
+    "dataset_id": "dataset",
+    "file_id": "dataset",
+    "batch_id": "batch",
+}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RunningServer]:
+    with api_builders.running(api_builders.settings_for(tmp_path, max_upload_bytes=2**20)) as server:
+        yield server
+
+
+def key_of(server: RunningServer, scope: Scope) -> str:
+    with server.services.database.write() as session:
+        return access.create_key(session, scopes=[scope]).token
+
+
+def what_is_there(server: RunningServer) -> dict[str, str]:
+    """Ids of one of each kind."""
+    model = api_builders.register_model(server.services, evaluation=EVALUATION)
+    dataset = api_builders.ready_dataset(server.services.database)
+    headers = {"Authorization": f"Bearer {key_of(server, Scope.admin)}"}
+    with api_builders.client_of(server, headers=headers) as client:
+        request = {"dataset": dataset, "method": "from_scratch", "backbone": "squeezenet1_1"}
+        job = client.post("/v1/jobs", json=request)
+        batch = client.put("/v1/batches", params={"model": model}, content=api_builders.archive_of_classes())
+    return {"model": model, "dataset": dataset, "job": job.json()["id"], "batch": batch.json()["id"]}
+
+
+def run(server: RunningServer, folder: Path, *, key: str | None) -> str:
+    """What Schemathesis says. Fails where it finds something."""
+    there = what_is_there(server)
+    lines = [f'"path.{name}" = "{there[kind]}"' for name, kind in PARAMETERS.items()]
+    (folder / "schemathesis.toml").write_text("\n".join(["[parameters]", *lines, CHECKS]))
+    headers = ["--header", f"Authorization: Bearer {key}"] if key else []
+    (folder / "openapi.json").write_text(json.dumps(server.app.openapi()))
+    command = [
+        *(sys.executable, "-m", "schemathesis.cli", "--config-file", "schemathesis.toml", "run"),
+        *("openapi.json", "--url", server.url, *headers, "--no-color", "--continue-on-failure", "--no-shrink"),
+        *("--checks", "all", "--exclude-checks", "positive_data_acceptance", "--mode", "all"),
+        *("--exclude-path-regex", "/export$"),  # each takes seconds of a core
+        *("--phases", "coverage,fuzzing", "--max-examples", str(CASES_AN_OPERATION)),
+        *("--generation-allow-x00", "true", "--generation-deterministic", "--request-timeout", "30"),
+    ]
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": str(HOOKS), "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout[-20_000:] + ran.stderr[-5000:]
+    return ran.stdout
+
+
+def cases_in(said: str) -> int:
+    found = re.search(r"(\d+) generated", said)
+    assert found is not None, said
+    return int(found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("scope", [Scope.admin, Scope.predict, None])
+def test_every_operation_keeps_to_the_document(server: RunningServer, tmp_path: Path, scope: Scope | None) -> None:
+    said = run(server, tmp_path, key=key_of(server, scope) if scope else None)
+
+    assert cases_in(said) > 1000
+    answered = server.services.metrics.exposition().decode()
+    assert not re.search(r'graft_requests_total\{[^}]*status="500"', answered)
+    if scope is None:  # but for the requests that prepared it
+        open_ones = re.findall(r'graft_requests_total\{method="\w+",route="([^"]+)",status="2\d\d"\}', answered)
+        assert set(open_ones) == {"/healthz", "/readyz", "/v1/jobs", "/v1/batches"}
