@@ -114,25 +114,34 @@ def postgres_url() -> Iterator[str]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def new_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
-    """Makes a fresh, migrated database and returns its URL, as often as it is called."""
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """Makes a database without any table and returns its URL, as often as it is called."""
     server = request.getfixturevalue("postgres_url") if request.param == "postgresql" else ""
     made: list[str] = []
 
     def make() -> str:
         name = f"graft_test_{secrets.token_hex(8)}"
         if request.param == "sqlite":
-            url = f"sqlite:///{tmp_path / name}.db"
-        else:
-            _on_server(server, f"CREATE DATABASE {name}")
-            made.append(name)
-            url = make_url(server).set(database=name).render_as_string(hide_password=False)
-        upgrade(url)
-        return url
+            return f"sqlite:///{tmp_path / name}.db"
+        _on_server(server, f"CREATE DATABASE {name}")
+        made.append(name)
+        return make_url(server).set(database=name).render_as_string(hide_password=False)
 
     yield make
     for name in made:
         _on_server(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def new_database_url(empty_database_url: Callable[[], str]) -> Callable[[], str]:
+    """Makes a fresh, migrated database and returns its URL, as often as it is called."""
+
+    def make() -> str:
+        url = empty_database_url()
+        upgrade(url)
+        return url
+
+    return make
 
 
 @pytest.fixture

@@ -2,13 +2,32 @@
 
 import re
 import sqlite3
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    DateTime,
+    Float,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    insert,
+    select,
+    text,
+)
 
+from app.db import migrate
 from app.db.engine import Database
 from app.db.migrate import check_is_current, upgrade
 from app.db.tables import Base
@@ -116,3 +135,88 @@ def test_migration_that_breaks_a_reference_is_undone(database: Database) -> None
 
     with database.read() as session:
         assert session.scalar(text("SELECT count(*) FROM aliases")) == 0
+
+
+REVISIONS = sorted(script.revision for script in migrate._scripts().walk_revisions())
+
+# What a row of an earlier version holds; of other columns, what fits their type.
+VALUES: dict[str, Any] = {
+    "id": "x_1",
+    "job_id": "x_1",
+    "model_id": "x_1",
+    "status": {"datasets": "ready", "jobs": "succeeded"},
+    "kind": {"datasets": "labelled", "jobs": "training"},
+    "role": "final",
+}
+OF_TYPE: dict[type, Any] = {
+    Boolean: True,
+    DateTime: datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+    Float: 0.25,
+    Integer: 1,
+    JSON: {"a": [1]},
+    String: "text",
+}
+
+
+def row_for(table: Table) -> dict[str, Any]:
+    def value(column: Column[Any]) -> Any:
+        own = VALUES.get(column.name)
+        if own is not None:
+            return own[table.name] if isinstance(own, dict) else own
+        return next(value for kind, value in OF_TYPE.items() if isinstance(column.type, kind))
+
+    return {column.name: value(column) for column in table.columns if column is not table.autoincrement_column}
+
+
+def migrate_to(url: str, revision: str) -> None:
+    database = Database(url)
+    with database.migration() as connection:
+        config = migrate._config()
+        config.attributes[migrate.CONNECTION_ATTRIBUTE] = connection
+        command.upgrade(config, revision)
+    database.dispose()
+
+
+def rows_of(url: str) -> dict[str, dict[str, Any]]:
+    """The only row of each table."""
+    engine = create_engine(url)
+    tables = MetaData()
+    tables.reflect(engine)
+    with engine.connect() as connection:
+        found = {
+            name: dict(connection.execute(select(table)).mappings().one())
+            for name, table in tables.tables.items()
+            if name != "alembic_version" and connection.execute(select(table)).first()
+        }
+    engine.dispose()
+    return found
+
+
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
+def test_rows_of_every_earlier_version_are_there_after_updating(
+    empty_database_url: Callable[[], str], revision: str
+) -> None:
+    url = empty_database_url()
+    migrate_to(url, revision)
+    engine = create_engine(url)
+    tables = MetaData()
+    tables.reflect(engine)
+    with engine.begin() as connection:
+        for table in tables.sorted_tables:
+            if table.name != "alembic_version":
+                connection.execute(insert(table), row_for(table))
+    engine.dispose()
+    before = rows_of(url)
+    assert len(before) >= 8
+
+    upgrade(url)
+
+    after = rows_of(url)
+    assert {name: {column: after[name][column] for column in row} for name, row in before.items()} == before
+    database = Database(url)
+    check_is_current(database)
+    with database.read() as session:
+        for mapper in Base.registry.mappers:
+            if mapper.local_table.name in before:
+                assert session.scalars(select(mapper.class_)).one()
+    database.dispose()
