@@ -2,12 +2,14 @@
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
 
 from app.api.problems import Problem, invalid_fields
-from app.errors import GraftError
+from app.db.engine import is_full
+from app.errors import GraftError, StorageFull
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -17,6 +19,7 @@ def handle_failures(app: FastAPI) -> None:
     app.add_exception_handler(GraftError, _expected_failure)
     app.add_exception_handler(HTTPException, _framework_failure)
     app.add_exception_handler(RequestValidationError, _invalid_parameters)
+    app.add_exception_handler(OperationalError, _database_failure)
 
 
 async def _expected_failure(request: Request, error: Exception) -> Response:
@@ -36,6 +39,14 @@ async def _invalid_parameters(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # Locations begin with "query", "path" or "header".
     return _respond(request, Problem.of(invalid_fields({**e, "loc": e["loc"][1:]} for e in error.errors())))
+
+
+async def _database_failure(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OperationalError)
+    if not is_full(error):
+        raise error
+    full = StorageFull("The server's disk is full, and nothing was changed; its operator has to make room.")
+    return _respond(request, Problem.of(full))
 
 
 def _respond(request: Request, problem: Problem) -> Response:

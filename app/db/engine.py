@@ -117,6 +117,12 @@ class Changes:
         self._connection.close()
 
 
+def is_full(error: OperationalError) -> bool:
+    """Whether what went wrong is that the database's disk has no room. Nothing was changed then."""
+    said = str(error.orig)
+    return "disk is full" in said or "No space left on device" in said  # SQLite's words, and PostgreSQL's
+
+
 def wal_is_safe(version: tuple[int, int, int] = sqlite3.sqlite_version_info) -> bool:
     """Whether this SQLite has the fix for the WAL-reset bug, on its release branch or by age."""
     if version >= _SQLITE_WAL_FIXES[-1]:
