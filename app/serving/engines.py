@@ -273,7 +273,7 @@ def openvino_version() -> str | None:
 def _openvino_core() -> Any:
     """One for the process, and never freed: where the processor has AMX, it gives the thread that first uses it a stack
     for signal handlers, and unmaps that stack when it is freed. Freed by another thread, it would leave the first one
-    to die of the next signal, the server of SIGTERM in place of stopping.
+    to die of its next signal.
     """
     with _opening_core:
         return _opened_core()
