@@ -55,19 +55,20 @@ check: setup  ## formatting, lint, types, the Dockerfile, who may import whom, a
 	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; fi
 	$(BIN)/python -m pytest -q tests/test_import_directions.py tests/test_supply_chain.py
 
-lock: $(TOOLS)  ## refresh the lock files with today's newest versions that work together
+lock: $(TOOLS)/.installed  ## refresh the lock files with today's newest versions that work together
 	$(COMPILE) --upgrade --all-extras -o requirements-dev.lock
 	$(COMPILE) -c requirements-dev.lock --extra demo --extra postgres -o requirements.lock
 
-audit: $(TOOLS)  ## ask for known vulnerabilities of what an installation has; needs the internet
+audit: $(TOOLS)/.installed  ## ask for known vulnerabilities of what an installation has; needs the internet
 	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
 
-sbom: $(TOOLS)  ## write build/sbom.json, what an installation is made of (CycloneDX)
+sbom: $(TOOLS)/.installed  ## write build/sbom.json, what an installation is made of (CycloneDX)
 	$(TOOLS)/bin/cyclonedx-py requirements requirements.lock --output-reproducible -o build/sbom.json
 
-$(TOOLS):
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
 
 clean:  ## remove what the tools left behind; data and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -28,7 +28,7 @@ from app.jobs import queue
 from app.jobs.queue import Claim
 from app.jobs.states import JobKind, JobStatus
 from app.predictions import picture_key
-from app.storage import LocalStorage, file_sha256, sync, sync_tree
+from app.storage import LocalStorage, file_sha256, remove, sync, sync_tree
 
 DATABASE_FILE, FILES_FOLDER, CONTENTS_FILE = "graft.db", "files", "backup.json"
 _FORMAT_VERSION = 1
@@ -73,7 +73,7 @@ def back_up(database: Database, storage: LocalStorage, folder: Path) -> Contents
     except OSError as error:
         raise StorageFull(f"The backup could not be written: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        remove(staged)
     return contents
 
 
@@ -113,7 +113,7 @@ def _written(database: Database, storage: LocalStorage, staged: Path) -> Content
         rows, keys = _snapshot(database, staged / DATABASE_FILE)
         for gone in digests.keys() - keys.keys():
             del digests[gone]
-            _remove(staged / FILES_FOLDER / gone)
+            remove(staged / FILES_FOLDER / gone)
         found = {key: _copied(storage, key, staged / FILES_FOLDER) for key in keys if key not in digests}
         digests |= {key: files for key, files in found.items() if files}
         before, missing = missing, [key for key, is_needed in keys.items() if is_needed and key not in digests]
@@ -163,7 +163,7 @@ def _copied(storage: LocalStorage, key: str, target: Path) -> dict[str, str]:
         names = [name for name in storage.files(key) if name.split("/")[2:3] != [_LEFT_OUT]]
         return {name: _copy(storage.path(name), target / name) for name in names}
     except FileNotFoundError:
-        _remove(target / key)
+        remove(target / key)
         return {}
 
 
@@ -258,10 +258,3 @@ def _top_keys(contents: Contents) -> list[str]:
     """Such as "models/mdl_…", of all files."""
     names = (name.removeprefix(f"{FILES_FOLDER}/") for name in contents.files if name != DATABASE_FILE)
     return sorted({"/".join(name.split("/")[:2]) for name in names})
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

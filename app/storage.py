@@ -46,7 +46,7 @@ class LocalStorage:
         try:
             yield path
         finally:
-            _remove(path)
+            remove(path)
 
     def publish(self, staged: Path, key: str) -> None:
         """Moves a staged file or folder to `key`, durably, replacing what was there before.
@@ -125,7 +125,7 @@ class LocalStorage:
         deadline = time.time() - older_than_seconds
         stale = [path for path in self._staging.iterdir() if path.lstat().st_mtime < deadline]
         for path in stale:
-            _remove(path)
+            remove(path)
         return len(stale)
 
     def _announcement(self, key: str) -> Path:
@@ -138,7 +138,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all below it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

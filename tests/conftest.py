@@ -113,23 +113,28 @@ def postgres_url() -> Iterator[str]:
         running.cleanup()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
-    """Makes a database without any table and returns its URL, as often as it is called."""
-    server = request.getfixturevalue("postgres_url") if request.param == "postgresql" else ""
+@pytest.fixture
+def empty_postgres_url(postgres_url: str) -> Iterator[Callable[[], str]]:
+    """Makes a database without any table on PostgreSQL and returns its URL, as often as it is called."""
     made: list[str] = []
 
     def make() -> str:
-        name = f"graft_test_{secrets.token_hex(8)}"
-        if request.param == "sqlite":
-            return f"sqlite:///{tmp_path / name}.db"
-        _on_server(server, f"CREATE DATABASE {name}")
-        made.append(name)
-        return make_url(server).set(database=name).render_as_string(hide_password=False)
+        made.append(f"graft_test_{secrets.token_hex(8)}")
+        _on_server(postgres_url, f"CREATE DATABASE {made[-1]}")
+        return make_url(postgres_url).set(database=made[-1]).render_as_string(hide_password=False)
 
     yield make
     for name in made:
-        _on_server(server, f"DROP DATABASE {name} WITH (FORCE)")
+        _on_server(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+    """The same, of either kind."""
+    if request.param == "sqlite":
+        return lambda: f"sqlite:///{tmp_path / secrets.token_hex(8)}.db"
+    make: Callable[[], str] = request.getfixturevalue("empty_postgres_url")
+    return make
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import httpx
 import pytest
 from api_builders import RunningServer
 from running import environment_for, graft_up, picture, pictures_zip, wait_until
-from sqlalchemy import create_engine, make_url, select, text
+from sqlalchemy import select, text
 from test_pretraining_journey import train, upload
 
 from app import backup, registry
@@ -35,22 +35,11 @@ PATIENCE_SECONDS = 120.0
 
 
 @pytest.fixture
-def postgres_database(postgres_url: str) -> Iterator[str]:
-    """The URL of an empty database."""
-    server = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
-    with server.connect() as connection:
-        connection.execute(text("CREATE DATABASE graft_backup"))
-    yield make_url(postgres_url).set(database="graft_backup").render_as_string(hide_password=False)
-    with server.connect() as connection:
-        connection.execute(text("DROP DATABASE graft_backup WITH (FORCE)"))
-    server.dispose()
-
-
-@pytest.fixture
 def model(server: RunningServer, client: httpx.Client) -> str:
     """Trained, and asked once for a prediction that is kept."""
     dataset = upload(server, client, builders.class_folders(8), val_fraction="0.25")
     job = train(server, client, dataset=dataset["id"], method="few_shot", promote="always")
+    assert client.post("/predict?store=true", content=builders.jpeg(1)).status_code == 200
     return str(job["model"])
 
 
@@ -65,13 +54,14 @@ def url_in(folder: Path) -> str:
 
 
 def test_rows_and_files_are_as_they_were_in_another_kind_of_database_and_back(
-    server: RunningServer, client: httpx.Client, model: str, postgres_database: str, tmp_path: Path
+    server: RunningServer, client: httpx.Client, model: str, empty_postgres_url: Callable[[], str], tmp_path: Path
 ) -> None:
     services = server.services
     made = backup.back_up(services.database, services.storage, tmp_path / "first")
     moved = LocalStorage(tmp_path / "moved")
-    backup.restore(tmp_path / "first", postgres_database, moved)
-    postgres = Database(postgres_database)
+    postgres_url = empty_postgres_url()
+    backup.restore(tmp_path / "first", postgres_url, moved)
+    postgres = Database(postgres_url)
     assert all_rows(postgres) == all_rows(services.database)
     with postgres.write() as session:  # numbered after those that were brought
         queue.submit(session, kind=JobKind.training, dataset_id="ds_1", spec={})
@@ -84,12 +74,13 @@ def test_rows_and_files_are_as_they_were_in_another_kind_of_database_and_back(
     again = backup.restore(tmp_path / "second", url_in(tmp_path / "back"), back)
 
     assert made.missing == again.missing == []
-    assert made.rows["models"] == made.rows["datasets"] == 1
+    assert made.rows["models"] == made.rows["datasets"] == made.rows["predictions"] == 1
     assert {name: digest for name, digest in again.files.items() if name != "graft.db"} == {
         name: digest for name, digest in made.files.items() if name != "graft.db"
     }
     dataset = client.get("/v1/datasets").json()["data"][0]["id"]
-    for key in (f"models/{model}", f"datasets/{dataset}"):
+    prediction = client.get("/v1/predictions").json()["data"][0]["id"]
+    for key in (f"models/{model}", f"datasets/{dataset}", f"predictions/{prediction}"):
         names = [name for name in services.storage.files(key) if "/features/" not in name]
         assert back.files(key) == names
         assert all(back.path(name).read_bytes() == services.storage.path(name).read_bytes() for name in names)
@@ -219,16 +210,20 @@ def test_nothing_is_written_over(server: RunningServer, tmp_path: Path) -> None:
     assert all_rows(services.database) == before
 
 
+COMMAND = [sys.executable, "-m", "app.cli"]
+
+
 def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """A command on the data folder in this one."""
-    command = [sys.executable, "-m", "app.cli", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment_for(folder / "data"))
+    return subprocess.Popen([*COMMAND, *arguments], cwd=folder, env=environment_for(folder / "data"))
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "app.cli", *arguments]
+    """The same, to its end."""
     environment = environment_for(folder / "data")
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_killed_backup_leaves_none_and_a_killed_restore_can_be_done_again(

@@ -134,7 +134,10 @@ class _JobsCollector(Collector):
         return families
 
     def _silences(self, leases: Sequence[Lease]) -> dict[JobKind, list[float]]:
-        """Seconds since each running job's owner was last seen to renew its lease, by this server's own clock."""
+        """Seconds since each running job's owner was last seen to renew its lease, by this server's own clock.
+
+        As LeaseObserver, which judges, but counting all of the time between two looks: scrapes are far apart.
+        """
         now, before, self._seen = self._monotonic(), self._seen, {}
         found = defaultdict(list)
         for lease in leases:
