@@ -17,7 +17,7 @@ from enum import StrEnum
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from app.db.tables import ApiKeyRow, new_id, utc_now
+from app.db.tables import DEFAULT_WORKSPACE, ApiKeyRow, new_id, utc_now
 from app.errors import NotFound, Unauthenticated
 
 # A write per request would cost a disk sync each; a minute is exact enough to see which keys are still in use.
@@ -39,10 +39,11 @@ _RANK = {scope: rank for rank, scope in enumerate(Scope)}
 
 @dataclass(frozen=True)
 class Caller:
-    """Who makes a request. key_id is None where no key has been created yet."""
+    """Who makes a request, and for which workspace. key_id is None where no key has been created yet."""
 
     key_id: str | None
     scopes: frozenset[Scope]
+    workspace_id: str = DEFAULT_WORKSPACE
 
     def may(self, needed: Scope) -> bool:
         return any(_RANK[scope] >= _RANK[needed] for scope in self.scopes)
@@ -63,7 +64,8 @@ class NewKey:
 def create_key(
     session: Session, *, scopes: Collection[Scope], name: str | None = None, expires_at: datetime | None = None
 ) -> NewKey:
-    """Creates a key; from now on every request needs one. Only the hash of its secret is kept."""
+    """Creates a key of the session's workspace; from now on every request needs one. Only the hash of its secret is
+    kept."""
     if not scopes:
         raise ValueError("a key needs a scope: predict, train or admin")
     key_id = new_id("key")
@@ -84,6 +86,14 @@ def create_key(
 
 def list_keys(session: Session) -> list[ApiKeyRow]:
     return list(session.scalars(select(ApiKeyRow).order_by(ApiKeyRow.created_at)))
+
+
+def find_key(session: Session, key_id: str) -> ApiKeyRow:
+    """Raises NotFound."""
+    row = session.get(ApiKeyRow, key_id)
+    if row is None:
+        raise NotFound(f"There is no key {key_id}; `graft keys list` shows them.")
+    return row
 
 
 def revoke_key(session: Session, key_id: str) -> None:
@@ -120,7 +130,7 @@ def authenticate(session: Session, authorization: str | None) -> Caller:
     is_known = secrets.compare_digest(_digest(parts[2]).encode(), expected.encode())
     if row is None or not is_known or row.revoked_at or (row.expires_at and row.expires_at <= utc_now()):
         raise Unauthenticated("This API key is unknown, revoked or expired; ask for a new one.")
-    return Caller(key_id=row.id, scopes=frozenset(Scope(scope) for scope in row.scopes))
+    return Caller(row.id, frozenset(Scope(scope) for scope in row.scopes), row.workspace_id)
 
 
 def is_use_due(session: Session, caller: Caller) -> bool:

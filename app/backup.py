@@ -17,15 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy import Connection, Select, Table, func, insert, select
+from sqlalchemy import Connection, Select, Table, delete, func, insert, select
 from sqlalchemy.orm import Session
 
 from app.db.engine import Database
 from app.db.migrate import upgrade
-from app.db.tables import Base, DatasetRow, IdempotencyRow, JobRow, ModelRow, PredictionRow, utc_now
+from app.db.tables import (
+    DEFAULT_WORKSPACE,
+    Base,
+    DatasetRow,
+    IdempotencyRow,
+    JobRow,
+    ModelRow,
+    PredictionRow,
+    WorkspaceRow,
+    utc_now,
+)
 from app.errors import Conflict, GraftError, StorageFull
 from app.jobs import queue
-from app.jobs.queue import Claim
 from app.jobs.states import JobKind, JobStatus
 from app.predictions import picture_key
 from app.storage import LocalStorage, file_sha256, remove, sync, sync_tree
@@ -180,6 +189,7 @@ def _copy(source: Path, target: Path) -> str:
 
 def _copy_rows(source: Connection, target: Connection) -> dict[str, int]:
     counts = {}
+    target.execute(delete(WorkspaceRow))  # every new database has the first one
     for table in Base.metadata.sorted_tables:
         counts[table.name] = 0
         for part in source.execute(_rows(table).execution_options(yield_per=_ROWS_AT_A_TIME)).mappings().partitions():
@@ -212,8 +222,7 @@ def _count_on(session: Session) -> None:
 def _give_back(session: Session) -> None:
     """Queues what was running: its worker is not here."""
     for job in session.scalars(select(JobRow).where(JobRow.status == JobStatus.running)).all():
-        claim = Claim(job.id, job.fence, JobKind(job.kind), job.dataset_id, job.spec, job.attempt)
-        queue.give_back(session, claim)
+        queue.give_back(session, queue.claim_of(job))
 
 
 def _checked(folder: Path) -> Contents:
@@ -235,8 +244,14 @@ def _checked(folder: Path) -> Contents:
 
 def _refuse_rows(database: Database) -> None:
     with database.read() as session:
-        if any(session.execute(select(table).limit(1)).first() for table in Base.metadata.sorted_tables):
+        if any(session.execute(_made(table).limit(1)).first() for table in Base.metadata.sorted_tables):
             raise Conflict("The database has data in it; restore into an empty one (a new GRAFT_DATA_DIR).")
+
+
+def _made(table: Table) -> Select[Any]:
+    """What is in a table besides what every new database has."""
+    rows = select(table)
+    return rows.where(WorkspaceRow.id != DEFAULT_WORKSPACE) if table is WorkspaceRow.__table__ else rows
 
 
 def _put_files(folder: Path, contents: Contents, storage: LocalStorage) -> None:

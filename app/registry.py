@@ -185,7 +185,7 @@ def point_alias(session: Session, name: str, model_id: str, *, replaces_interim:
             errors=[FieldError("#/name", "not a valid name for an alias")],
         )
     model = _by_id(session, model_id)
-    alias = session.get(AliasRow, name)
+    alias = _alias(session, name)
     if alias is None:
         alias = AliasRow(name=name, model_id=model.id)
         session.add(alias)
@@ -203,7 +203,7 @@ def previous_model_id(session: Session, name: str) -> str:
 
     Raises NotFound for an unknown alias, Conflict if there was none before or it was deleted.
     """
-    alias = session.get(AliasRow, name)
+    alias = _alias(session, name)
     if alias is None:
         raise _no_alias()
     if alias.previous_model_id is None:
@@ -227,6 +227,10 @@ def remove_alias(session: Session, name: str) -> None:
     removed = session.scalar(delete_from(AliasRow).where(AliasRow.name == name).returning(AliasRow.name))
     if removed is None:
         raise _no_alias()
+
+
+def _alias(session: Session, name: str) -> AliasRow | None:
+    return session.scalar(select(AliasRow).where(AliasRow.name == name))
 
 
 def _no_alias() -> NotFound:

@@ -65,6 +65,23 @@ class Settings(BaseSettings):
         "that is used much, half precision too where the processor has it, and takes the fastest that gives the same "
         "answers; fp32 does without half precision; torch tries none.",
     )
+    workspace_max_bytes: Annotated[int | None, Field(ge=0)] = Field(
+        None,
+        description="Most bytes that a workspace may keep: archives, pixels, models, pictures; one workspace may have "
+        "limits of its own, see `graft workspaces`.",
+    )
+    workspace_max_unfinished_jobs: Annotated[int | None, Field(ge=0)] = Field(
+        None, description="Most jobs and batches of a workspace that may wait or run at a time."
+    )
+    workspace_max_predictions_per_day: Annotated[int | None, Field(ge=0)] = Field(
+        None, description="Most pictures that a workspace may have predicted on one day, in UTC."
+    )
+    workspace_requests_per_second: Annotated[float | None, Field(gt=0)] = Field(
+        None, description="Requests a second that a workspace may make in the long run; twice as many come at once."
+    )
+    audit_days: Annotated[float, Field(gt=0, le=36500)] = Field(
+        400.0, description="How long the audit log keeps a change, in days."
+    )
     store_predictions: bool = Field(
         True, description="Whether /predict keeps pictures and answers of requests that ask for it with store=true."
     )

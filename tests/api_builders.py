@@ -22,6 +22,7 @@ from app.api.services import Services
 from app.db.engine import Database
 from app.db.migrate import upgrade
 from app.db.tables import DatasetRow, new_id
+from app.db.tenancy import Actor
 from app.main import create_app
 from app.settings import Settings
 from app.vision import artifact
@@ -29,6 +30,7 @@ from app.vision.artifact import Artifact, Support
 from app.vision.classifier import Classifier
 from app.vision.preprocessing import Preprocessing
 from app.vision.reference import Reference
+from app.workspaces import Workspace
 
 CLASSES = ("cat", "dog")
 # Small enough for a forward pass of milliseconds.
@@ -50,8 +52,12 @@ class RunningServer:
 
     @property
     def services(self) -> Services:
+        """As a request of the first workspace has them."""
+        return self.services_of(self.app.state.services.workspace)
+
+    def services_of(self, workspace: Workspace) -> Services:
         services: Services = self.app.state.services
-        return services
+        return services.within(workspace, Actor("a test"))
 
     @property
     def address(self) -> tuple[str, int]:

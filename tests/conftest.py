@@ -20,6 +20,7 @@ from sqlalchemy import create_engine, make_url, text
 
 from app.db.engine import Database
 from app.db.migrate import upgrade
+from app.db.tables import DEFAULT_WORKSPACE
 from app.storage import LocalStorage
 
 # The networks of tests are tiny: threads would wait for each other most of the time. Exact results need it, too.
@@ -81,10 +82,10 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    """An SQLite file made by the real migrations."""
+    """An SQLite file made by the real migrations, as its first workspace sees it."""
     url = f"sqlite:///{tmp_path / 'graft.db'}"
     upgrade(url)
-    database = Database(url)
+    database = Database(url).within(DEFAULT_WORKSPACE)
     yield database
     database.dispose()
 
@@ -151,7 +152,7 @@ def new_database_url(empty_database_url: Callable[[], str]) -> Callable[[], str]
 
 @pytest.fixture
 def any_database(new_database_url: Callable[[], str]) -> Iterator[Database]:
-    database = Database(new_database_url())
+    database = Database(new_database_url()).within(DEFAULT_WORKSPACE)
     yield database
     database.dispose()
 

@@ -25,7 +25,7 @@ from test_pretraining_journey import train, upload
 from app import backup, registry
 from app.backup import BackupDamaged
 from app.db.engine import Database
-from app.db.tables import Base, JobRow
+from app.db.tables import DEFAULT_WORKSPACE, Base, JobRow
 from app.errors import Conflict, DatabaseMismatch, GraftError
 from app.jobs import queue
 from app.jobs.states import JobKind
@@ -61,7 +61,7 @@ def test_rows_and_files_are_as_they_were_in_another_kind_of_database_and_back(
     moved = LocalStorage(tmp_path / "moved")
     postgres_url = empty_postgres_url()
     backup.restore(tmp_path / "first", postgres_url, moved)
-    postgres = Database(postgres_url)
+    postgres = Database(postgres_url).within(DEFAULT_WORKSPACE)
     assert all_rows(postgres) == all_rows(services.database)
     with postgres.write() as session:  # numbered after those that were brought
         queue.submit(session, kind=JobKind.training, dataset_id="ds_1", spec={})

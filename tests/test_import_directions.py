@@ -17,6 +17,7 @@ APPLICATION = frozenset(
     {
         "app.access",
         "app.api",
+        "app.audit",
         "app.datasets",
         "app.db",
         "app.jobs",
@@ -26,6 +27,7 @@ APPLICATION = frozenset(
         "app.serving",
         "app.vision",
         "app.web",
+        "app.workspaces",
     }
 )
 
@@ -42,6 +44,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.registry": frozenset({"app.db", "app.vision"}),
     "app.predictions": frozenset({"app.db", "app.vision"}),
     "app.access": frozenset({"app.db", "app.vision"}),
+    "app.audit": frozenset({"app.db"}),
+    "app.workspaces": frozenset({"app.db", "app.jobs"}),
     "app.serving": frozenset({"app.vision"}),
     "app.api": APPLICATION,
     "app.web": APPLICATION,
@@ -51,7 +55,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.demo": frozenset(),
     "app.supervisor": frozenset(),
     "app.backup": frozenset({"app.db", "app.jobs", "app.predictions"}),
-    "app.cli": frozenset({"app.access", "app.backup", "app.client", "app.db", "app.supervisor"}),
+    "app.cli": frozenset(
+        {"app.access", "app.audit", "app.backup", "app.client", "app.db", "app.supervisor", "app.workspaces"}
+    ),
     "worker.training": frozenset(
         {"app.vision", "app.datasets.manifest", "app.datasets.packed", "app.jobs.request", "app.jobs.spec"}
     ),
@@ -66,6 +72,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
             "app.serving",
             "app.vision",
             "worker.training",
+            "app.workspaces",
         }
     ),
     "migrations": frozenset({"app.db"}),

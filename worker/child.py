@@ -83,7 +83,7 @@ def main(load_story: Callable[[JobKind], Story]) -> int:
     claim = Claim.from_dict(order["claim"])
     logs.configure(settings)
     structlog.contextvars.bind_contextvars(job_id=claim.job_id, dataset_id=claim.dataset_id, fence=claim.fence)
-    database = Database(settings.resolved_database_url)
+    database = Database(settings.resolved_database_url).within(claim.workspace_id)
     storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
     reporter = Reporter(database, claim, shutdown=shutdown, give_way=Precedence.of(settings).give_way)
     return run(story, claim, settings=settings, database=database, storage=storage, reporter=reporter)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from sqlalchemy.orm import Session
 
+from app import workspaces
 from app.datasets import catalog
 from app.datasets.ingest import IngestLimits, IngestOptions, archive_key, ingest
 from app.datasets.report import IngestReport, merged
@@ -13,6 +14,7 @@ from app.jobs import queue
 from app.jobs.queue import Claim
 from app.settings import Settings
 from app.storage import LocalStorage
+from app.workspaces import Limits
 from worker.closer_look import look_closer
 from worker.reporter import Reporter
 
@@ -40,7 +42,7 @@ def run_ingest(
             limits=IngestLimits.from_settings(settings),
             tick=lambda fraction: reporter.progress("ingest", fraction=_INGEST_SHARE * fraction),
             state_size=lambda packed_bytes: reporter.transaction(
-                lambda session: catalog.state_size(session, dataset.id, packed_bytes)
+                lambda session: _state_size(session, claim, settings, packed_bytes)
             ),
         )
         report = replace(report, warnings=merged(dataset.warnings, report.warnings))
@@ -52,6 +54,13 @@ def run_ingest(
         reporter.transaction(lambda session: _settle(session, claim, report))
     finally:
         _delete_if_unowned(claim.dataset_id, database=database, storage=storage)
+
+
+def _state_size(session: Session, claim: Claim, settings: Settings, packed_bytes: int) -> None:
+    """Raises TooManyRequests where that is more than the workspace may keep."""
+    workspace = workspaces.load(session, claim.workspace_id, Limits.from_settings(settings))
+    workspace.check_room(session, packed_bytes)
+    catalog.state_size(session, claim.dataset_id, packed_bytes)
 
 
 def _settle(session: Session, claim: Claim, report: IngestReport) -> None:

@@ -72,6 +72,7 @@ async def receive_once(
 ) -> tuple[Answer, bool]:
     """The answer to the upload, and whether it was given before under the same Idempotency-Key."""
     _refuse_declared_size(request, services.settings)
+    await run_in_threadpool(_refuse_beyond_quota, request, services)
     key = idempotency.parse_key(idempotency_key)
     scope = f"{caller.key_id} {request.method} {request.url.path}"
     claim = None if key is None else await run_in_threadpool(idempotency.begin, services.database, scope=scope, key=key)
@@ -162,6 +163,7 @@ def _keep(
     resource_id = use.new_id()
 
     def create(session: Session) -> Answer:
+        services.workspace.check_room(session, upload.size_bytes)
         answer = use.create(session, resource_id, upload, options, found)
         if claim is not None:
             idempotency.finish(session, claim, fingerprint=print_of_request, resource_id=resource_id, response=answer)
@@ -179,3 +181,11 @@ def _keep(
 def _refuse_declared_size(request: Request, settings: Settings) -> None:
     is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
     refuse_declared_size(request, max_bytes=settings.max_upload_bytes + (MAX_OVERHEAD_BYTES if is_form else 0))
+
+
+def _refuse_beyond_quota(request: Request, services: Services) -> None:
+    """Before any of the body is read; how much it really is, is asked again when the row is made."""
+    length = request.headers.get("content-length", "")
+    declared = int(length) if length.isascii() and length.isdigit() else 1
+    with services.database.read() as session:
+        services.workspace.check_room(session, max(declared - MAX_OVERHEAD_BYTES, 1))

@@ -245,17 +245,19 @@ def _use(services: Services, in_query: Mapping[str, Any]) -> ArchiveUse[int]:
         inspect=count_files,
         new_id=partial(new_id, "batch"),
         archive_key=batches.archive_key,
-        create=_create,
+        create=partial(_create, services),
         exists=queue.exists,
     )
 
 
 def _create(
-    session: Session, batch_id: str, upload: StagedUpload, options: Mapping[str, Any], files: int
+    services: Services, session: Session, batch_id: str, upload: StagedUpload, options: Mapping[str, Any], files: int
 ) -> dict[str, Any]:
-    """Raises NotFound without such a model, and Conflict for a backbone."""
+    """Raises NotFound without such a model, Conflict for a backbone, and TooManyRequests beyond a quota."""
     model = registry.find(session, options["model"])
     check_predicts(model)
+    services.workspace.check_jobs(session)
+    services.traffic.take_predictions(services.workspace, files)
     spec = BatchSpec(top_k=options["top_k"], files=files, size_bytes=upload.size_bytes, sha256=upload.sha256)
     row = queue.submit(
         session,

@@ -27,12 +27,15 @@ def refuse_large_single(pictures: Sequence[bytes | ImageRefused], max_bytes: int
 
 async def model_id_of(services: Services, name: str) -> str:
     """The id alone, remembered until something changes. name and errors as above."""
-    return await services.remembered.get(("model", name), lambda: find_classifier(services, name).id)
+    return await services.remembered.get(
+        ("model", services.workspace.id, name), lambda: find_classifier(services, name).id
+    )
 
 
 async def scores_of(services: Services, model_id: str, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
     """As `Predictor.predict`, counted. Raises TooLarge for a single picture that is."""
     refuse_large_single(pictures, services.settings.max_image_bytes)
+    services.traffic.take_predictions(services.workspace, len(pictures))
     outcomes = await services.predictor.predict(model_id, pictures)
     refused = sum(isinstance(outcome, ImageRefused) for outcome in outcomes)
     services.metrics.count_predictions(answered=len(outcomes) - refused, refused=refused)

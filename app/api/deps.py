@@ -34,7 +34,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
+    services: Services = request.state.services
     return services
 
 

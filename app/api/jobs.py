@@ -238,6 +238,8 @@ def _queue(services: Services, request: JobRequest, claim: Claim | None, print_o
         spec = resolve(session, services, request)
     with services.database.write() as session:
         _ready_dataset(session, request.dataset)  # it may have been deleted meanwhile
+        services.workspace.check_jobs(session)
+        services.workspace.check_room(session, 1)  # where nothing more may be kept, no model should be trained
         row = _submit_spec(session, spec, name=request.name)
         answer = _render(session, row).model_dump(mode="json")
         if claim is not None:

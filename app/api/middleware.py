@@ -18,11 +18,21 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import access
+from app import access, workspaces
 from app.access import Caller
 from app.api.problems import INTERNAL_ERROR, Problem
 from app.api.services import Services
-from app.errors import Forbidden, GraftError, InvalidRequest, RequestTimeout, UnsupportedMediaType
+from app.db.tables import DEFAULT_WORKSPACE
+from app.db.tenancy import Actor
+from app.errors import (
+    Forbidden,
+    GraftError,
+    InvalidRequest,
+    RequestTimeout,
+    Unauthenticated,
+    UnsupportedMediaType,
+)
+from app.workspaces import Limits, Workspace
 
 log = structlog.get_logger("graft.requests")
 
@@ -42,6 +52,7 @@ LINGER_SECONDS = 2.0
 CLIENT_CLOSED_REQUEST = 499
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+OPERATORS_PATHS = frozenset({"/metrics"})
 
 SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
 
@@ -194,15 +205,14 @@ class AccessGate:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        services = scope["state"]["services"] = services_of(scope)
         try:
             if scope["path"] not in OPEN_PATHS:
-                services, authorization = services_of(scope), headers.get("authorization")
-                known = None if authorization is None else hashlib.sha256(authorization.encode()).digest()
-                caller = await services.remembered.get(("caller", known), _admit, services, authorization)
+                caller, workspace = await self._admitted(services, scope, headers.get("authorization"))
+                services.traffic.take_request(workspace)
+                actor = Actor(f"{scope['method']} {scope['path']}", caller.key_id, request_id_of(scope))
                 scope["state"]["caller"] = caller
-                needed = needed_scope(scope["method"], scope["path"])
-                if not caller.may(needed):
-                    raise Forbidden(f"This needs a key with the scope `{needed}`; yours has not got it.")
+                scope["state"]["services"] = services.within(workspace, actor)
             if headers.get("content-encoding", "identity").lower() != "identity":
                 raise UnsupportedMediaType("Compressed request bodies are not read; send the body as it is.")
             if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
@@ -212,6 +222,25 @@ class AccessGate:
             return
         await self.app(scope, receive, send)
 
+    async def _admitted(self, services: Services, scope: Scope, authorization: str | None) -> tuple[Caller, Workspace]:
+        """Who asks. Raises Unauthenticated, Forbidden, and TooManyRequests for an address that tries many keys."""
+        known = None if authorization is None else hashlib.sha256(authorization.encode()).digest()
+        try:
+            admitted: tuple[Caller, Workspace] = await services.remembered.get(
+                ("caller", known), _admit, services, authorization
+            )
+        except Unauthenticated:
+            if authorization is not None:
+                services.traffic.take_wrong_key((scope.get("client") or ("",))[0])
+            raise
+        caller, _ = admitted
+        needed = needed_scope(scope["method"], scope["path"])
+        if not caller.may(needed):
+            raise Forbidden(f"This needs a key with the scope `{needed}`; yours has not got it.")
+        if scope["path"] in OPERATORS_PATHS and caller.workspace_id != DEFAULT_WORKSPACE:
+            raise Forbidden("This tells of the whole server; only keys of the workspace `default` may read it.")
+        return admitted
+
 
 def needed_scope(method: str, path: str) -> access.Scope:
     """The least scope for a request. What is not listed here needs `train`: new paths are closed until thought of."""
@@ -220,25 +249,28 @@ def needed_scope(method: str, path: str) -> access.Scope:
     # Whoever asked may say what it was; to look at what others asked takes more.
     if method == "POST" and path.startswith("/v1/predictions/") and path.endswith("/feedback"):
         return access.Scope.predict
+    if path == "/v1/audit":
+        return access.Scope.admin
     is_reading = method in ("GET", "HEAD", "OPTIONS")
     if path.endswith("/export"):
         return access.Scope.train  # who may ask a model may not therefore take it away
     if is_reading and (
-        path in ("/", "/docs", "/openapi.json", "/metrics", "/v1/backbones", "/v1/aliases", "/v1/models")
+        path in ("/", "/docs", "/openapi.json", "/metrics", "/v1/backbones", "/v1/aliases", "/v1/models", "/v1/usage")
         or path.startswith(("/v1/models/", "/swagger/"))
     ):
         return access.Scope.predict
     return access.Scope.train
 
 
-def _admit(services: Services, authorization: str | None) -> Caller:
+def _admit(services: Services, authorization: str | None) -> tuple[Caller, Workspace]:
     with services.database.read() as session:
         caller = access.authenticate(session, authorization)
+        workspace = workspaces.load(session, caller.workspace_id, Limits.from_settings(services.settings))
         is_use_due = access.is_use_due(session, caller)
     if is_use_due:
         with services.database.write() as session:
             access.note_use(session, caller)
-    return caller
+    return caller, workspace
 
 
 def _request_id(headers: Headers) -> str:

@@ -23,14 +23,14 @@ _MEANINGS = {
     415: "The body is compressed.",
     416: "Range asks for a part behind the end.",
     422: "The request is not valid; `errors` points at each wrong field.",
-    429: "Too many requests; Retry-After says when to come back.",
+    429: "Too many requests, or a quota is spent; Retry-After says when to come back, if waiting helps.",
     500: "Something went wrong in the server.",
     503: "Busy or not ready; Retry-After says when to come back.",
     507: "The server's disk is full.",
 }
 
 # Any path may answer these.
-COMMON_STATUSES = (401, 403, 415, 422, 500, 503)
+COMMON_STATUSES = (401, 403, 415, 422, 429, 500, 503)
 
 Responses = dict[int | str, dict[str, Any]]
 

@@ -12,7 +12,6 @@ from app.api.answers import answer, check_has_reference, coverage_of, plan_of
 from app.api.classifiers import model_id_of, refuse_large_single
 from app.api.deps import ServicesDep, refuse_unknown, unless_disconnected
 from app.api.middleware import answer as answer_problem
-from app.api.middleware import services_of
 from app.api.openapi import options_of, problems, query_of
 from app.api.picture_bodies import Picture, form_content, read_pictures
 from app.api.problems import Problem, pointer_to
@@ -40,7 +39,7 @@ class Shortcut:
             return
         (scope["route"],) = router.routes
         try:
-            response = await predict(Request(scope, receive, send), services_of(scope))
+            response = await predict(Request(scope, receive, send), scope["state"]["services"])
         except GraftError as error:
             await answer_problem(Problem.of(error), scope, receive, send)
         else:
@@ -88,6 +87,7 @@ async def predict(request: Request, services: ServicesDep) -> Response:
     model_id = await model_id_of(services, name)
     loaded = await services.predictor.load(model_id)
     check_has_reference(loaded, options)
+    services.traffic.take_predictions(services.workspace, len(asked.pictures))
     encoded = [picture.encoded for picture in asked.pictures if isinstance(picture.encoded, bytes)]
     predicting = services.predictor.predict(model_id, encoded, are_compared=True)
     outcomes = iter(await unless_disconnected(request, predicting))

@@ -2,19 +2,23 @@
 
 import asyncio
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import anyio
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import registry
+from app import audit, registry
 from app.api.dataset_pictures import check_pixels, training_pictures
 from app.api.kept_predictions import Shelf
 from app.api.metrics import Metrics
 from app.api.pictures import Pictures
 from app.api.remembered import Remembered
+from app.api.traffic import Traffic
 from app.db.engine import Database
+from app.db.tables import DEFAULT_WORKSPACE, FIRST_WORKSPACE_NAME, utc_now
+from app.db.tenancy import Actor
 from app.errors import GraftError
 from app.precedence import Precedence
 from app.serving.exporter import Exporter
@@ -24,12 +28,15 @@ from app.storage import LocalStorage
 from app.vision.device import resolve_device
 from app.vision.images import ImageLimits
 from app.vision.weights import WeightStore
+from app.workspaces import Limits, Workspace
 
 # How soon a moved `default` is loaded without anybody having asked for it.
 FOLLOW_INTERVAL_SECONDS = 0.5
 # Between two tries of a default model that cannot be loaded, or of a database that does not answer.
 RETRY_INTERVAL_SECONDS = 5.0
 SWEEP_INTERVAL_SECONDS = 3600.0
+# What a process that is killed forgets of the predictions it counted.
+WRITE_DOWN_INTERVAL_SECONDS = 5.0
 # Archives read through at once, at upload; each keeps a core busy.
 PARALLEL_INSPECTIONS = 4
 
@@ -50,10 +57,18 @@ class Services:
     pictures: Pictures
     metrics: Metrics
     shelf: Shelf
+    traffic: Traffic
+    workspace: Workspace
     # Keeps threads free for everybody else while large archives are read through.
     inspections: anyio.CapacityLimiter
     # Set when the server begins to shut down: streams and waits end then instead of holding it up.
     stopping: threading.Event = field(default_factory=threading.Event)
+
+    def within(self, workspace: Workspace, actor: Actor) -> "Services":
+        """The same for one request: what it finds and makes in the database is its workspace's alone."""
+        database = self.database.within(workspace.id, actor=actor)
+        shelf = replace(self.shelf, database=self.database.within(workspace.id))
+        return replace(self, database=database, shelf=shelf, workspace=workspace)
 
     def stop(self) -> None:
         """Ends what would hold up the server's end; in the event loop's thread."""
@@ -63,6 +78,7 @@ class Services:
     def close(self) -> None:
         self.stop()
         self.predictor.close()
+        self.traffic.write_down()
         self.remembered.close()
         self.database.dispose()
 
@@ -100,20 +116,23 @@ def open_services(settings: Settings) -> Services:
         pictures=Pictures(storage),
         metrics=metrics,
         shelf=Shelf(database, storage, settings),
+        traffic=Traffic(database),
+        # Of what runs beside the requests, which makes nothing that would count.
+        workspace=Workspace(DEFAULT_WORKSPACE, FIRST_WORKSPACE_NAME, Limits.from_settings(settings)),
         inspections=anyio.CapacityLimiter(PARALLEL_INSPECTIONS),
     )
 
 
 async def follow_aliases(services: Services) -> None:
-    """Loads whatever `default` points at, so that no request pays for it, and keeps it loaded; models with other names
-    are the last to make room. Never returns."""
-    followed: dict[str, str] | None = None
+    """Loads whatever the first workspace's `default` points at, so that no request pays for it, and keeps it loaded;
+    models with other names are the last to make room. Never returns."""
+    followed: dict[tuple[str, str], str] | None = None
     while True:
         pause = FOLLOW_INTERVAL_SECONDS
         try:
             aliases = await asyncio.to_thread(_aliases, services)
             if aliases != followed:
-                default = aliases.get(registry.DEFAULT_ALIAS)
+                default = aliases.get((DEFAULT_WORKSPACE, registry.DEFAULT_ALIAS))
                 await services.predictor.keep(default, aliased=aliases.values())
                 followed = aliases
                 log.info("aliases followed", default=default, aliased=len(aliases))
@@ -126,12 +145,23 @@ async def follow_aliases(services: Services) -> None:
         await asyncio.sleep(pause)
 
 
+async def write_traffic_down(services: Services) -> None:
+    """Has what was predicted outlast this process. Never returns."""
+    while True:
+        await asyncio.sleep(WRITE_DOWN_INTERVAL_SECONDS)
+        try:
+            await asyncio.to_thread(services.traffic.write_down)
+        except (SQLAlchemyError, GraftError) as error:
+            log.error("predictions cannot be written down", error=type(error).__name__)
+
+
 async def sweep_storage(services: Services) -> None:
     """Removes what crashes have left in staging, and predictions kept long enough, at the start and every hour. Never
     returns."""
     while True:
         try:
             await asyncio.to_thread(services.shelf.expire)
+            await asyncio.to_thread(_forget_old_changes, services)
             removed = await asyncio.to_thread(services.storage.sweep)
             if removed:
                 log.info("staging swept", removed=removed)
@@ -145,7 +175,12 @@ def _is_registered(database: Database, model_id: str) -> bool:
         return registry.exists(session, model_id)
 
 
-def _aliases(services: Services) -> dict[str, str]:
-    """Model ids by alias."""
+def _aliases(services: Services) -> dict[tuple[str, str], str]:
+    """Model ids by workspace and alias."""
     with services.database.read() as session:
-        return {alias.name: alias.model_id for alias in registry.aliases(session)}
+        return {(alias.workspace_id, alias.name): alias.model_id for alias in registry.aliases(session)}
+
+
+def _forget_old_changes(services: Services) -> None:
+    with services.database.write() as session:
+        audit.forget_before(session, utc_now() - timedelta(days=services.settings.audit_days))

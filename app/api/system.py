@@ -15,6 +15,7 @@ from app.api.problems import Problem
 from app.api.schemas import Health, Readiness
 from app.api.services import Services
 from app.db.migrate import check_is_current
+from app.db.tables import DEFAULT_WORKSPACE
 from app.errors import GraftError
 
 router = APIRouter(tags=["operations"])
@@ -95,7 +96,7 @@ class _NotYet(Exception):
 
 
 def _check_default_model(services: Services) -> None:
-    with services.database.read() as session:
+    with services.database.within(DEFAULT_WORKSPACE).read() as session:
         model_id = registry.default_model_id(session)
     if model_id is not None and not services.predictor.is_loaded(model_id):
         raise _NotYet

@@ -1,6 +1,7 @@
 """The `graft` command: the server's own commands, and a client for people.
 
-    server.py     up, api, worker, migrate, settings, keys
+    server.py     up, api, worker, migrate, backup, restore, settings
+    tenants.py    keys, workspaces
     train.py      train, and how a job is watched
     resources.py  predict, jobs, datasets, models
     demo.py       demo

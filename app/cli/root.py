@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from app.cli import batches, demo, resources, server, train
+from app.cli import batches, demo, resources, server, tenants, train
 from app.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREACHABLE, Failure, errors
 from app.client import ServerRefused, ServerUnreachable
 from app.errors import GraftError
@@ -18,6 +18,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 server.add_to(cli)
+tenants.add_to(cli)
 train.add_to(cli)
 resources.add_to(cli)
 batches.add_to(cli)

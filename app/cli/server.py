@@ -1,10 +1,9 @@
-"""The commands of whoever runs a server: up, api, worker, migrate, backup, restore, settings, keys."""
+"""The commands of whoever runs a server: up, api, worker, migrate, backup, restore, settings."""
 
 import json
 import os
 import re
 import sys
-from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,15 +12,13 @@ import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from app import access, logs
-from app.access import Scope
+from app import logs
 from app.backup import Contents, back_up
 from app.backup import restore as put_back
 from app.cli.terminal import EXIT_USAGE, Failure, errors, print_line, print_table
 from app.client import GraftClient
 from app.db.engine import Database
 from app.db.migrate import check_is_current, upgrade
-from app.db.tables import utc_now
 from app.errors import listed
 from app.settings import Settings
 from app.storage import LocalStorage
@@ -37,15 +34,12 @@ KILL_MARGIN_SECONDS = 5.0  # the programs get their own shutdown grace, and this
 Host = Annotated[str | None, typer.Option(help="Address to listen on.  [default: GRAFT_HOST, 127.0.0.1]")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 picks one.  [default: GRAFT_PORT, 8000]")]
 
-keys = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=True)
-
 
 def add_to(cli: typer.Typer) -> None:
     for command in (up, api, worker, migrate, backup, restore, settings):
         cli.command()(command)
     # The program has its own options and its own help; they are handed on as they are.
     cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})(pretrain_bundle)
-    cli.add_typer(keys, name="keys")
 
 
 def up(host: Host = None, port: Port = None) -> None:
@@ -128,49 +122,6 @@ def settings() -> None:
     print_table(["setting", "value", "default", "meaning"], rows, empty="")
 
 
-@keys.command("create")
-def create_key(
-    scope: Annotated[
-        list[Scope], typer.Option(help="What the key may do; train includes predict, admin includes all.")
-    ],
-    name: Annotated[str | None, typer.Option(help="Whose key it is, or what it is for.")] = None,
-    expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires; never if left out.")] = None,
-) -> None:
-    """Create an API key and print it, once. From then on every request needs a key."""
-    expires_at = utc_now() + timedelta(days=expires_days) if expires_days else None
-    with _database().write() as session:
-        created = access.create_key(session, scopes=scope, name=name, expires_at=expires_at)
-    errors.print(f"Created {created.id}. This is the only time the key is shown:")
-    print_line(created.token)
-
-
-@keys.command("list")
-def list_keys() -> None:
-    """List the API keys, without their secrets."""
-    with _database().read() as session:
-        rows = [
-            [
-                key.id,
-                key.name or "",
-                " ".join(key.scopes),
-                _date(key.created_at),
-                "revoked" if key.revoked_at else _date(key.expires_at) or "never",
-                _date(key.last_used_at),
-            ]
-            for key in access.list_keys(session)
-        ]
-    columns = ["id", "name", "scopes", "created", "expires", "last used"]
-    print_table(columns, rows, empty="There are no keys; `graft keys create --scope admin` makes one.")
-
-
-@keys.command("revoke")
-def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
-    """End an API key at once."""
-    with _database().write() as session:
-        access.revoke_key(session, key_id)
-    print_line(f"Revoked {key_id}.")
-
-
 def load_settings(**overrides: Any) -> Settings:
     """The settings, with those overrides that are not None. Raises Failure that names each wrong one."""
     try:
@@ -240,12 +191,6 @@ def _become(program: Program, environment: dict[str, str]) -> None:
     os.execve(program.command[0], list(program.command), environment)
 
 
-def _database() -> Database:
-    chosen = load_settings()
-    upgrade(chosen.resolved_database_url)  # so that the first key can be made before the first start
-    return Database(chosen.resolved_database_url)
-
-
 def _default(field: FieldInfo) -> Any:
     return field.get_default(call_default_factory=True)
 
@@ -271,7 +216,3 @@ def _masked(url: str) -> str:
 def _counted(made: Contents) -> str:
     rows = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in made.rows.items() if count)
     return f"{rows or 'no rows'} and {len(made.files) - 1} files ({made.size_bytes / 1e6:,.1f} MB)"
-
-
-def _date(moment: Any) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%MZ") if moment else ""

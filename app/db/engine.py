@@ -5,16 +5,18 @@ IMMEDIATE: a deferred one that reads before it writes fails with "database is lo
 between, whatever the busy timeout.
 """
 
+import copy
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from app.db.tenancy import Actor, TenantSession
 from app.errors import Overloaded
 
 # Waiting writers get this long. Shorter than a worker's lease (45 s), so that a lock never costs a lease.
@@ -26,11 +28,25 @@ _SQLITE_WAL_FIXES = ((3, 44, 6), (3, 50, 7), (3, 51, 3))
 
 
 class Database:
-    """One engine with `write()` and `read()` transactions. Close with `dispose()`."""
+    """One engine with `write()` and `read()` transactions. Close with `dispose()`.
+
+    As it is made it sees everything, and cannot make what belongs to a workspace; that is for `within`.
+    """
 
     def __init__(self, url: str) -> None:
         self._is_sqlite = make_url(url).get_backend_name() == "sqlite"
         self.engine = _sqlite_engine(url) if self._is_sqlite else create_engine(url, pool_pre_ping=True)
+        self.workspace_id: str | None = None
+        self._actor: Actor | None = None
+
+    def within(self, workspace_id: str, *, actor: Actor | None = None) -> Self:
+        """The same database as one workspace sees it: rows of others are not there, and what is made belongs to it.
+
+        actor: who asks; what they change is then in the audit log.
+        """
+        view = copy.copy(self)
+        view.workspace_id, view._actor = workspace_id, actor
+        return view
 
     @contextmanager
     def write(self) -> Iterator[Session]:
@@ -40,6 +56,7 @@ class Database:
         """
         with self._session("BEGIN IMMEDIATE") as session, _locked_means_overloaded(), session.begin():
             yield session
+            session.add_to_audit_log()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -89,9 +106,9 @@ class Database:
         self.engine.dispose()
 
     @contextmanager
-    def _session(self, begin: str) -> Iterator[Session]:
+    def _session(self, begin: str) -> Iterator[TenantSession]:
         engine = self.engine.execution_options(sqlite_begin=begin) if self._is_sqlite else self.engine
-        with Session(engine, expire_on_commit=False) as session:
+        with TenantSession(engine, workspace_id=self.workspace_id, actor=self._actor) as session:
             yield session
 
 

@@ -5,7 +5,7 @@ because it grows whatever the clock does.
 """
 
 import secrets
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any, Literal
 
 from sqlalchemy import (
@@ -13,6 +13,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
+    Date,
     DateTime,
     Dialect,
     Float,
@@ -30,7 +31,7 @@ DatasetKind = Literal["labelled", "unlabelled"]
 
 
 def new_id(prefix: str) -> str:
-    """An opaque id of 120 random bits, such as `ds_1f0c…`. prefix: "ds", "job", "mdl", "batch", "prd" or "key"."""
+    """An opaque id of 120 random bits, such as `ds_1f0c…`. prefix: "ds", "job", "mdl", "batch", "prd", "key", "ws"."""
     return f"{prefix}_{secrets.token_hex(15)}"
 
 
@@ -79,7 +80,31 @@ class Base(DeclarativeBase):
 BigKey = BigInteger().with_variant(Integer, "sqlite")
 
 
-class DatasetRow(Base):
+# The workspace that is there from the start: the operator's own, and everybody's while there are no keys.
+DEFAULT_WORKSPACE, FIRST_WORKSPACE_NAME = "ws_default", "default"
+
+
+class WorkspaceRow(Base):
+    """A tenant: what its keys make belongs to it, and nobody else sees it. Limits are null where the settings' hold."""
+
+    __tablename__ = "workspaces"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    max_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    max_unfinished_jobs: Mapped[int | None]
+    max_predictions_per_day: Mapped[int | None] = mapped_column(BigInteger)
+    requests_per_second: Mapped[float | None] = mapped_column(Float)
+
+
+class OfWorkspace:
+    """What belongs to one workspace. A session of `Database.within` sees no other's, and makes none of another."""
+
+    workspace_id: Mapped[str] = mapped_column(ForeignKey("workspaces.id"), index=True)
+
+
+class DatasetRow(OfWorkspace, Base):
     """A data set. Its images are listed in its manifest, not here."""
 
     __tablename__ = "datasets"
@@ -109,7 +134,7 @@ class DatasetRow(Base):
     parent_id: Mapped[str | None]  # the data set that this one has more pictures than; it may be deleted
 
 
-class JobRow(Base):
+class JobRow(OfWorkspace, Base):
     """A piece of work in the queue. Status moves only through `app/jobs/queue.py`."""
 
     __tablename__ = "jobs"
@@ -198,7 +223,7 @@ class EventRow(Base):
     at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
-class ModelRow(Base):
+class ModelRow(OfWorkspace, Base):
     """A trained, registered model. The unique (job_id, role) is what makes a second registration impossible."""
 
     __tablename__ = "models"
@@ -238,18 +263,19 @@ class ModelRow(Base):
         return self.tasks or [{"name": "", "classes": self.classes}]
 
 
-class AliasRow(Base):
+class AliasRow(OfWorkspace, Base):
     """A movable name for a model; `default` is the one /predict uses."""
 
     __tablename__ = "aliases"
 
+    workspace_id: Mapped[str] = mapped_column(ForeignKey("workspaces.id"), primary_key=True)
     name: Mapped[str] = mapped_column(primary_key=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     updated_at: Mapped[datetime] = mapped_column(default=utc_now, onupdate=utc_now)
     previous_model_id: Mapped[str | None]  # what it pointed at before; no foreign key, since that may be deleted
 
 
-class PredictionRow(Base):
+class PredictionRow(OfWorkspace, Base):
     """A prediction that was kept, and what people say the picture is. Labels are by task; the only one's name is ""."""
 
     __tablename__ = "predictions"
@@ -289,7 +315,7 @@ class IdempotencyRow(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
 
 
-class ApiKeyRow(Base):
+class ApiKeyRow(OfWorkspace, Base):
     """An API key: only its hash is kept."""
 
     __tablename__ = "api_keys"
@@ -302,3 +328,27 @@ class ApiKeyRow(Base):
     expires_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
+
+
+class AuditRow(OfWorkspace, Base):
+    """A change that somebody asked for: added in the transaction of the change itself, never changed after."""
+
+    __tablename__ = "audit_log"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+    seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
+    key_id: Mapped[str | None]  # null without keys, and at the command line
+    action: Mapped[str]  # method and path of the request, or the command
+    request_id: Mapped[str | None]
+    changed: Mapped[list[Any]]  # ids of what was made, changed or deleted
+
+
+class UsageRow(Base):
+    """How many pictures a workspace had predicted on one day, in UTC."""
+
+    __tablename__ = "usage"
+
+    workspace_id: Mapped[str] = mapped_column(ForeignKey("workspaces.id"), primary_key=True)
+    day: Mapped[date] = mapped_column(Date, primary_key=True)
+    predictions: Mapped[int] = mapped_column(BigInteger)

@@ -16,6 +16,7 @@ from sqlalchemy.engine import Row
 from sqlalchemy.orm import Session
 
 from app.db.tables import EpochRow, JobRow, new_id, utc_now
+from app.db.tenancy import ALL_WORKSPACES
 from app.errors import Conflict, InvalidRequest, JobFailed, NotFound
 from app.jobs import events
 from app.jobs.states import FOLLOWERS, JobKind, JobStatus
@@ -40,6 +41,7 @@ class Claim:
 
     job_id: str
     fence: int
+    workspace_id: str
     kind: JobKind
     dataset_id: str
     spec: dict[str, Any]
@@ -167,11 +169,11 @@ def history(session: Session, job_id: str) -> list[EpochRow]:
 
 
 def queue_position(session: Session, job: JobRow) -> int | None:
-    """1 for the job that is taken next; None unless queued."""
+    """1 for the job that is taken next, of all workspaces; None unless queued."""
     if job.status != JobStatus.queued:
         return None
     ahead = select(func.count()).where(JobRow.kind == job.kind, JobRow.status == JobStatus.queued, JobRow.seq < job.seq)
-    return 1 + (session.scalar(ahead) or 0)
+    return 1 + (session.scalar(ahead, execution_options={ALL_WORKSPACES: True}) or 0)
 
 
 def count_by_status(session: Session, *, kind: JobKind = JobKind.training) -> dict[JobStatus, int]:
@@ -310,7 +312,7 @@ def claim_next(session: Session, *, kind: JobKind, worker_id: str, owner: dict[s
     if job is None:
         return None
     _append_status(session, job.id, job.fence, JobStatus.running, attempt=job.attempt)
-    return Claim(job.id, job.fence, JobKind(job.kind), job.dataset_id, job.spec, job.attempt)
+    return claim_of(job)
 
 
 def beat(session: Session, claim: Claim) -> Beat:
@@ -459,8 +461,7 @@ def reclaim(session: Session, job_id: str, fence: int, beat: int, *, max_crashes
     )
     if job is None:
         return None
-    claim = Claim(job_id, fence, JobKind(job.kind), job.dataset_id, job.spec, job.attempt)
-    return crashed(session, claim, "Its worker ended or was cut off.", max_crashes=max_crashes)
+    return crashed(session, claim_of(job), "Its worker ended or was cut off.", max_crashes=max_crashes)
 
 
 # How lost owners are found
@@ -526,6 +527,10 @@ def _jobs(kind: JobKind) -> Select[JobRow]:
     return select(JobRow).where(JobRow.kind == kind).execution_options(populate_existing=True)
 
 
+def claim_of(job: JobRow | Row[Any]) -> Claim:
+    return Claim(job.id, job.fence, job.workspace_id, JobKind(job.kind), job.dataset_id, job.spec, job.attempt)
+
+
 def _owned(claim: Claim) -> tuple[ColumnElement[bool], ...]:
     return JobRow.id == claim.job_id, JobRow.fence == claim.fence, JobRow.status == JobStatus.running
 
@@ -539,6 +544,7 @@ def _write(session: Session, *guard: ColumnElement[bool], **values: Any) -> Row[
         .returning(
             JobRow.id,
             JobRow.fence,
+            JobRow.workspace_id,
             JobRow.kind,
             JobRow.dataset_id,
             JobRow.spec,

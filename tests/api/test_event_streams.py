@@ -12,6 +12,7 @@ from httpx_sse import ServerSentEvent, connect_sse
 from test_job_routes import asked_for
 
 from app.api import event_stream
+from app.db.tables import DEFAULT_WORKSPACE
 from app.jobs import queue
 from app.jobs.queue import Claim
 
@@ -32,7 +33,7 @@ def claim(server: RunningServer) -> Claim:
 
 
 def current(job_id: str) -> Claim:
-    return Claim(job_id, 1, queue.JobKind.training, "", {}, 1)
+    return Claim(job_id, 1, DEFAULT_WORKSPACE, queue.JobKind.training, "", {}, 1)
 
 
 def log(server: RunningServer, running: Claim, message: str) -> None:

@@ -100,6 +100,8 @@ def test_it_has_every_operation_of_this_version(document: dict[str, Any]) -> Non
         "GET /healthz",
         "GET /readyz",
         "GET /metrics",
+        "GET /v1/usage",
+        "GET /v1/audit",
     }
 
 

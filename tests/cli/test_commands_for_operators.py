@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 from scripted_server import Result
+from sqlalchemy import select
 
+from app.db.engine import Database
+from app.db.tables import AuditRow
 from app.settings import Settings
 
 Graft = Callable[..., Result]
@@ -76,11 +79,52 @@ def test_a_key_is_shown_once_and_can_be_revoked(graft: Graft) -> None:
     assert created.exit_code == 0
     assert token not in graft("keys", "list").output
     row = graft("keys", "list").output.splitlines()[1].split()
-    assert row[:4] == [key_id, "lab", "predict", "train"]
+    assert row[:5] == [key_id, "lab", "default", "predict", "train"]
     assert graft("keys", "revoke", key_id).output == f"Revoked {key_id}.\n"
     assert "revoked" in graft("keys", "list").output
     again = graft("keys", "revoke", key_id)
     assert again.exit_code == 1
+
+
+def test_workspaces_have_keys_and_limits_of_their_own(graft: Graft) -> None:
+    assert "graft keys create" in graft("workspaces", "create", "lab", "--max-bytes", "5000000").output
+    assert graft("workspaces", "limit", "lab", "--max-unfinished-jobs", "2").output == "Changed lab.\n"
+    first, lab = graft("workspaces", "list").output.splitlines()[1:]
+    assert first.split()[0] == "default" and "0 of no limit" in first
+    assert "0.0 MB of 5,000,000" in lab and "0 of 2" in lab
+    graft("workspaces", "limit", "lab", "--reset")
+    assert "0.0 MB of no limit" in graft("workspaces", "list").output.splitlines()[2]
+
+    graft("keys", "create", "--scope", "train", "--workspace", "lab")
+    assert graft("keys", "list").output.splitlines()[1].split()[1] == "lab"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("workspaces", "create", "default"), "There is a workspace default already."),
+        (("workspaces", "create", "No Spaces"), "small letters"),
+        (("workspaces", "limit", "nobody"), "no workspace nobody"),
+        (("keys", "create", "--scope", "train", "--workspace", "nobody"), "no workspace nobody"),
+    ],
+)
+def test_workspaces_that_cannot_be_are_refused(graft: Graft, command: tuple[str, ...], said: str) -> None:
+    refused = graft(*command)
+    assert refused.exit_code == 1 and said in refused.errors
+
+
+def test_what_is_done_at_the_command_line_is_in_the_audit_log(graft: Graft, data_folder: Path) -> None:
+    graft("workspaces", "create", "lab")
+    graft("keys", "create", "--scope", "train", "--workspace", "lab")
+    key_id = graft("keys", "list").output.splitlines()[1].split()[0]
+    graft("keys", "revoke", key_id)
+
+    database = Database(f"sqlite:///{data_folder / 'graft.db'}")
+    with database.read() as session:
+        rows = session.scalars(select(AuditRow).order_by(AuditRow.seq)).all()
+    database.dispose()
+    assert [row.action for row in rows] == ["graft workspaces create", "graft keys create", "graft keys revoke"]
+    assert [row.changed for row in rows[1:]] == [[key_id], [key_id]]
 
 
 def test_without_keys_the_list_says_how_to_make_one(graft: Graft) -> None:

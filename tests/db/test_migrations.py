@@ -109,12 +109,16 @@ def test_rebuilding_a_table_keeps_the_rows_that_refer_to_it(database: Database) 
     with database.write() as session:
         session.execute(
             text(
-                "INSERT INTO models (id, job_id, dataset_id, method, backbone, classes, metrics, size_bytes, sha256,"
-                " created_at) VALUES ('mdl_1', 'job_1', 'ds_1', 'm', '{}', '[]', '{}', 1, 'x', '2026-01-01')"
+                "INSERT INTO models (workspace_id, id, job_id, dataset_id, method, backbone, classes, metrics,"
+                " size_bytes, sha256, created_at)"
+                " VALUES ('ws_default', 'mdl_1', 'job_1', 'ds_1', 'm', '{}', '[]', '{}', 1, 'x', '2026-01-01')"
             )
         )
         session.execute(
-            text("INSERT INTO aliases (name, model_id, updated_at) VALUES ('default', 'mdl_1', '2026-01-01')")
+            text(
+                "INSERT INTO aliases (workspace_id, name, model_id, updated_at)"
+                " VALUES ('ws_default', 'default', 'mdl_1', '2026-01-01')"
+            )
         )
 
     with database.migration() as connection:
@@ -130,7 +134,10 @@ def test_rebuilding_a_table_keeps_the_rows_that_refer_to_it(database: Database) 
 def test_migration_that_breaks_a_reference_is_undone(database: Database) -> None:
     with pytest.raises(sqlite3.IntegrityError, match="table aliases"), database.migration() as connection:
         connection.execute(
-            text("INSERT INTO aliases (name, model_id, updated_at) VALUES ('default', 'mdl_missing', '2026-01-01')")
+            text(
+                "INSERT INTO aliases (workspace_id, name, model_id, updated_at)"
+                " VALUES ('ws_default', 'default', 'mdl_missing', '2026-01-01')"
+            )
         )
 
     with database.read() as session:

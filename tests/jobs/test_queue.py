@@ -24,6 +24,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.db.engine import Database
+from app.db.tables import DEFAULT_WORKSPACE
 from app.errors import Conflict, InvalidRequest, NotFound
 from app.jobs import events, owner, queue
 from app.jobs.events import KEPT_PROGRESS_EVENTS
@@ -47,7 +48,7 @@ def test_claim_takes_the_oldest_job_and_shows_who_has_it(database: Database) -> 
 
     claim = claim_next(database, worker_id="w7")
 
-    assert claim == Claim(older, 1, JobKind.training, "ds_1", {"epochs": 1}, attempt=1)
+    assert claim == Claim(older, 1, DEFAULT_WORKSPACE, JobKind.training, "ds_1", {"epochs": 1}, attempt=1)
     job = find(database, older)
     assert (job.status, job.worker_id, job.owner) == ("running", "w7", owner.current_process())
     assert job.started_at is not None

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.db.engine import Database
 from app.db.migrate import upgrade
+from app.db.tables import DEFAULT_WORKSPACE
 from app.errors import Conflict, NotFound
 from app.jobs import owner, queue
 from app.jobs.queue import Cancelled, Claim, ClaimLost
@@ -26,7 +27,7 @@ def documented_moves() -> set[Move]:
 
 
 def queued(database: Database) -> Claim:
-    return Claim(submit(database), 0, JobKind.training, "ds_1", {}, attempt=1)
+    return Claim(submit(database), 0, DEFAULT_WORKSPACE, JobKind.training, "ds_1", {}, attempt=1)
 
 
 def running_and_asked_to_cancel(database: Database) -> Claim:
@@ -98,7 +99,7 @@ def moves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[Move]]:
     """Every change of status that any function makes in any state."""
     from_queue = set()
     path = tmp_path_factory.mktemp("states")
-    database = Database(f"sqlite:///{path / 'graft.db'}")
+    database = Database(f"sqlite:///{path / 'graft.db'}").within(DEFAULT_WORKSPACE)
     upgrade(str(database.engine.url))
     for build in STATES:
         for name, function in FUNCTIONS.items():
