@@ -25,7 +25,7 @@ from _setup import classifier as network
 from app import registry
 from app.db.engine import Database
 from app.db.migrate import upgrade
-from app.db.tables import new_id
+from app.db.tables import DEFAULT_WORKSPACE, new_id
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision import artifact
@@ -119,7 +119,7 @@ def prepare(data: Path, backbone: str, weights: Path, *, archive: Path | None = 
     """
     settings = Settings(data_dir=data, weights_dir=weights)
     upgrade(settings.resolved_database_url)
-    storage, database = LocalStorage(data), Database(settings.resolved_database_url)
+    storage, database = LocalStorage(data), Database(settings.resolved_database_url).within(DEFAULT_WORKSPACE)
     store = WeightStore.from_settings(settings)
     found = store.find(backbone)
     if archive is None:

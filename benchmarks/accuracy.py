@@ -29,7 +29,7 @@ from _setup import METHODS, Ingested, classifier, fitted, ingested, markdown, me
 from app import registry
 from app.db.engine import Database
 from app.db.migrate import upgrade
-from app.db.tables import utc_now
+from app.db.tables import DEFAULT_WORKSPACE, utc_now
 from app.jobs import owner, queue
 from app.jobs.request import Recipe
 from app.jobs.spec import TrainingSpec
@@ -166,7 +166,7 @@ def _run_job(spec: TrainingSpec, data: Ingested, *, weights_dir: Path, device: t
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(data_dir=Path(folder), weights_dir=weights_dir, device=device.type, allow_downloads=False)
         upgrade(settings.resolved_database_url)
-        database = Database(settings.resolved_database_url)
+        database = Database(settings.resolved_database_url).within(DEFAULT_WORKSPACE)
         with database.write() as session:
             body = spec.model_dump(mode="json")
             queue.submit(session, kind=JobKind.training, dataset_id=data.name, spec=body, method="auto")

@@ -18,6 +18,7 @@ import psutil
 
 from app.db.engine import Database
 from app.db.migrate import upgrade
+from app.db.tables import DEFAULT_WORKSPACE
 from app.jobs import queue
 from app.jobs.states import JobKind
 from app.settings import Settings
@@ -55,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(data_dir=Path(folder), poll_interval_seconds=arguments.poll)
         upgrade(settings.resolved_database_url)
-        database = Database(settings.resolved_database_url)
+        database = Database(settings.resolved_database_url).within(DEFAULT_WORKSPACE)
         worker = subprocess.Popen(
             [
                 sys.executable,

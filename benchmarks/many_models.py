@@ -25,6 +25,7 @@ from _setup import hardware, markdown, spread
 from app import registry
 from app.db.engine import Database
 from app.db.migrate import upgrade
+from app.db.tables import DEFAULT_WORKSPACE
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision.artifact import Artifact
@@ -72,7 +73,7 @@ def main() -> None:
 def _prepare(data: Path, weights: Path, count: int) -> list[str]:
     settings = Settings(data_dir=data, weights_dir=weights)
     upgrade(settings.resolved_database_url)
-    storage, database = LocalStorage(data), Database(settings.resolved_database_url)
+    storage, database = LocalStorage(data), Database(settings.resolved_database_url).within(DEFAULT_WORKSPACE)
     store = WeightStore.from_settings(settings)
     found = store.find(BACKBONE)
     if found is None:
