@@ -56,7 +56,6 @@ class Services:
     exporter: Exporter
     pictures: Pictures
     metrics: Metrics
-    shelf: Shelf
     traffic: Traffic
     workspace: Workspace
     # Keeps threads free for everybody else while large archives are read through.
@@ -66,9 +65,12 @@ class Services:
 
     def within(self, workspace: Workspace, actor: Actor) -> "Services":
         """The same for one request: what it finds and makes in the database is its workspace's alone."""
-        database = self.database.within(workspace.id, actor=actor)
-        shelf = replace(self.shelf, database=self.database.within(workspace.id))
-        return replace(self, database=database, shelf=shelf, workspace=workspace)
+        return replace(self, database=self.database.within(workspace.id, actor=actor), workspace=workspace)
+
+    @property
+    def shelf(self) -> Shelf:
+        # What is kept is in no audit log: it may be every picture.
+        return Shelf(self.database.within(self.database.workspace_id), self.storage, self.settings)
 
     def stop(self) -> None:
         """Ends what would hold up the server's end; in the event loop's thread."""
@@ -115,7 +117,6 @@ def open_services(settings: Settings) -> Services:
         exporter=Exporter(storage, is_registered=lambda model_id: _is_registered(database, model_id)),
         pictures=Pictures(storage),
         metrics=metrics,
-        shelf=Shelf(database, storage, settings),
         traffic=Traffic(database),
         # Of what runs beside the requests, which makes nothing that would count.
         workspace=Workspace(DEFAULT_WORKSPACE, FIRST_WORKSPACE_NAME, Limits.from_settings(settings)),

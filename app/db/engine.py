@@ -39,10 +39,10 @@ class Database:
         self.workspace_id: str | None = None
         self._actor: Actor | None = None
 
-    def within(self, workspace_id: str, *, actor: Actor | None = None) -> Self:
+    def within(self, workspace_id: str | None, *, actor: Actor | None = None) -> Self:
         """The same database as one workspace sees it: rows of others are not there, and what is made belongs to it.
 
-        actor: who asks; what they change is then in the audit log.
+        actor: who asks; what they change is then in the audit log. None for workspace_id: as it is made.
         """
         view = copy.copy(self)
         view.workspace_id, view._actor = workspace_id, actor

@@ -1,4 +1,5 @@
-"""The whole OpenAPI document against a real server, by Schemathesis: as an owner, with a small key, and with none.
+"""The whole OpenAPI document against a real server, by Schemathesis: as owner, with a small key, as another workspace,
+and with no key.
 
 All of its checks but one: that whatever fits the document is accepted. Rules that a schema cannot say (an archive that
 is one, options that exclude each other) refuse some of it, with a problem that says why.
@@ -9,13 +10,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import api_builders
 import pytest
 from api_builders import RunningServer
 from test_models_and_operations import EVALUATION, create_key
+from test_workspaces import key_for
 
 from app.access import Scope
 
@@ -82,13 +84,19 @@ def cases_in(said: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("scope", [Scope.admin, Scope.predict, None])
-def test_every_operation_keeps_to_the_document(server: RunningServer, tmp_path: Path, scope: Scope | None) -> None:
-    said = run(server, tmp_path, headers=create_key(server, scope) if scope else {})
+@pytest.mark.parametrize("who", ["owner", "small key", "stranger", "nobody"])
+def test_every_operation_keeps_to_the_document(server: RunningServer, tmp_path: Path, who: str) -> None:
+    keys: dict[str, Callable[[], dict[str, str]]] = {
+        "owner": lambda: create_key(server, Scope.admin),
+        "small key": lambda: create_key(server, Scope.predict),
+        "stranger": lambda: {"Authorization": f"Bearer {key_for(server, 'strangers')}"},
+        "nobody": dict,
+    }
+    said = run(server, tmp_path, headers=keys[who]())
 
     assert cases_in(said) > 1000
     answered = server.services.metrics.exposition().decode()
     assert not re.search(r'graft_requests_total\{[^}]*status="500"', answered)
-    if scope is None:  # but for the requests that prepared it
+    if who == "nobody":  # but for the requests that prepared it
         open_ones = re.findall(r'graft_requests_total\{method="\w+",route="([^"]+)",status="2\d\d"\}', answered)
         assert set(open_ones) == {"/healthz", "/readyz", "/v1/jobs", "/v1/batches"}
