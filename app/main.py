@@ -30,16 +30,21 @@ from app.api import (
     personalise,
     predict,
     system,
+    uploads,
 )
 from app.api.deps import refuse_unknown_query
 from app.api.failures import handle_failures
 from app.api.middleware import MIDDLEWARE
 from app.api.server import make_server
 from app.api.services import follow_aliases, open_services, sweep_storage
+from app.api.upload_endings import complete_uploads, sweep_uploads
 from app.db.engine import Database
 from app.db.migrate import check_is_current
 from app.errors import GraftError
 from app.settings import Settings
+
+# Besides the answers, as long as the app runs.
+TASKS = (follow_aliases, sweep_storage, complete_uploads, sweep_uploads)
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = app.state.services = open_services(settings)
-        tasks = [asyncio.create_task(task(services)) for task in (follow_aliases, sweep_storage)]
+        tasks = [asyncio.create_task(task(services)) for task in TASKS]
         try:
             yield
         finally:
@@ -71,6 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     for part in (
         datasets,
+        uploads,
         jobs,
         models,
         model_files,

@@ -41,6 +41,11 @@ class Settings(BaseSettings):
     max_upload_bytes: Annotated[int, Field(ge=1)] = Field(
         10 * GIBIBYTE, description="Largest upload of a data set, in bytes."
     )
+    upload_expiry_hours: Annotated[float, Field(gt=0, le=8760)] = Field(
+        72.0,
+        description="Time without a new piece after which an unfinished resumable upload is removed, in hours; also "
+        "how long what became of a finished one can be asked for.",
+    )
     max_image_bytes: Annotated[int, Field(ge=1)] = Field(
         32 * MEBIBYTE, description="Largest encoded picture that /predict reads, in bytes."
     )

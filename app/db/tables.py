@@ -30,7 +30,7 @@ DatasetKind = Literal["labelled", "unlabelled"]
 
 
 def new_id(prefix: str) -> str:
-    """An opaque id of 120 random bits, such as `ds_1f0c…`. prefix: "ds", "job", "mdl", "batch", "prd" or "key"."""
+    """An opaque id of 120 random bits, such as `ds_1f0c…`. prefix: "ds", "up", "job", "mdl", "batch", "prd", "key"."""
     return f"{prefix}_{secrets.token_hex(15)}"
 
 
@@ -107,6 +107,29 @@ class DatasetRow(Base):
     error: Mapped[dict[str, Any] | None]
     packed_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of the pixel store; stated before it is written
     parent_id: Mapped[str | None]  # the data set that this one has more pictures than; it may be deleted
+
+
+class UploadRow(Base):
+    """A data set's archive that comes in pieces. How much of it has come, the length of its file says."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (
+        CheckConstraint("status IN ('open', 'finished', 'refused')", name="status"),
+        {"sqlite_autoincrement": True},
+    )
+
+    seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    status: Mapped[str] = mapped_column(default="open", index=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)  # that it will have
+    filename: Mapped[str | None]
+    options: Mapped[dict[str, Any]]  # of the data set: name, kind, val_fraction, seed
+    client_metadata: Mapped[str]  # as the client sent it, who may ask for it again
+    attempts: Mapped[int] = mapped_column(default=0)  # at looking it through; more than one if processes died of it
+    dataset_id: Mapped[str | None]  # what it became; no foreign key, since that may be deleted
+    error: Mapped[dict[str, Any] | None]  # why it was refused
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    ended_at: Mapped[datetime | None]
 
 
 class JobRow(Base):
