@@ -111,7 +111,7 @@ class FileWriter:
 
     def _write(self, buffer: bytearray) -> None:
         if self.size_bytes >= self._room_checked_to:
-            self._check_room(_ROOM_CHECK_BYTES)
+            self._check_room(min(_ROOM_CHECK_BYTES, self._max_bytes))
             self._room_checked_to = self.size_bytes + _ROOM_CHECK_BYTES
         if self._digest is not None:
             self._digest.update(buffer)
