@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from app.db.engine import Database
 from app.db.migrate import upgrade
-from app.db.tables import Base, DatasetRow, IdempotencyRow, JobRow, ModelRow, PredictionRow, utc_now
+from app.db.tables import Base, DatasetRow, IdempotencyRow, JobRow, ModelRow, PredictionRow, UploadRow, utc_now
 from app.errors import Conflict, GraftError, StorageFull
 from app.jobs import queue
 from app.jobs.queue import Claim
@@ -193,6 +193,9 @@ def _rows(table: Table) -> Select[Any]:
     if table is IdempotencyRow.__table__:
         # Of requests that are being answered: whoever makes them must ask again.
         return rows.where(IdempotencyRow.response.is_not(None))
+    if table is UploadRow.__table__:
+        # What has come of unfinished ones is not in a backup.
+        return rows.where(UploadRow.status != "open")
     return rows
 
 
