@@ -3,6 +3,7 @@
 Units are in the names. `graft settings` prints each with its value, default and meaning.
 """
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -87,6 +88,18 @@ class Settings(BaseSettings):
     )
     min_free_bytes: Annotated[int, Field(ge=0)] = Field(
         512 * MEBIBYTE, description="Free disk space below which uploads are refused with 507, in bytes."
+    )
+
+    # Webhooks
+    webhooks: bool = Field(
+        False,
+        description="Whether webhooks may be made and are sent: this server then sends requests to addresses that "
+        "holders of admin keys name.",
+    )
+    webhook_networks: frozenset[IPv4Network | IPv6Network] = Field(
+        frozenset(),
+        description="Networks that are not public and that webhooks may go to all the same, by http too, as JSON: "
+        '["10.1.0.0/16"].',
     )
 
     # Data sets

@@ -26,6 +26,8 @@ APPLICATION = frozenset(
         "app.serving",
         "app.vision",
         "app.web",
+        "app.egress",
+        "app.webhooks",
     }
 )
 
@@ -35,17 +37,19 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.logs": frozenset(),
     "app.storage": frozenset(),
     "app.precedence": frozenset(),
+    "app.egress": frozenset(),
     "app.db": frozenset({"migrations"}),
+    "app.webhooks": frozenset({"app.db"}),
     "app.vision": frozenset(),
-    "app.datasets": frozenset({"app.db", "app.vision"}),
-    "app.jobs": frozenset({"app.db", "app.vision"}),
-    "app.registry": frozenset({"app.db", "app.vision"}),
+    "app.datasets": frozenset({"app.db", "app.vision", "app.webhooks"}),
+    "app.jobs": frozenset({"app.db", "app.vision", "app.webhooks"}),
+    "app.registry": frozenset({"app.db", "app.vision", "app.webhooks"}),
     "app.predictions": frozenset({"app.db", "app.vision"}),
     "app.access": frozenset({"app.db", "app.vision"}),
     "app.serving": frozenset({"app.vision"}),
     "app.api": APPLICATION,
     "app.web": APPLICATION,
-    "app.main": frozenset({"app.access", "app.api", "app.db", "app.serving", "app.web"}),
+    "app.main": frozenset({"app.access", "app.api", "app.db", "app.egress", "app.serving", "app.web"}),
     # The command: the client over HTTP, and what an operator does to the database without a server.
     "app.client": frozenset(),
     "app.demo": frozenset(),

@@ -228,6 +228,8 @@ def needed_scope(method: str, path: str) -> access.Scope:
     # Whoever asked may say what it was; to look at what others asked takes more.
     if method == "POST" and path.startswith("/v1/predictions/") and path.endswith("/feedback"):
         return access.Scope.predict
+    if path == "/v1/webhooks" or path.startswith("/v1/webhooks/"):
+        return access.Scope.admin
     is_reading = method in ("GET", "HEAD", "OPTIONS")
     if path.endswith("/export"):
         return access.Scope.train  # who may ask a model may not therefore take it away

@@ -15,6 +15,7 @@ from app.api.metrics import Metrics
 from app.api.pictures import Pictures
 from app.api.remembered import Remembered
 from app.db.engine import Database
+from app.egress import Egress, Resolve
 from app.errors import GraftError
 from app.precedence import Precedence
 from app.serving.exporter import Exporter
@@ -50,6 +51,7 @@ class Services:
     pictures: Pictures
     metrics: Metrics
     shelf: Shelf
+    egress: Egress
     # Keeps threads free for everybody else while large archives are read through.
     inspections: anyio.CapacityLimiter
     # Set when the server begins to shut down: streams and waits end then instead of holding it up.
@@ -67,7 +69,7 @@ class Services:
         self.database.dispose()
 
 
-def open_services(settings: Settings) -> Services:
+def open_services(settings: Settings, *, resolve: Resolve) -> Services:
     database = Database(settings.resolved_database_url)
     storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
     metrics = Metrics(database, storage)
@@ -100,6 +102,7 @@ def open_services(settings: Settings) -> Services:
         pictures=Pictures(storage),
         metrics=metrics,
         shelf=Shelf(database, storage, settings),
+        egress=Egress(settings.webhook_networks, resolve),
         inspections=anyio.CapacityLimiter(PARALLEL_INSPECTIONS),
     )
 

@@ -10,6 +10,7 @@ from sqlalchemy import delete as sql_delete
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from app import webhooks
 from app.datasets.layout import Kind
 from app.datasets.report import IngestReport, shortened
 from app.db.tables import DatasetRow, new_id
@@ -89,6 +90,8 @@ def mark_ready(session: Session, dataset_id: str, report: IngestReport) -> None:
     """processing → ready. Raises Conflict if it is not processing any more, or deleted."""
     assert report.error is None
     _finish(session, dataset_id, status="ready", error=None, report=report)
+    counts = {"num_images": report.num_images, "num_rejected": report.num_rejected}
+    webhooks.emit(session, "dataset.ready", {"id": dataset_id, "object": "dataset", "status": "ready", **counts})
 
 
 def mark_failed(
@@ -96,6 +99,9 @@ def mark_failed(
 ) -> None:
     """processing → failed, keeping what was found out. Raises Conflict as `mark_ready` does."""
     _finish(session, dataset_id, status="failed", error=error, report=report)
+    webhooks.emit(
+        session, "dataset.failed", {"id": dataset_id, "object": "dataset", "status": "failed", "error": error}
+    )
 
 
 def delete(session: Session, dataset_id: str) -> None:

@@ -30,7 +30,7 @@ DatasetKind = Literal["labelled", "unlabelled"]
 
 
 def new_id(prefix: str) -> str:
-    """An opaque id of 120 random bits, such as `ds_1f0c…`. prefix: "ds", "up", "job", "mdl", "batch", "prd", "key"."""
+    """An opaque id of 120 random bits, such as `ds_1f0c…`. prefix: such as "ds", "job" or "mdl"."""
     return f"{prefix}_{secrets.token_hex(15)}"
 
 
@@ -296,6 +296,48 @@ class PredictionRow(Base):
     feedback: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
     feedback_at: Mapped[datetime | None]
+
+
+class WebhookRow(Base):
+    """An address that is told what happens."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+    seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    url: Mapped[str]
+    events: Mapped[list[Any]]  # names of those it wants
+    secret: Mapped[str]  # as it is: signing needs it. Never answered again, never logged
+    is_enabled: Mapped[bool] = mapped_column(Boolean, default=True)
+    disabled_reason: Mapped[str | None]  # where Graft turned it off
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class DeliveryRow(Base):
+    """One event for one webhook: written with the change that it tells of, then sent until it has arrived."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="status"),
+        Index("ix_webhook_deliveries_status_next_attempt_at", "status", "next_attempt_at"),
+        Index("ix_webhook_deliveries_webhook_id_seq", "webhook_id", "seq"),
+        {"sqlite_autoincrement": True},
+    )
+
+    seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)  # also the receiver's, the same in every attempt
+    webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
+    event: Mapped[str]
+    body: Mapped[str]  # as it is signed
+    status: Mapped[str] = mapped_column(default="pending")
+    attempts: Mapped[int] = mapped_column(default=0)  # begun; the number of one is its claim
+    next_attempt_at: Mapped[datetime]  # of one that is being made: when it is given up
+    last_attempt_at: Mapped[datetime | None]
+    response_status: Mapped[int | None]  # HTTP, of the last attempt
+    error: Mapped[str | None]  # why the last attempt failed, in our words
+    created_at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
+    ended_at: Mapped[datetime | None]
 
 
 class IdempotencyRow(Base):
