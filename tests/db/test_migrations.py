@@ -144,7 +144,13 @@ VALUES: dict[str, Any] = {
     "id": "x_1",
     "job_id": "x_1",
     "model_id": "x_1",
-    "status": {"datasets": "ready", "jobs": "succeeded"},
+    "webhook_id": "x_1",
+    "status": {
+        "datasets": "ready",
+        "jobs": "succeeded",
+        "uploads": "finished",
+        "webhook_deliveries": "delivered",
+    },
     "kind": {"datasets": "labelled", "jobs": "training"},
     "role": "final",
 }
