@@ -30,6 +30,7 @@ from app.db.tables import (
     JobRow,
     ModelRow,
     PredictionRow,
+    UploadRow,
     WorkspaceRow,
     utc_now,
 )
@@ -203,6 +204,9 @@ def _rows(table: Table) -> Select[Any]:
     if table is IdempotencyRow.__table__:
         # Of requests that are being answered: whoever makes them must ask again.
         return rows.where(IdempotencyRow.response.is_not(None))
+    if table is UploadRow.__table__:
+        # What has come of unfinished ones is not in a backup.
+        return rows.where(UploadRow.status != "open")
     return rows
 
 

@@ -15,8 +15,10 @@ problem's `type`; also a failed job's `error.code`), an HTTP `status`, a `title`
     ├── NotFound                   404
     ├── RequestTimeout             408   the client stopped sending
     ├── Conflict                   409   not in this state
+    ├── PreconditionFailed         412   the client speaks another version of a protocol
     ├── TooLarge                   413
     ├── UnsupportedMediaType       415
+    ├── Locked                     423   somebody else is at it; waiting helps
     ├── TooManyRequests            429
     ├── Overloaded                 503   waiting helps: `retry_after_seconds`
     ├── ModelUnavailable           503   a registered model whose files are missing or damaged
@@ -139,6 +141,12 @@ class Conflict(GraftError):
     title = "Not possible in this state"
 
 
+class PreconditionFailed(GraftError):
+    status = 412
+    code = "precondition-failed"
+    title = "Another version of the protocol"
+
+
 class TooLarge(GraftError):
     status = 413
     code = "too-large"
@@ -149,6 +157,12 @@ class UnsupportedMediaType(GraftError):
     status = 415
     code = "unsupported-media-type"
     title = "Unsupported media type"
+
+
+class Locked(GraftError):
+    status = 423
+    code = "locked"
+    title = "In use by another request"
 
 
 class TooManyRequests(GraftError):

@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from app import access, logs
+from app import access, egress, logs
 from app.api import (
     batches,
     classes,
@@ -30,28 +30,47 @@ from app.api import (
     personalise,
     predict,
     system,
+    uploads,
     usage,
+    webhooks,
 )
 from app.api.deps import refuse_unknown_query
 from app.api.failures import handle_failures
 from app.api.middleware import MIDDLEWARE
 from app.api.server import make_server
 from app.api.services import follow_aliases, open_services, sweep_storage, write_traffic_down
+from app.api.upload_endings import complete_uploads, sweep_uploads
+from app.api.webhook_dispatch import forget_deliveries, send_webhooks
 from app.db.engine import Database
 from app.db.migrate import check_is_current
+from app.egress import Resolve
 from app.errors import GraftError
 from app.settings import Settings
+
+# Besides the answers, as long as the app runs.
+TASKS = (
+    follow_aliases,
+    sweep_storage,
+    write_traffic_down,
+    complete_uploads,
+    sweep_uploads,
+    send_webhooks,
+    forget_deliveries,
+)
 
 log = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application. What it works with is opened when it starts and closed when it ends."""
+def create_app(settings: Settings, *, resolve: Resolve = egress.resolve) -> FastAPI:
+    """The application. What it works with is opened when it starts and closed when it ends.
+
+    resolve: looks up the hosts that webhooks go to.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = app.state.services = open_services(settings)
-        tasks = [asyncio.create_task(task(services)) for task in (follow_aliases, sweep_storage, write_traffic_down)]
+        services = app.state.services = open_services(settings, resolve=resolve)
+        tasks = [asyncio.create_task(task(services)) for task in TASKS]
         try:
             yield
         finally:
@@ -72,6 +91,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     for part in (
         datasets,
+        uploads,
         jobs,
         models,
         model_files,
@@ -85,6 +105,7 @@ def create_app(settings: Settings) -> FastAPI:
         huggingface,
         files,
         fine_tuning,
+        webhooks,
         system,
         usage,
     ):

@@ -11,6 +11,7 @@ from sqlalchemy import delete as delete_from
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app import webhooks
 from app.db.tables import AliasRow, ModelRow, utc_now
 from app.errors import Conflict, FieldError, InvalidRequest, NotFound
 
@@ -61,6 +62,9 @@ def register(
     )
     session.add(model)
     session.flush()
+    told = {"job": job_id, "dataset": dataset_id, "method": method, "role": role, "parent": parent_id}
+    told |= {"id": model_id, "object": "model"}
+    webhooks.emit(session, "model.registered", told, workspace_id=model.workspace_id)
     return model
 
 
@@ -186,6 +190,7 @@ def point_alias(session: Session, name: str, model_id: str, *, replaces_interim:
         )
     model = _by_id(session, model_id)
     alias = _alias(session, name)
+    before = None if alias is None else alias.model_id
     if alias is None:
         alias = AliasRow(name=name, model_id=model.id)
         session.add(alias)
@@ -195,6 +200,8 @@ def point_alias(session: Session, name: str, model_id: str, *, replaces_interim:
         alias.model_id = model.id
         alias.updated_at = utc_now()
     session.flush()
+    if before != model.id:
+        _tell_alias(session, alias.workspace_id, name, model_id=model.id, before=before)
     return alias
 
 
@@ -224,9 +231,16 @@ def previous_model_id(session: Session, name: str) -> str:
 
 def remove_alias(session: Session, name: str) -> None:
     """Raises NotFound if there is none of this name."""
-    removed = session.scalar(delete_from(AliasRow).where(AliasRow.name == name).returning(AliasRow.name))
+    of_name = delete_from(AliasRow).where(AliasRow.name == name)
+    removed = session.execute(of_name.returning(AliasRow.model_id, AliasRow.workspace_id)).first()
     if removed is None:
         raise _no_alias()
+    _tell_alias(session, removed.workspace_id, name, model_id=None, before=removed.model_id)
+
+
+def _tell_alias(session: Session, workspace_id: str, name: str, *, model_id: str | None, before: str | None) -> None:
+    told = {"name": name, "object": "alias", "model": model_id, "previous_model": before}
+    webhooks.emit(session, "alias.changed", told, workspace_id=workspace_id)
 
 
 def _alias(session: Session, name: str) -> AliasRow | None:

@@ -3,6 +3,7 @@
 Units are in the names. `graft settings` prints each with its value, default and meaning.
 """
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,6 +41,11 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port the API listens on; 0 picks one.")
     max_upload_bytes: Annotated[int, Field(ge=1)] = Field(
         10 * GIBIBYTE, description="Largest upload of a data set, in bytes."
+    )
+    upload_expiry_hours: Annotated[float, Field(gt=0, le=8760)] = Field(
+        72.0,
+        description="Time without a new piece after which an unfinished resumable upload is removed, in hours; also "
+        "how long what became of a finished one can be asked for.",
     )
     max_image_bytes: Annotated[int, Field(ge=1)] = Field(
         32 * MEBIBYTE, description="Largest encoded picture that /predict reads, in bytes."
@@ -99,6 +105,18 @@ class Settings(BaseSettings):
     )
     min_free_bytes: Annotated[int, Field(ge=0)] = Field(
         512 * MEBIBYTE, description="Free disk space below which uploads are refused with 507, in bytes."
+    )
+
+    # Webhooks
+    webhooks: bool = Field(
+        False,
+        description="Whether webhooks may be made and are sent: this server then sends requests to addresses that "
+        "holders of admin keys name.",
+    )
+    webhook_networks: frozenset[IPv4Network | IPv6Network] = Field(
+        frozenset(),
+        description="Networks that are not public and that webhooks may go to all the same, by http too, as JSON: "
+        '["10.1.0.0/16"].',
     )
 
     # Data sets

@@ -68,6 +68,16 @@ class LocalStorage:
             if folder == self.root:
                 break
 
+    def link(self, key: str, staged: Path) -> None:
+        """A second name for a file, in staging: to be published, while the first stays whatever happens meanwhile.
+
+        Raises OSError where even a copy cannot be made.
+        """
+        try:
+            staged.hardlink_to(self.path(key))
+        except OSError:  # a file system without such names
+            shutil.copyfile(self.path(key), staged)
+
     def announce(self, key: str) -> None:
         """Notes that `key` is about to be published, and is worth nothing until a row speaks of it."""
         self._announcement(key).touch()

@@ -19,6 +19,7 @@ from app.db.tables import (
     JobRow,
     ModelRow,
     PredictionRow,
+    UploadRow,
     UsageRow,
     WorkspaceRow,
     new_id,
@@ -158,13 +159,15 @@ def list_workspaces(session: Session) -> Sequence[WorkspaceRow]:
 
 
 def bytes_used(session: Session) -> int:
-    """Of archives, pixel stores, models and kept pictures."""
+    """Of archives, those that are still coming too, pixel stores, models and kept pictures."""
     of_batch = case((JobRow.kind == JobKind.prediction, JobRow.spec["size_bytes"].as_integer()), else_=0)
+    of_upload = case((UploadRow.status == "open", UploadRow.size_bytes), else_=0)
     sizes = (
         DatasetRow.size_bytes + func.coalesce(DatasetRow.packed_bytes, 0),
         ModelRow.size_bytes,
         PredictionRow.size_bytes,
         of_batch,
+        of_upload,
     )
     return sum(int(session.scalar(select(func.sum(size))) or 0) for size in sizes)
 

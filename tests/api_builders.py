@@ -16,13 +16,14 @@ from typing import Any
 import builders
 import httpx
 
-from app import registry
+from app import egress, registry
 from app.api.server import make_server
 from app.api.services import Services
 from app.db.engine import Database
 from app.db.migrate import upgrade
 from app.db.tables import DatasetRow, new_id
 from app.db.tenancy import Actor
+from app.egress import Resolve
 from app.main import create_app
 from app.settings import Settings
 from app.vision import artifact
@@ -45,8 +46,8 @@ DEADLINE_SECONDS = 30.0
 class RunningServer:
     """The API with its middleware, routes, lifespan and uvicorn, on a free port."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.app = create_app(settings)
+    def __init__(self, settings: Settings, *, resolve: Resolve = egress.resolve) -> None:
+        self.app = create_app(settings, resolve=resolve)
         self._server = make_server(self.app, settings)
         self._thread = threading.Thread(target=self._server.run)
 
@@ -97,11 +98,11 @@ def settings_for(folder: Path, **changes: Any) -> Settings:
 
 
 @contextlib.contextmanager
-def running(settings: Settings) -> Iterator[RunningServer]:
+def running(settings: Settings, *, resolve: Resolve = egress.resolve) -> Iterator[RunningServer]:
     """A server on a migrated database."""
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     shutil.copy(_migrated_database(), settings.data_dir / "graft.db")
-    with RunningServer(settings) as server:
+    with RunningServer(settings, resolve=resolve) as server:
         yield server
 
 

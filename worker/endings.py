@@ -6,7 +6,7 @@ from collections.abc import Callable
 from sqlalchemy.orm import Session
 
 from app import predictions, registry
-from app.datasets import catalog
+from app.datasets import catalog, uploads
 from app.db.engine import Database
 from app.errors import Conflict, NotFound
 from app.jobs import queue
@@ -58,6 +58,7 @@ def _sweep_announced(database: Database, storage: LocalStorage) -> None:
         "batches": queue.exists,
         "predictions": predictions.exists,
         "exports": registry.exists,
+        "uploads": uploads.exists,
     }
     for key in storage.announced():
         kind, _, row_id = key.partition("/")

@@ -55,7 +55,7 @@ class ArchiveUse(Generic[Found]):
     text_fields: that a form may have beside the file. options: all that the upload says besides, with defaults.
     inspect: reads the archive through and refuses what is wrong; blocking. new_id, archive_key: of the new resource,
     and where its archive lies. create: makes its row and returns the answer, given its id, in a transaction that also
-    ends the Idempotency-Key's claim. exists: whether there is such a row.
+    ends whatever led to it. exists: whether there is such a row.
     """
 
     text_fields: Collection[str]
@@ -91,6 +91,27 @@ def created(answer: Answer, *, collection: str, is_replay: bool = False) -> Resp
     if is_replay:
         headers["Idempotent-Replayed"] = "true"
     return JSONResponse(dict(answer), status_code=201, headers=headers)
+
+
+async def look_through_and_keep(
+    services: Services,
+    upload: StagedUpload,
+    options: Mapping[str, Any],
+    use: ArchiveUse[Found],
+    *,
+    settle: Callable[[Session, Answer], None],
+    is_counted: bool = False,
+) -> Answer:
+    """The one way from an archive that has arrived whole to what it becomes, however it arrived.
+
+    settle: what else belongs into the transaction that creates it. is_counted: whether the workspace's quota has room
+    for it already.
+    """
+    # Reading a large archive through takes long: only a few at a time, beside the threads that answer others.
+    found = await anyio.to_thread.run_sync(
+        use.inspect, upload.path, options, stop_tick(services), limiter=services.inspections
+    )
+    return await run_in_threadpool(_keep, services, upload, options, found, use, settle, is_counted)
 
 
 def publish_and_create(
@@ -144,11 +165,14 @@ async def _receive(request: Request, services: Services, claim: Claim | None, us
         if claim is not None and claim.answered is not None:
             idempotency.check_same(claim, print_of_request)
             return claim.answered
-        # Reading a large archive through takes long: only a few at a time, beside the threads that answer others.
-        found = await anyio.to_thread.run_sync(
-            use.inspect, staged, options, stop_tick(services), limiter=services.inspections
-        )
-        return await run_in_threadpool(_keep, services, upload, options, found, claim, print_of_request, use)
+
+        def settle(session: Session, answer: Answer) -> None:
+            if claim is not None:
+                idempotency.finish(
+                    session, claim, fingerprint=print_of_request, resource_id=answer["id"], response=dict(answer)
+                )
+
+        return await look_through_and_keep(services, upload, options, use, settle=settle)
 
 
 def _keep(
@@ -156,17 +180,16 @@ def _keep(
     upload: StagedUpload,
     options: Mapping[str, Any],
     found: Found,
-    claim: Claim | None,
-    print_of_request: str,
     use: ArchiveUse[Found],
+    settle: Callable[[Session, Answer], None],
+    is_counted: bool,
 ) -> Answer:
     resource_id = use.new_id()
 
     def create(session: Session) -> Answer:
-        services.workspace.check_room(session, upload.size_bytes)
+        services.workspace.check_room(session, 0 if is_counted else upload.size_bytes)
         answer = use.create(session, resource_id, upload, options, found)
-        if claim is not None:
-            idempotency.finish(session, claim, fingerprint=print_of_request, resource_id=resource_id, response=answer)
+        settle(session, answer)
         return answer
 
     return publish_and_create(

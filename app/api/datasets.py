@@ -187,7 +187,12 @@ async def receive_once(
 
     in_query: options of UploadOptions; a form's fields go before them.
     """
-    settings = services.settings
+    use = archive_use(services.settings, in_query)
+    return await archive_uploads.receive_once(request, services, caller, idempotency_key, use)
+
+
+def archive_use(settings: Settings, in_query: Mapping[str, Any]) -> ArchiveUse[None]:
+    """What a data set's archive is for, however it comes. in_query: options of UploadOptions; fields go before them."""
 
     def look_through(archive: FilePath, options: Mapping[str, Any], tick: Tick) -> None:
         inspect(
@@ -198,7 +203,7 @@ async def receive_once(
             tick=tick,
         )
 
-    use = ArchiveUse(
+    return ArchiveUse(
         text_fields=tuple(UploadOptions.model_fields),
         options=lambda upload: _options(in_query, upload, settings),
         inspect=look_through,
@@ -207,7 +212,6 @@ async def receive_once(
         create=_create,
         exists=catalog.exists,
     )
-    return await archive_uploads.receive_once(request, services, caller, idempotency_key, use)
 
 
 async def wait_for(request: Request, services: Services, dataset_id: str, *, seconds: float) -> Dataset:
@@ -236,7 +240,7 @@ def _create(
         options={
             "val_fraction": options["val_fraction"],
             "seed": options["seed"],
-            "filename": _printable_base(upload.filename) or None,
+            "filename": printable_base(upload.filename) or None,
         },
     )
     queue.submit(session, kind=JobKind.ingest, dataset_id=dataset_id, spec=row.options)
@@ -256,10 +260,11 @@ def _options(in_query: Mapping[str, Any], upload: StagedUpload, settings: Settin
 
 
 def _name_of_file(filename: str | None) -> str:
-    return _ARCHIVE_SUFFIX.sub("", _printable_base(filename))[:200] or DEFAULT_NAME
+    return _ARCHIVE_SUFFIX.sub("", printable_base(filename))[:200] or DEFAULT_NAME
 
 
-def _printable_base(filename: str | None) -> str:
+def printable_base(filename: str | None) -> str:
+    """A caller's file name without folders, and without what cannot be shown; "" for none."""
     base = re.split(r"[/\\]", filename or "")[-1]
     return "".join(character for character in base if character.isprintable())[:255]
 

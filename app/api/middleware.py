@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import access, workspaces
 from app.access import Caller
+from app.api import tus
 from app.api.problems import INTERNAL_ERROR, Problem
 from app.api.services import Services
 from app.db.tables import DEFAULT_WORKSPACE
@@ -54,6 +55,11 @@ CLIENT_CLOSED_REQUEST = 499
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 OPERATORS_PATHS = frozenset({"/metrics"})
 
+# Where a request's method may stand in a header: clients of tus that can send POST alone need it.
+TUS_PATH = "/v1/uploads"
+OVERRIDABLE = frozenset({"PATCH", "DELETE", "HEAD"})
+TUS_HEADERS = {"Tus-Resumable": tus.VERSION, "Tus-Version": tus.VERSION}
+
 SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
 
 
@@ -82,23 +88,25 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope))
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        method, started_at, status = scope["method"], time.perf_counter(), 0
+        method, started_at, status = _method(scope, headers), time.perf_counter(), 0
         scope["state"]["is_head"] = method == "HEAD"
-        if method == "HEAD":
-            scope = {**scope, "method": "GET"}  # the same answer without its body, which the server has to know of
+        # HEAD is the same answer without its body, which the server has to know of.
+        scope = {**scope, "method": "GET" if method == "HEAD" else method}
+        own_headers = {**SECURITY_HEADERS, **(TUS_HEADERS if _is_of_tus(scope) else {})}
 
         async def send_tagged(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                for name, value in SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
+                sent = MutableHeaders(scope=message)
+                sent["X-Request-ID"] = request_id
+                for name, value in own_headers.items():
+                    sent.setdefault(name, value)
             elif method == "HEAD":
                 message = {**message, "body": b""}
             await send(message)
@@ -249,7 +257,7 @@ def needed_scope(method: str, path: str) -> access.Scope:
     # Whoever asked may say what it was; to look at what others asked takes more.
     if method == "POST" and path.startswith("/v1/predictions/") and path.endswith("/feedback"):
         return access.Scope.predict
-    if path == "/v1/audit":
+    if path in ("/v1/audit", "/v1/webhooks") or path.startswith("/v1/webhooks/"):
         return access.Scope.admin
     is_reading = method in ("GET", "HEAD", "OPTIONS")
     if path.endswith("/export"):
@@ -271,6 +279,17 @@ def _admit(services: Services, authorization: str | None) -> tuple[Caller, Works
         with services.database.write() as session:
             access.note_use(session, caller)
     return caller, workspace
+
+
+def _is_of_tus(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return path == TUS_PATH or path.startswith(f"{TUS_PATH}/")
+
+
+def _method(scope: Scope, headers: Headers) -> str:
+    method: str = scope["method"]
+    instead = headers.get("x-http-method-override", "").upper()
+    return instead if method == "POST" and _is_of_tus(scope) and instead in OVERRIDABLE else method
 
 
 def _request_id(headers: Headers) -> str:

@@ -13,17 +13,21 @@ from app.api.schemas import ProblemDocument
 _REFERENCE = "#/components/schemas/{model}"
 
 _MEANINGS = {
+    400: "The request cannot be read.",
     401: "A valid API key is needed.",
     403: "The API key's scope does not allow this.",
     404: "Not found.",
     405: "The path does not take this method.",
     408: "The request's body stopped coming.",
     409: "Not possible in this state; with Retry-After where waiting helps.",
+    412: "Another version of the protocol than the server's.",
     413: "Too large.",
     415: "The body is compressed.",
     416: "Range asks for a part behind the end.",
     422: "The request is not valid; `errors` points at each wrong field.",
+    423: "Another request is at it; Retry-After says when to come back.",
     429: "Too many requests, or a quota is spent; Retry-After says when to come back, if waiting helps.",
+    460: "The piece is not what its checksum says.",
     500: "Something went wrong in the server.",
     503: "Busy or not ready; Retry-After says when to come back.",
     507: "The server's disk is full.",

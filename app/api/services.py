@@ -19,6 +19,7 @@ from app.api.traffic import Traffic
 from app.db.engine import Database
 from app.db.tables import DEFAULT_WORKSPACE, FIRST_WORKSPACE_NAME, utc_now
 from app.db.tenancy import Actor
+from app.egress import Egress, Resolve
 from app.errors import GraftError
 from app.precedence import Precedence
 from app.serving.exporter import Exporter
@@ -58,6 +59,7 @@ class Services:
     metrics: Metrics
     traffic: Traffic
     workspace: Workspace
+    egress: Egress
     # Keeps threads free for everybody else while large archives are read through.
     inspections: anyio.CapacityLimiter
     # Set when the server begins to shut down: streams and waits end then instead of holding it up.
@@ -85,7 +87,7 @@ class Services:
         self.database.dispose()
 
 
-def open_services(settings: Settings) -> Services:
+def open_services(settings: Settings, *, resolve: Resolve) -> Services:
     database = Database(settings.resolved_database_url)
     storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
     metrics = Metrics(database, storage)
@@ -120,6 +122,7 @@ def open_services(settings: Settings) -> Services:
         traffic=Traffic(database),
         # Of what runs beside the requests, which makes nothing that would count.
         workspace=Workspace(DEFAULT_WORKSPACE, FIRST_WORKSPACE_NAME, Limits.from_settings(settings)),
+        egress=Egress(settings.webhook_networks, resolve),
         inspections=anyio.CapacityLimiter(PARALLEL_INSPECTIONS),
     )
 

@@ -10,6 +10,7 @@ from sqlalchemy import delete as sql_delete
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from app import webhooks
 from app.datasets.layout import Kind
 from app.datasets.report import IngestReport, shortened
 from app.db.tables import DatasetRow, new_id
@@ -88,14 +89,16 @@ def state_size(session: Session, dataset_id: str, packed_bytes: int) -> None:
 def mark_ready(session: Session, dataset_id: str, report: IngestReport) -> None:
     """processing → ready. Raises Conflict if it is not processing any more, or deleted."""
     assert report.error is None
-    _finish(session, dataset_id, status="ready", error=None, report=report)
+    told = {"num_images": report.num_images, "num_rejected": report.num_rejected}
+    _finish(session, dataset_id, status="ready", error=None, report=report, event="dataset.ready", told=told)
 
 
 def mark_failed(
     session: Session, dataset_id: str, error: dict[str, Any], *, report: IngestReport | None = None
 ) -> None:
     """processing → failed, keeping what was found out. Raises Conflict as `mark_ready` does."""
-    _finish(session, dataset_id, status="failed", error=error, report=report)
+    told = {"error": error}
+    _finish(session, dataset_id, status="failed", error=error, report=report, event="dataset.failed", told=told)
 
 
 def delete(session: Session, dataset_id: str) -> None:
@@ -105,7 +108,14 @@ def delete(session: Session, dataset_id: str) -> None:
 
 
 def _finish(
-    session: Session, dataset_id: str, *, status: str, error: dict[str, Any] | None, report: IngestReport | None
+    session: Session,
+    dataset_id: str,
+    *,
+    status: str,
+    error: dict[str, Any] | None,
+    report: IngestReport | None,
+    event: webhooks.Event,
+    told: dict[str, Any],
 ) -> None:
     values: dict[str, Any] = {"status": status, "error": error}
     if report is not None:
@@ -119,8 +129,12 @@ def _finish(
             "warnings": [shortened(each) for each in report.warnings],
         }
     is_processing = (DatasetRow.id == dataset_id) & (DatasetRow.status == "processing")
-    if not _changed(session.execute(update(DatasetRow).where(is_processing).values(**values))):
+    finished = update(DatasetRow).where(is_processing).values(**values).returning(DatasetRow.workspace_id)
+    workspace_id = session.scalar(finished, execution_options={"synchronize_session": False})
+    if workspace_id is None:
         raise Conflict("The data set is not being processed any more.")
+    told = {"id": dataset_id, "object": "dataset", "status": status, **told}
+    webhooks.emit(session, event, told, workspace_id=workspace_id)
 
 
 def _changed(result: Any) -> bool:

@@ -4,22 +4,16 @@ Knows an asynchronous stream of bytes and a Content-Type; not requests, not arch
 caller says, in staging, and the caller's staging removes it whatever goes wrong here.
 """
 
-import asyncio
 import hashlib
-import os
-import time
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-import anyio
-import anyio.to_thread
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from app.errors import FieldError, InvalidRequest, RequestTimeout, StorageFull, TooLarge
+from app.datasets.incoming import BUFFER_BYTES, FileWriter, open_private, paced
+from app.errors import FieldError, InvalidRequest, TooLarge
 
 FILE_FIELDS = ("file", "data")
 
@@ -28,13 +22,6 @@ MAX_TEXT_BYTES = 64 * 1024
 MAX_PART_HEADER_BYTES = 8 * 1024
 # Boundaries, part headers and text fields around the file; also what a client may send after it.
 MAX_OVERHEAD_BYTES = MAX_PARTS * (MAX_TEXT_BYTES + MAX_PART_HEADER_BYTES)
-
-# Handed to a thread at a time: large enough that threads cost nothing, small enough for many uploads at once.
-_BUFFER_BYTES = 1024**2
-_ROOM_CHECK_BYTES = 64 * 1024**2
-# A client slower than this on average, once it had the time to start, holds a connection and a file for nothing.
-_MIN_BYTES_PER_SECOND = 2048
-_RATE_CHECK_AFTER_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -66,103 +53,36 @@ async def receive(
     is malformed, incomplete or more than one file, and whatever `body` raises when the client goes away.
     """
     kind, options = parse_options_header(content_type)
-    with _StagedFile(staged, max_bytes=max_bytes, check_room=check_room) as file:
-        paced = _paced(body, idle_timeout_seconds=idle_timeout_seconds)
+    check_room(0)
+    digest, form = hashlib.sha256(), None
+    with open_private(staged) as file:
+        writer = FileWriter(file, max_bytes=max_bytes, check_room=check_room, digest=digest)
+        chunks = paced(body, idle_timeout_seconds=idle_timeout_seconds)
         if kind == b"multipart/form-data":
-            form = _Form(file, text_fields)
-            return await _receive_form(paced, file, form, boundary=options.get(b"boundary", b""), max_bytes=max_bytes)
-        async for chunk in paced:
-            file.append(chunk)
-            await file.flush_if_full()
-        return await file.finish(filename=None, fields={})
-
-
-async def _paced(body: AsyncIterator[bytes], *, idle_timeout_seconds: float) -> AsyncIterator[bytes]:
-    """The body's chunks; only the time spent waiting for the client counts against it."""
-    waited_seconds = 0.0
-    received_bytes = 0
-    while True:
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(idle_timeout_seconds):
-                chunk = await anext(body, None)
-        except TimeoutError:
-            raise RequestTimeout(
-                f"The upload stopped for more than {idle_timeout_seconds:g} seconds; send it again."
-            ) from None
-        if chunk is None:
-            return
-        waited_seconds += time.monotonic() - began
-        received_bytes += len(chunk)
-        if waited_seconds > _RATE_CHECK_AFTER_SECONDS and received_bytes < _MIN_BYTES_PER_SECOND * waited_seconds:
-            raise RequestTimeout("The upload is too slow to be kept waiting for; send it again.")
-        yield chunk
-
-
-class _StagedFile:
-    """The file being written: buffered, counted and hashed. Disk work happens in threads, in `flush_if_full`."""
-
-    def __init__(self, path: Path, *, max_bytes: int, check_room: Callable[[int], None]) -> None:
-        self._path = path
-        self._max_bytes = max_bytes
-        self._check_room = check_room
-        self._buffer = bytearray()
-        self._digest = hashlib.sha256()
-        self._room_checked_to = 0
-        self.size_bytes = 0
-
-    def __enter__(self) -> Self:
-        self._check_room(0)
-        # Unbuffered: the buffer is ours. Only its owner may read what strangers upload.
-        self._file = open(self._path, "wb", buffering=0, opener=_private)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
-
-    def append(self, data: bytes) -> None:
-        self.size_bytes += len(data)
-        if self.size_bytes > self._max_bytes:
-            raise TooLarge(f"The upload is larger than {self._max_bytes} bytes, the most this server takes.")
-        self._buffer += data
-
-    async def flush_if_full(self) -> None:
-        if len(self._buffer) >= _BUFFER_BYTES:
-            await self._flush()
-
-    async def finish(self, *, filename: str | None, fields: dict[str, str]) -> StagedUpload:
-        await self._flush()
-        if self.size_bytes == 0:
-            raise InvalidRequest("The upload is empty; send an archive of images.", code="empty-upload")
-        return StagedUpload(self._path, self.size_bytes, self._digest.hexdigest(), filename, fields)
-
-    async def _flush(self) -> None:
-        buffer, self._buffer = self._buffer, bytearray()
-        await anyio.to_thread.run_sync(self._write, buffer)
-
-    def _write(self, buffer: bytearray) -> None:
-        if self.size_bytes >= self._room_checked_to:
-            self._check_room(_ROOM_CHECK_BYTES)
-            self._room_checked_to = self.size_bytes + _ROOM_CHECK_BYTES
-        self._digest.update(buffer)
-        view = memoryview(buffer)
-        try:
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError as error:
-            raise StorageFull("The server could not store the upload: its disk is full or failing.") from error
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+            form = _Form(writer, text_fields)
+            await _receive_form(chunks, writer, form, boundary=options.get(b"boundary", b""), max_bytes=max_bytes)
+        else:
+            async for chunk in chunks:
+                writer.append(chunk)
+                await writer.flush_if_full()
+        await writer.flush()
+    if writer.size_bytes == 0:
+        raise InvalidRequest("The upload is empty; send an archive of images.", code="empty-upload")
+    return StagedUpload(
+        path=staged,
+        size_bytes=writer.size_bytes,
+        sha256=digest.hexdigest(),
+        filename=None if form is None else form.filename,
+        fields={} if form is None else form.fields,
+    )
 
 
 # Forms
 
 
 async def _receive_form(
-    body: AsyncIterator[bytes], file: _StagedFile, form: "_Form", *, boundary: bytes, max_bytes: int
-) -> StagedUpload:
+    body: AsyncIterator[bytes], file: FileWriter, form: "_Form", *, boundary: bytes, max_bytes: int
+) -> None:
     if not boundary:
         raise _malformed("its Content-Type has no boundary")
     received_bytes = 0
@@ -186,8 +106,8 @@ async def _receive_form(
             if received_bytes > max_bytes + MAX_OVERHEAD_BYTES:
                 raise TooLarge(f"The upload is larger than {max_bytes} bytes, the most this server takes.")
             # A server hands over what it has read, at most some hundred kB; a test may hand over everything at once.
-            for start in range(0, len(chunk), _BUFFER_BYTES):
-                parser.write(chunk[start : start + _BUFFER_BYTES])
+            for start in range(0, len(chunk), BUFFER_BYTES):
+                parser.write(chunk[start : start + BUFFER_BYTES])
                 await file.flush_if_full()
     except FormParserError:
         raise _malformed("it does not follow multipart/form-data") from None
@@ -199,13 +119,12 @@ async def _receive_form(
             code="missing-file",
             errors=[FieldError("#/file", "is missing")],
         )
-    return await file.finish(filename=form.filename, fields=form.fields)
 
 
 class _Form:
     """What the parser's callbacks put together."""
 
-    def __init__(self, file: _StagedFile, text_fields: Collection[str]) -> None:
+    def __init__(self, file: FileWriter, text_fields: Collection[str]) -> None:
         self._file = file
         self._text_fields = text_fields
         self._parts = 0

@@ -31,7 +31,7 @@ DatasetKind = Literal["labelled", "unlabelled"]
 
 
 def new_id(prefix: str) -> str:
-    """An opaque id of 120 random bits, such as `ds_1f0c…`. prefix: "ds", "job", "mdl", "batch", "prd", "key", "ws"."""
+    """An opaque id of 120 random bits, such as `ds_1f0c…`. prefix: such as "ds", "job" or "mdl"."""
     return f"{prefix}_{secrets.token_hex(15)}"
 
 
@@ -132,6 +132,29 @@ class DatasetRow(OfWorkspace, Base):
     error: Mapped[dict[str, Any] | None]
     packed_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of the pixel store; stated before it is written
     parent_id: Mapped[str | None]  # the data set that this one has more pictures than; it may be deleted
+
+
+class UploadRow(OfWorkspace, Base):
+    """A data set's archive that comes in pieces. How much of it has come, the length of its file says."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (
+        CheckConstraint("status IN ('open', 'finished', 'refused')", name="status"),
+        {"sqlite_autoincrement": True},
+    )
+
+    seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    status: Mapped[str] = mapped_column(default="open", index=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)  # that it will have
+    filename: Mapped[str | None]
+    options: Mapped[dict[str, Any]]  # of the data set: name, kind, val_fraction, seed
+    client_metadata: Mapped[str]  # as the client sent it, who may ask for it again
+    attempts: Mapped[int] = mapped_column(default=0)  # at looking it through; more than one if processes died of it
+    dataset_id: Mapped[str | None]  # what it became; no foreign key, since that may be deleted
+    error: Mapped[dict[str, Any] | None]  # why it was refused
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    ended_at: Mapped[datetime | None]
 
 
 class JobRow(OfWorkspace, Base):
@@ -299,6 +322,48 @@ class PredictionRow(OfWorkspace, Base):
     feedback: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
     feedback_at: Mapped[datetime | None]
+
+
+class WebhookRow(OfWorkspace, Base):
+    """An address that is told what happens."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+    seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    url: Mapped[str]
+    events: Mapped[list[Any]]  # names of those it wants
+    secret: Mapped[str]  # as it is: signing needs it. Never answered again, never logged
+    is_enabled: Mapped[bool] = mapped_column(Boolean, default=True)
+    disabled_reason: Mapped[str | None]  # where Graft turned it off
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class DeliveryRow(Base):
+    """One event for one webhook: written with the change that it tells of, then sent until it has arrived."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="status"),
+        Index("ix_webhook_deliveries_status_next_attempt_at", "status", "next_attempt_at"),
+        Index("ix_webhook_deliveries_webhook_id_seq", "webhook_id", "seq"),
+        {"sqlite_autoincrement": True},
+    )
+
+    seq: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)  # also the receiver's, the same in every attempt
+    webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
+    event: Mapped[str]
+    body: Mapped[str]  # as it is signed
+    status: Mapped[str] = mapped_column(default="pending")
+    attempts: Mapped[int] = mapped_column(default=0)  # begun; the number of one is its claim
+    next_attempt_at: Mapped[datetime]  # of one that is being made: when it is given up
+    last_attempt_at: Mapped[datetime | None]
+    response_status: Mapped[int | None]  # HTTP, of the last attempt
+    error: Mapped[str | None]  # why the last attempt failed, in our words
+    created_at: Mapped[datetime] = mapped_column(default=utc_now, index=True)
+    ended_at: Mapped[datetime | None]
 
 
 class IdempotencyRow(Base):

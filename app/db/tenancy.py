@@ -16,7 +16,7 @@ ALL_WORKSPACES = "all_workspaces"
 
 # More ids than this of one change say no more; a request changes one thing or two.
 MOST_IDS = 20
-_ID_PREFIXES = ("ds_", "job_", "mdl_", "batch_", "prd_", "key_")
+_ID_PREFIXES = ("ds_", "job_", "mdl_", "batch_", "prd_", "key_", "up_", "wh_")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sqlalchemy import exists as exists_row
 from sqlalchemy.engine import Row
 from sqlalchemy.orm import Session
 
+from app import webhooks
 from app.db.tables import EpochRow, JobRow, new_id, utc_now
 from app.db.tenancy import ALL_WORKSPACES
 from app.errors import Conflict, InvalidRequest, JobFailed, NotFound
@@ -115,7 +116,7 @@ def submit(
     )
     session.add(job)
     session.flush()
-    _append_status(session, job.id, 0, JobStatus.queued, attempt=1)
+    _append_status(session, claim_of(job), JobStatus.queued, attempt=1)
     return job
 
 
@@ -226,7 +227,7 @@ def request_cancel(session: Session, job_id: str, *, kind: JobKind = JobKind.tra
     job = _lock(session, JobRow.id == job_id, JobRow.kind == kind) or find(session, job_id, kind=kind)
     if job.status == JobStatus.queued:
         _move(session, JobRow.id == job_id, start=JobStatus.queued, to=JobStatus.cancelled)
-        _append_status(session, job_id, job.fence, JobStatus.cancelled)
+        _append_status(session, claim_of(job), JobStatus.cancelled)
     elif job.status == JobStatus.running:
         _write(session, JobRow.id == job_id, JobRow.status == JobStatus.running, cancel_requested=True)
     else:
@@ -311,8 +312,9 @@ def claim_next(session: Session, *, kind: JobKind, worker_id: str, owner: dict[s
     )
     if job is None:
         return None
-    _append_status(session, job.id, job.fence, JobStatus.running, attempt=job.attempt)
-    return claim_of(job)
+    claim = claim_of(job)
+    _append_status(session, claim, JobStatus.running, attempt=claim.attempt)
+    return claim
 
 
 def beat(session: Session, claim: Claim) -> Beat:
@@ -410,7 +412,7 @@ def succeed(
     _leave(session, claim, JobStatus.succeeded, JobRow.cancel_requested.is_(False), **values)
     if model_id is not None:
         events.append(session, claim.job_id, claim.fence, "model", {"model": model_id, "metrics": metrics})
-    _append_status(session, claim.job_id, claim.fence, JobStatus.succeeded, model=model_id)
+    _append_status(session, claim, JobStatus.succeeded, model=model_id)
 
 
 def fail(session: Session, claim: Claim, error: dict[str, Any]) -> JobStatus:
@@ -423,7 +425,7 @@ def fail(session: Session, claim: Claim, error: dict[str, Any]) -> JobStatus:
 def finish_cancelled(session: Session, claim: Claim) -> JobStatus:
     """Ends a job whose cancelling was asked for. Raises ClaimLost."""
     _leave(session, claim, JobStatus.cancelled, JobRow.cancel_requested.is_(True))
-    _append_status(session, claim.job_id, claim.fence, JobStatus.cancelled)
+    _append_status(session, claim, JobStatus.cancelled)
     return JobStatus.cancelled
 
 
@@ -519,6 +521,23 @@ _NOUNS = {JobKind.training: "job", JobKind.ingest: "job", JobKind.prediction: "b
 _COLLECTIONS = {JobKind.training: "/v1/jobs", JobKind.ingest: "/v1/datasets", JobKind.prediction: "/v1/batches"}
 
 
+# What webhooks are told of a kind of job: of an ingest, only what becomes of its data set.
+_TOLD: dict[JobKind, dict[JobStatus, webhooks.Event]] = {
+    JobKind.training: {
+        JobStatus.running: "job.started",
+        JobStatus.succeeded: "job.succeeded",
+        JobStatus.failed: "job.failed",
+        JobStatus.cancelled: "job.cancelled",
+    },
+    JobKind.prediction: {
+        JobStatus.running: "batch.started",
+        JobStatus.succeeded: "batch.succeeded",
+        JobStatus.failed: "batch.failed",
+        JobStatus.cancelled: "batch.cancelled",
+    },
+}
+
+
 # The guarded update, and what stands around it
 
 
@@ -599,15 +618,21 @@ def _leave(session: Session, claim: Claim, to: JobStatus, *guard: ColumnElement[
 
 def _fail(session: Session, claim: Claim, error: dict[str, Any], **values: Any) -> JobStatus:
     _leave(session, claim, JobStatus.failed, error=error, **values)
-    _append_status(session, claim.job_id, claim.fence, JobStatus.failed, error=error)
+    _append_status(session, claim, JobStatus.failed, error=error)
     return JobStatus.failed
 
 
 def _requeue(session: Session, claim: Claim, *, attempt: int, crashes: int, reason: str) -> JobStatus:
     _leave(session, claim, JobStatus.queued, attempt=attempt, crashes=crashes)
-    _append_status(session, claim.job_id, claim.fence, JobStatus.queued, attempt=attempt, reason=reason)
+    _append_status(session, claim, JobStatus.queued, attempt=attempt, reason=reason)
     return JobStatus.queued
 
 
-def _append_status(session: Session, job_id: str, fence: int, status: JobStatus, **details: Any) -> None:
-    events.append(session, job_id, fence, "status", {"status": status, **details}, is_final=status.is_final)
+def _append_status(session: Session, claim: Claim, status: JobStatus, **details: Any) -> None:
+    """claim: of the job, whether anybody works on it or not."""
+    happened = {"status": status, **details}
+    events.append(session, claim.job_id, claim.fence, "status", happened, is_final=status.is_final)
+    told = _TOLD.get(claim.kind, {}).get(status)
+    if told is not None:
+        happened = {"id": claim.job_id, "object": _NOUNS[claim.kind], **happened}
+        webhooks.emit(session, told, happened, workspace_id=claim.workspace_id)

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import api_builders
+import builders
 import pytest
-from api_builders import assert_is_problem
+from api_builders import CLASSES, assert_is_problem
+from test_resumable_uploads import TUS, assert_is_whole, begin, half_a_piece, noise, offset_of, send
 
 
 @pytest.fixture
@@ -36,6 +38,30 @@ def fill(folder: Path) -> Path:
                 continue
     assert shutil.disk_usage(folder).free == 0
     return filler
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")
+def test_upload_in_pieces_keeps_what_there_was_room_for_and_goes_on_later(small_disk: Path) -> None:
+    archive = builders.zip_of({f"{name}/{i}.jpg": noise(i) for i in range(8) for name in CLASSES})
+    with (
+        api_builders.running(api_builders.settings_for(small_disk)) as server,
+        api_builders.client_of(server) as client,
+    ):
+        assert_is_problem(client.post("/v1/uploads", headers={**TUS, "Upload-Length": str(2**30)}), 507, "storage-full")
+        path = begin(client, len(archive))
+        with half_a_piece(server, path, archive, 3 * 2**19) as connection:
+            api_builders.wait_for(lambda: offset_of(client, path) >= 2**20)
+            filler = fill(small_disk)
+            connection.sendall(archive[3 * 2**19 :])
+            assert b" 507 " in connection.recv(1000)
+
+        kept = offset_of(client, path)
+        assert 2**20 <= kept < len(archive)
+        assert_is_problem(send(client, path, kept, archive[kept:]), 507, "storage-full")
+        assert offset_of(client, path) == kept
+        filler.unlink()
+        assert send(client, path, kept, archive[kept:]).status_code == 204
+        assert_is_whole(server, client, path, archive)
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")

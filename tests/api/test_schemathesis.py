@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import api_builders
@@ -35,12 +35,20 @@ PARAMETERS = {
     "dataset_id": "dataset",
     "file_id": "dataset",
     "batch_id": "batch",
+    "upload_id": "upload",
+    "webhook_id": "webhook",
 }
+
+
+async def nowhere(host: str, port: int) -> Sequence[str]:
+    """Webhooks that are made up here are sent to nobody."""
+    return []
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RunningServer]:
-    with api_builders.running(api_builders.settings_for(tmp_path, max_upload_bytes=2**20)) as server:
+    settings = api_builders.settings_for(tmp_path, max_upload_bytes=2**20, webhooks=True)
+    with api_builders.running(settings, resolve=nowhere) as server:
         yield server
 
 
@@ -52,7 +60,10 @@ def what_is_there(server: RunningServer) -> dict[str, str]:
         request = {"dataset": dataset, "method": "from_scratch", "backbone": "squeezenet1_1"}
         job = client.post("/v1/jobs", json=request)
         batch = client.put("/v1/batches", params={"model": model}, content=api_builders.archive_of_classes())
-    return {"model": model, "dataset": dataset, "job": job.json()["id"], "batch": batch.json()["id"]}
+        upload = client.post("/v1/uploads", headers={"Tus-Resumable": "1.0.0", "Upload-Length": "1000"})
+        webhook = client.post("/v1/webhooks", json={"url": "https://hooks.example/"})
+    made = {"job": job, "batch": batch, "upload": upload, "webhook": webhook}
+    return {"model": model, "dataset": dataset, **{kind: answer.json()["id"] for kind, answer in made.items()}}
 
 
 def run(server: RunningServer, folder: Path, *, headers: Mapping[str, str]) -> str:
@@ -99,4 +110,4 @@ def test_every_operation_keeps_to_the_document(server: RunningServer, tmp_path: 
     assert not re.search(r'graft_requests_total\{[^}]*status="500"', answered)
     if who == "nobody":  # but for the requests that prepared it
         open_ones = re.findall(r'graft_requests_total\{method="\w+",route="([^"]+)",status="2\d\d"\}', answered)
-        assert set(open_ones) == {"/healthz", "/readyz", "/v1/jobs", "/v1/batches"}
+        assert set(open_ones) == {"/healthz", "/readyz", "/v1/jobs", "/v1/batches", "/v1/uploads", "/v1/webhooks"}

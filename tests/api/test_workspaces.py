@@ -23,6 +23,13 @@ from app.jobs.states import JobKind
 from app.workspaces import Limits
 
 NO_LIMITS = Limits()
+TUS = {"Tus-Resumable": "1.0.0"}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RunningServer]:
+    with api_builders.running(api_builders.settings_for(tmp_path, webhooks=True)) as server:
+        yield server
 
 
 def key_for(server: RunningServer, workspace: str, *, scope: Scope = Scope.admin, limits: Limits = NO_LIMITS) -> str:
@@ -53,6 +60,8 @@ def everything(server: RunningServer, own: httpx.Client) -> dict[str, str]:
         batch = new_id("batch")
         queue.submit(session, kind=JobKind.prediction, dataset_id="", model_id=model, spec=spec, job_id=batch)
     job = own.post("/v1/jobs", json={"dataset": dataset}).json()["id"]
+    upload = own.post("/v1/uploads", headers=TUS | {"Upload-Length": "1000"})
+    webhook = own.post("/v1/webhooks", json={"url": "https://example.org/"})
     kept = own.post("/predict", params={"store": True}, content=builders.jpeg())
     return {
         "dataset_id": dataset,
@@ -62,6 +71,8 @@ def everything(server: RunningServer, own: httpx.Client) -> dict[str, str]:
         "name": model,
         "batch_id": batch,
         "prediction_id": kept.json()["predictions"][0]["id"],
+        "upload_id": upload.json()["id"],
+        "webhook_id": webhook.json()["id"],
         "image_id": "0" * 16,
         "version": "1",
     }
@@ -72,6 +83,8 @@ def body_of(path: str, ids: dict[str, str]) -> dict[str, Any]:
     if path.endswith("/infer"):
         inputs = [{"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["aGVsbG8="]}]
         return {"json": {"inputs": inputs}}
+    if path.startswith("/v1/uploads"):
+        return {"headers": TUS | {"Upload-Offset": "0", "Content-Type": "application/offset+octet-stream"}}
     if path.endswith("/export"):
         return {"params": {"format": "safetensors"}}
     if path.endswith(("/classes", "/personalise")):
@@ -81,12 +94,13 @@ def body_of(path: str, ids: dict[str, str]) -> dict[str, Any]:
         "/hf/{model}": {"content": builders.jpeg()},
         "/v1/predictions/{prediction_id}/feedback": {"json": {"label": CLASSES[0]}},
         "/v1/datasets/{dataset_id}/versions": {"json": {}},
+        "/v1/webhooks/{webhook_id}": {"json": {}},
         "/v1/aliases/{name}": {"json": {"model": ids["model"]}},
     }.get(path, {})
 
 
 def without_ids(text: str) -> str:
-    return re.sub(r"(ds|job|mdl|batch|prd)_[0-9a-f]{30}|\"request_id\": \"[^\"]*\"", "…", text)
+    return re.sub(r"(ds|job|mdl|batch|prd|up|wh)_[0-9a-f]{30}|\"request_id\": \"[^\"]*\"", "…", text)
 
 
 def test_a_stranger_finds_at_no_path_what_another_workspace_has(server: RunningServer) -> None:
@@ -120,7 +134,17 @@ def test_a_stranger_finds_at_no_path_what_another_workspace_has(server: RunningS
 def test_a_stranger_lists_and_names_nothing_of_another_workspace(server: RunningServer) -> None:
     with client_with(server, key_for(server, "default")) as own, client_with(server, key_for(server, "other")) as other:
         ids = everything(server, own)
-        for path in ("datasets", "jobs", "models", "aliases", "predictions", "batches", "files", "fine_tuning/jobs"):
+        for path in (
+            "datasets",
+            "jobs",
+            "models",
+            "aliases",
+            "predictions",
+            "batches",
+            "files",
+            "fine_tuning/jobs",
+            "webhooks",
+        ):
             assert own.get(f"/v1/{path}").json()["data"], path
             assert other.get(f"/v1/{path}").json()["data"] == [], path
             assert other.get(f"/v1/{path}", params={"after": ids["dataset_id"]}).status_code in (200, 404, 422)

@@ -3,7 +3,7 @@
 import re
 import sqlite3
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sqlalchemy import (
     JSON,
     Boolean,
     Column,
+    Date,
     DateTime,
     Float,
     Integer,
@@ -151,12 +152,21 @@ VALUES: dict[str, Any] = {
     "id": "x_1",
     "job_id": "x_1",
     "model_id": "x_1",
-    "status": {"datasets": "ready", "jobs": "succeeded"},
+    "webhook_id": "x_1",
+    "status": {
+        "datasets": "ready",
+        "jobs": "succeeded",
+        "uploads": "finished",
+        "webhook_deliveries": "delivered",
+    },
     "kind": {"datasets": "labelled", "jobs": "training"},
     "role": "final",
+    "workspace_id": "ws_default",
+    "webhook_id": "x_1",
 }
 OF_TYPE: dict[type, Any] = {
     Boolean: True,
+    Date: date(2026, 1, 2),
     DateTime: datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
     Float: 0.25,
     Integer: 1,
@@ -210,7 +220,7 @@ def test_rows_of_every_earlier_version_are_there_after_updating(
     tables.reflect(engine)
     with engine.begin() as connection:
         for table in tables.sorted_tables:
-            if table.name != "alembic_version":
+            if table.name not in ("alembic_version", "workspaces"):  # of which every database has the first one
                 connection.execute(insert(table), row_for(table))
     engine.dispose()
     before = rows_of(url)

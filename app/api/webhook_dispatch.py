@@ -1,0 +1,149 @@
+"""Sends what the outbox holds: in every API process, to each webhook one delivery after the other, at least once.
+
+A receiver that hangs delays its own deliveries alone. What fails is tried again, later and later, for about a day.
+"""
+
+import asyncio
+import random
+from datetime import timedelta
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+from standardwebhooks.webhooks import Webhook
+
+from app import webhooks
+from app.api.services import Services
+from app.egress import Answer, Refused, Unreachable
+from app.errors import GraftError
+from app.webhooks import Claim
+
+POLL_INTERVAL_SECONDS = 0.5
+RETRY_INTERVAL_SECONDS = 5.0
+SWEEP_INTERVAL_SECONDS = 3600.0
+# Webhooks that are sent to at the same time.
+PARALLEL = 32
+
+# Eleven attempts: after 5 s, 20 s, 80 s, 5 min, 21 min, 85 min, 6 h and then every 6 h, a quarter more or less.
+MAX_ATTEMPTS = 11
+FIRST_PAUSE_SECONDS = 5.0
+PAUSE_FACTOR = 4.0
+LONGEST_PAUSE_SECONDS = 6 * 3600.0
+JITTER = 0.25
+
+# Of a receiver that wants no more.
+GONE = 410
+
+log = structlog.get_logger(__name__)
+
+
+async def send_webhooks(services: Services) -> None:
+    """Sends whatever is due. Never returns; cancelled, it leaves what it was at for the next process."""
+    if not services.settings.webhooks:
+        return
+    sending: dict[str, asyncio.Task[None]] = {}
+    try:
+        while True:
+            pause = POLL_INTERVAL_SECONDS
+            try:
+                due = await asyncio.to_thread(_due, services)
+            except (SQLAlchemyError, GraftError) as error:
+                log.error("database does not answer", error=type(error).__name__)
+                due, pause = [], RETRY_INTERVAL_SECONDS
+            sending = {webhook_id: task for webhook_id, task in sending.items() if not task.done()}
+            for webhook_id in due:
+                if webhook_id not in sending and len(sending) < PARALLEL:
+                    sending[webhook_id] = asyncio.create_task(_send_due(services, webhook_id))
+            await asyncio.sleep(pause)
+    finally:
+        for task in sending.values():
+            task.cancel()
+        await asyncio.gather(*sending.values(), return_exceptions=True)
+
+
+async def forget_deliveries(services: Services) -> None:
+    """Removes old deliveries, at the start and every hour. Never returns."""
+    while True:
+        try:
+            forgotten = await asyncio.to_thread(_forget, services)
+            if forgotten:
+                log.info("webhook deliveries forgotten", count=forgotten)
+        except (SQLAlchemyError, GraftError) as error:
+            log.error("webhook deliveries cannot be forgotten", error=type(error).__name__)
+        await asyncio.sleep(SWEEP_INTERVAL_SECONDS)
+
+
+def pause_seconds(attempt: int, *, retry_after_seconds: int | None, chance: random.Random) -> float:
+    """From the end of a failed attempt to the next one. attempt: 1 for the first."""
+    planned = min(FIRST_PAUSE_SECONDS * PAUSE_FACTOR ** (attempt - 1), LONGEST_PAUSE_SECONDS)
+    jittered = planned * chance.uniform(1 - JITTER, 1 + JITTER)
+    return max(jittered, min(retry_after_seconds or 0, LONGEST_PAUSE_SECONDS))
+
+
+async def _send_due(services: Services, webhook_id: str) -> None:
+    try:
+        while (claim := await asyncio.to_thread(_claim, services, webhook_id)) is not None:
+            await _send(services, claim)
+    except (SQLAlchemyError, GraftError) as error:
+        log.error("database does not answer", error=type(error).__name__)
+    except Exception:  # the door around what strangers' servers may answer: the delivery is due again by itself
+        log.exception("webhook delivery broke", webhook_id=webhook_id)
+
+
+async def _send(services: Services, claim: Claim) -> None:
+    now = webhooks.now()
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": "Graft",
+        "webhook-id": claim.delivery_id,
+        "webhook-timestamp": str(int(now.timestamp())),
+        "webhook-signature": Webhook(claim.secret).sign(claim.delivery_id, now, claim.body),
+    }
+    answer, trouble = None, ""
+    try:
+        answer = await services.egress.post(claim.url, body=claim.body.encode(), headers=headers)
+    except Refused as refusal:
+        trouble = f"The webhook's URL may not be sent to: {refusal}."
+    except Unreachable as failure:
+        trouble = f"The receiver cannot be reached: {failure}."
+    if answer is not None and not 200 <= answer.status < 300:
+        trouble = f"The receiver answered with {answer.status}."
+    await asyncio.to_thread(_settle, services, claim, answer, trouble)
+
+
+def _due(services: Services) -> list[str]:
+    with services.database.read() as session:
+        return list(webhooks.webhooks_with_due(session, now=webhooks.now(), limit=2 * PARALLEL))
+
+
+def _claim(services: Services, webhook_id: str) -> Claim | None:
+    with services.database.write() as session:
+        return webhooks.claim_next(session, webhook_id, now=webhooks.now())
+
+
+def _settle(services: Services, claim: Claim, answer: Answer | None, trouble: str) -> None:
+    status = None if answer is None else answer.status
+    fields = {"webhook_id": claim.webhook_id, "delivery_id": claim.delivery_id, "attempt": claim.attempt}
+    with services.database.write() as session:
+        if not trouble and status is not None:
+            webhooks.settle_delivered(session, claim, response_status=status)
+            log.info("webhook delivered", status=status, **fields)
+            return
+        log.info("webhook not delivered", reason=trouble, **fields)
+        if status == GONE:
+            webhooks.turn_off(session, claim.webhook_id, "The receiver answered with 410: it wants no more.")
+        if status == GONE or claim.attempt >= MAX_ATTEMPTS:
+            webhooks.settle_failed(session, claim, error=trouble, response_status=status)
+            return
+        pause = pause_seconds(
+            claim.attempt,
+            retry_after_seconds=None if answer is None else answer.retry_after_seconds,
+            chance=random.SystemRandom(),
+        )
+        webhooks.settle_later(
+            session, claim, at=webhooks.now() + timedelta(seconds=pause), error=trouble, response_status=status
+        )
+
+
+def _forget(services: Services) -> int:
+    with services.database.write() as session:
+        return webhooks.forget_old(session)
