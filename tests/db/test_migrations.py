@@ -162,7 +162,6 @@ VALUES: dict[str, Any] = {
     "kind": {"datasets": "labelled", "jobs": "training"},
     "role": "final",
     "workspace_id": "ws_default",
-    "webhook_id": "x_1",
 }
 OF_TYPE: dict[type, Any] = {
     Boolean: True,
