@@ -24,6 +24,7 @@ from test_pretraining_journey import train, upload
 
 from app import backup, registry
 from app.backup import BackupDamaged
+from app.datasets import uploads
 from app.db.engine import Database
 from app.db.tables import DEFAULT_WORKSPACE, Base, JobRow
 from app.errors import Conflict, DatabaseMismatch, GraftError
@@ -85,6 +86,26 @@ def test_rows_and_files_are_as_they_were_in_another_kind_of_database_and_back(
         assert back.files(key) == names
         assert all(back.path(name).read_bytes() == services.storage.path(name).read_bytes() for name in names)
     assert back.announced(older_than_seconds=-1) == []
+
+
+def test_unfinished_uploads_are_left_out(database: Database, storage: LocalStorage, tmp_path: Path) -> None:
+    with database.write() as session:
+        for upload_id in ("up_1", "up_2"):
+            uploads.create(session, upload_id, size_bytes=1, filename=None, options={}, client_metadata="")
+        uploads.finish(session, "up_2", dataset_id="ds_1")
+    partial = storage.path(uploads.archive_key("up_1"))
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"x")
+
+    backup.back_up(database, storage, tmp_path / "backup")
+    restored = LocalStorage(tmp_path / "restored")
+    backup.restore(tmp_path / "backup", url_in(tmp_path / "restored"), restored)
+
+    again = Database(url_in(tmp_path / "restored"))
+    with again.read() as session:
+        assert [uploads.exists(session, upload_id) for upload_id in ("up_1", "up_2")] == [False, True]
+    again.dispose()
+    assert not restored.exists("uploads")
 
 
 def test_what_is_deleted_meanwhile_is_in_neither_rows_nor_files(

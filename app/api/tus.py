@@ -24,9 +24,15 @@ PIECE = "application/offset+octet-stream"
 _LARGEST_NUMBER = 2**53 - 1
 _METADATA_KEY = re.compile(r"[!-+\--~]{1,100}")  # visible ASCII but the comma
 
-TusResumable = Annotated[str | None, Header(description=f"The protocol's version: {VERSION}.")]
-UploadLength = Annotated[str | None, Header(description="Of the whole archive, in bytes.")]
-UploadOffset = Annotated[str | None, Header(description="Where the piece begins: how many bytes the server has.")]
+_NUMBER = {"pattern": "^[0-9]{1,16}$"}
+
+TusResumable = Annotated[
+    str | None, Header(description=f"The protocol's version: {VERSION}.", json_schema_extra={"enum": [VERSION]})
+]
+UploadLength = Annotated[str | None, Header(description="Of the whole archive, in bytes.", json_schema_extra=_NUMBER)]
+UploadOffset = Annotated[
+    str | None, Header(description="Where the piece begins: how many bytes there are.", json_schema_extra=_NUMBER)
+]
 UploadMetadata = Annotated[
     str | None,
     Header(

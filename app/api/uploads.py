@@ -133,15 +133,13 @@ async def begin_upload(
         **problems(404, 412),
     },
 )
-async def get_upload(
-    request: Request, services: ServicesDep, upload_id: UploadId, wait: Wait = 0, tus_resumable: TusResumable = None
-) -> Response:
+async def get_upload(request: Request, services: ServicesDep, upload_id: UploadId, wait: Wait = 0) -> Response:
     def read() -> tuple[UploadRow, Upload]:
         row = find(services, upload_id)
         return row, _shown(services, row)
 
     if request.state.is_head:
-        tus.check_version(tus_resumable)
+        tus.check_version(request.headers.get("tus-resumable"))
     row, upload = await wait_until(
         read, is_final=lambda found: found[0].status != "open", seconds=wait, request=request
     )

@@ -9,6 +9,8 @@ ARCHIVE = builders.zip_of(builders.class_folders(4))
 PICTURE = builders.jpeg(1)
 UPLOADS = ("/v1/datasets", "/v1/batches", "/v1/files")
 
+schemathesis.serializer.alias("application/offset+octet-stream", "application/octet-stream")
+
 
 @schemathesis.hook
 def map_body(context: schemathesis.HookContext, body: Any) -> Any:

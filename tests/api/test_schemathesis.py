@@ -17,6 +17,7 @@ import api_builders
 import pytest
 from api_builders import RunningServer
 from test_models_and_operations import EVALUATION, create_key
+from test_resumable_uploads import PIECE
 from test_workspaces import key_for
 
 from app.access import Scope
@@ -26,7 +27,7 @@ CASES_AN_OPERATION = 40
 # Besides what it takes for a refusal by itself, a body beyond the limit.
 CHECKS = """
 [checks.negative_data_rejection]
-expected-statuses = [400, 401, 403, 404, 405, 406, 409, 413, 415, 422, 428, 429]
+expected-statuses = [400, 401, 403, 404, 405, 406, 409, 412, 413, 415, 422, 428, 429]
 """
 # What the paths' parameters are taken from, so that requests get beyond 404.
 PARAMETERS = {
@@ -60,7 +61,8 @@ def what_is_there(server: RunningServer) -> dict[str, str]:
         request = {"dataset": dataset, "method": "from_scratch", "backbone": "squeezenet1_1"}
         job = client.post("/v1/jobs", json=request)
         batch = client.put("/v1/batches", params={"model": model}, content=api_builders.archive_of_classes())
-        upload = client.post("/v1/uploads", headers={"Tus-Resumable": "1.0.0", "Upload-Length": "1000"})
+        whole = api_builders.archive_of_classes()
+        upload = client.post("/v1/uploads", content=whole, headers={**PIECE, "Upload-Length": str(len(whole))})
         webhook = client.post("/v1/webhooks", json={"url": "https://hooks.example/"})
     made = {"job": job, "batch": batch, "upload": upload, "webhook": webhook}
     return {"model": model, "dataset": dataset, **{kind: answer.json()["id"] for kind, answer in made.items()}}

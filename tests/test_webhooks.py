@@ -1,0 +1,82 @@
+"""The outbox, on both databases: who holds a delivery, and who may say what became of it."""
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+from app import webhooks
+from app.db.engine import Database
+from app.webhooks import CLAIM, Claim
+
+
+def webhook_with(database: Database, deliveries: int) -> str:
+    """Its id."""
+    with database.write() as session:
+        webhook = webhooks.create(session, url="https://hooks.example/", events=webhooks.EVENTS, is_enabled=True)
+        for number in range(deliveries):
+            webhooks.emit(session, "alias.changed", {"number": number})
+        return webhook.id
+
+
+def claim(database: Database, webhook_id: str, *, later: timedelta = timedelta()) -> Claim | None:
+    with database.write() as session:
+        return webhooks.claim_next(session, webhook_id, now=webhooks.now() + later)
+
+
+def test_claim_is_held_for_its_time_and_then_lost_to_the_next(any_database: Database) -> None:
+    webhook_id = webhook_with(any_database, 1)
+    first = claim(any_database, webhook_id)
+    assert first is not None
+    assert claim(any_database, webhook_id) is None
+    assert claim(any_database, webhook_id, later=CLAIM / 2) is None
+
+    second = claim(any_database, webhook_id, later=CLAIM * 1.01)
+
+    assert second is not None
+    assert (second.delivery_id, first.attempt, second.attempt) == (first.delivery_id, 1, 2)
+    with any_database.write() as session:
+        assert not webhooks.settle_delivered(session, first, response_status=200)
+        assert not webhooks.settle_failed(session, first, error="x", response_status=None)
+        assert not webhooks.settle_later(session, first, at=webhooks.now(), error="x", response_status=None)
+        assert webhooks.settle_delivered(session, second, response_status=204)
+        assert not webhooks.settle_delivered(session, second, response_status=204)
+        [delivery] = webhooks.list_deliveries(session, webhook_id, limit=10)
+        assert (delivery.status, delivery.response_status) == ("delivered", 204)
+
+
+def test_oldest_is_taken_first_and_nothing_of_a_webhook_that_is_off(any_database: Database) -> None:
+    webhook_id = webhook_with(any_database, 3)
+    with any_database.read() as session:
+        ids = [delivery.id for delivery in reversed(webhooks.list_deliveries(session, webhook_id, limit=10))]
+        assert webhooks.webhooks_with_due(session, now=webhooks.now(), limit=10) == [webhook_id]
+    assert [taken.delivery_id for _ in range(2) if (taken := claim(any_database, webhook_id))] == ids[:2]
+
+    with any_database.write() as session:
+        webhooks.turn_off(session, webhook_id, "x")
+
+    assert claim(any_database, webhook_id) is None
+    with any_database.read() as session:
+        assert webhooks.webhooks_with_due(session, now=webhooks.now(), limit=10) == []
+
+
+def test_senders_at_the_same_time_take_different_deliveries(new_database_url: Callable[[], str]) -> None:
+    url = new_database_url()
+    database = Database(url)
+    webhook_id = webhook_with(database, 60)
+    taken: list[str] = []
+
+    def send() -> None:
+        own = Database(url)
+        for _ in range(60):
+            if (found := claim(own, webhook_id)) is not None:
+                taken.append(found.delivery_id)
+        own.dispose()
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    database.dispose()
+
+    assert len(taken) == len(set(taken)) == 60
