@@ -150,6 +150,14 @@ class Settings(BaseSettings):
         "auto", description="json lines, or console for people; auto is console on a terminal."
     )
 
+    # Traces
+    otlp_endpoint: str = Field(
+        "",
+        description="Base address of an OpenTelemetry collector (OTLP over HTTP) that traces are sent to, such as "
+        "http://localhost:4318; empty leaves it to the standard variables OTEL_EXPORTER_OTLP_…, without which nothing "
+        "is traced.",
+    )
+
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'graft.db'}"

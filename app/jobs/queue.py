@@ -15,10 +15,12 @@ from sqlalchemy import exists as exists_row
 from sqlalchemy.engine import Row
 from sqlalchemy.orm import Session
 
+from app import telemetry
 from app.db.tables import EpochRow, JobRow, new_id, utc_now
 from app.errors import Conflict, InvalidRequest, JobFailed, NotFound
 from app.jobs import events
 from app.jobs.states import FOLLOWERS, JobKind, JobStatus
+from app.telemetry import TraceContext
 
 FINAL = tuple(status for status in JobStatus if status.is_final)
 
@@ -44,6 +46,7 @@ class Claim:
     dataset_id: str
     spec: dict[str, Any]
     attempt: int  # 1 on the first run, one more after each crash
+    trace_context: TraceContext | None = None  # what spans of this run are part of
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,6 +113,7 @@ def submit(
         backbone=backbone,
         status=JobStatus.queued,
         attempt=1,
+        trace_context=telemetry.carrier(),
     )
     session.add(job)
     session.flush()
@@ -310,7 +314,7 @@ def claim_next(session: Session, *, kind: JobKind, worker_id: str, owner: dict[s
     if job is None:
         return None
     _append_status(session, job.id, job.fence, JobStatus.running, attempt=job.attempt)
-    return Claim(job.id, job.fence, JobKind(job.kind), job.dataset_id, job.spec, job.attempt)
+    return Claim(job.id, job.fence, JobKind(job.kind), job.dataset_id, job.spec, job.attempt, job.trace_context)
 
 
 def beat(session: Session, claim: Claim) -> Beat:
@@ -319,6 +323,15 @@ def beat(session: Session, claim: Claim) -> Beat:
     if job is None:
         return Beat(lost=True)
     return Beat(lost=False, cancel_requested=job.cancel_requested, stop_requested=job.stop_requested, ticks=job.ticks)
+
+
+def has_ended(session: Session, claim: Claim) -> bool:
+    """Whether the job ended for good in this very run."""
+    return bool(
+        session.scalar(
+            select(exists_row().where(JobRow.id == claim.job_id, JobRow.fence == claim.fence, JobRow.status.in_(FINAL)))
+        )
+    )
 
 
 def tick(session: Session, claim: Claim) -> Signal:
@@ -543,6 +556,7 @@ def _write(session: Session, *guard: ColumnElement[bool], **values: Any) -> Row[
             JobRow.dataset_id,
             JobRow.spec,
             JobRow.attempt,
+            JobRow.trace_context,
             JobRow.ticks,
             JobRow.cancel_requested,
             JobRow.stop_requested,
