@@ -33,6 +33,7 @@ from app.storage import LocalStorage
 from worker import endings
 from worker.reporter import DATABASE_ERRORS, Reporter, ShuttingDown
 from worker.spans import StageSpans
+from worker.trackers import Trackers
 from worker.wakeup import Wakeup
 
 log = structlog.get_logger(__name__)
@@ -92,13 +93,14 @@ def main(load_story: Callable[[JobKind], Story]) -> int:
     with (
         telemetry.continued(f"run {claim.kind}", claim.trace_context, graft_job=claim.job_id) as span,
         StageSpans() as stages,
+        Trackers(claim, settings, database) as trackers,
     ):
         reporter = Reporter(
             database,
             claim,
             shutdown=shutdown,
             give_way=Precedence.of(settings).give_way,
-            observers=[stages],
+            observers=[stages, trackers],
         )
         code = run(story, claim, settings=settings, database=database, storage=storage, reporter=reporter)
         _note_outcome(span, claim, database)

@@ -46,7 +46,7 @@ OBSERVE_INTERVAL_SECONDS = 1.0
 # A child that dies again and again before it has done anything is started ever more rarely.
 LONGEST_RESTART_PAUSE_SECONDS = 30.0
 LONGEST_DATABASE_PAUSE_SECONDS = 10.0
-# What a child whose job has ended has for what is not the job: more than app/telemetry.py takes.
+# What a child whose job has ended has for what is not the job: more than worker/trackers.py and app/telemetry.py take.
 LAST_WORDS_SECONDS = 30.0
 # While shutting down nothing else wakes the loop in time for the deadline.
 SHUTDOWN_POLL_SECONDS = 0.05
