@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from app import access, egress, logs
+from app import access, egress, logs, telemetry
 from app.api import (
     batches,
     classes,
@@ -36,7 +36,7 @@ from app.api import (
 )
 from app.api.deps import refuse_unknown_query
 from app.api.failures import handle_failures
-from app.api.middleware import MIDDLEWARE
+from app.api.middleware import UNTRACED_PATHS, middleware
 from app.api.server import make_server
 from app.api.services import follow_aliases, open_services, sweep_storage, write_traffic_down
 from app.api.upload_endings import complete_uploads, sweep_uploads
@@ -65,6 +65,8 @@ def create_app(settings: Settings, *, resolve: Resolve = egress.resolve) -> Fast
     """The application. What it works with is opened when it starts and closed when it ends.
 
     resolve: looks up the hosts that webhooks go to.
+
+    Traced if `telemetry.start` was called before, and found reason to.
     """
 
     @contextlib.asynccontextmanager
@@ -78,15 +80,24 @@ def create_app(settings: Settings, *, resolve: Resolve = egress.resolve) -> Fast
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             services.close()
+            telemetry.stop()  # here, since uvicorn ends the process by the signal that stopped it
 
     app = FastAPI(
         title="Graft",
         version=version("graft"),
         lifespan=lifespan,
-        middleware=[Middleware(middleware) for middleware in (*MIDDLEWARE, predict.Shortcut)],
+        middleware=[Middleware(part) for part in (*middleware(), predict.Shortcut)],
         dependencies=[Depends(refuse_unknown_query)],
         docs_url=None,  # FastAPI's own page loads its scripts from other servers; ours is in system.py
         redoc_url=None,
+        telemetry={
+            "auto_configure": False,  # telemetry.start does it, for every process alike
+            "tracing": telemetry.is_on(),
+            "metrics": False,  # metrics.py has them
+            "logs": False,
+            "operation_spans": False,
+            "exclude": lambda scope: scope["path"] in UNTRACED_PATHS,
+        },
         redirect_slashes=False,  # a redirected POST loses its body with many clients; a 404 says what is wrong
     )
     for part in (
@@ -130,6 +141,7 @@ def main() -> int:
         return 1
     finally:
         database.dispose()
+    telemetry.start(settings, service="graft-api")
     server = make_server(create_app(settings), settings)
     # What is there by now stays: looking through half a million objects, most of them torch's, takes a request 0.2 s.
     gc.collect()

@@ -185,6 +185,20 @@ class Settings(BaseSettings):
         "auto", description="json lines, or console for people; auto is console on a terminal."
     )
 
+    # Traces, and metrics of jobs
+    otlp_endpoint: str = Field(
+        "",
+        description="Base address of an OpenTelemetry collector (OTLP over HTTP) that traces are sent to, such as "
+        "http://localhost:4318; empty leaves it to the standard variables OTEL_EXPORTER_OTLP_…, without which nothing "
+        "is traced.",
+    )
+    mlflow_tracking_uri: str = Field(
+        "", description="MLflow server that training jobs are told to, as runs of one experiment; empty tells none."
+    )
+    tensorboard_dir: Path | None = Field(
+        None, description="Folder in which each training job has a folder of event files for TensorBoard."
+    )
+
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'graft.db'}"

@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # What every unit may import besides itself.
-FOUNDATION = frozenset({"app.settings", "app.errors", "app.logs", "app.storage"})
+FOUNDATION = frozenset({"app.settings", "app.errors", "app.logs", "app.storage", "app.telemetry"})
 
 APPLICATION = frozenset(
     {
@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.errors": frozenset(),
     "app.logs": frozenset(),
     "app.storage": frozenset(),
+    "app.telemetry": frozenset(),
     "app.precedence": frozenset(),
     "app.egress": frozenset(),
     "app.db": frozenset({"migrations"}),
@@ -189,6 +190,16 @@ def test_the_table_refuses_what_the_design_forbids(importer: str, imported: str)
 def test_the_command_starts_without_torch_and_without_the_api() -> None:
     heavy = ["torch", "torchvision", "fastapi", "sklearn", "app.main", "app.api"]
     script = f"import sys, app.cli; print(*[name for name in {heavy} if name in sys.modules])"
+
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+
+    assert loaded == "\n"
+
+
+def test_the_worker_starts_without_torch_and_what_is_optional() -> None:
+    """Its children have torch; it would cost the worker some hundred megabytes, and seconds at its start."""
+    heavy = ["torch", "mlflow", "tensorboard", "opentelemetry.sdk", "fastapi"]
+    script = f"import sys, worker.main; print(*[name for name in {heavy} if name in sys.modules])"
 
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
 

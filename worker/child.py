@@ -6,6 +6,7 @@ ends too, at once. SIGTERM gives the job back.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -17,11 +18,12 @@ from types import FrameType
 from typing import Any, NoReturn, Protocol, TextIO, cast
 
 import structlog
+from opentelemetry.trace import Span, StatusCode
 from sqlalchemy.orm import Session
 
-from app import logs
+from app import logs, telemetry
 from app.db.engine import Database
-from app.errors import GraftError, JobFailed
+from app.errors import GraftError, JobFailed, NotFound
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim, ClaimLost
 from app.jobs.states import JobKind, JobStatus
@@ -30,6 +32,8 @@ from app.settings import Settings
 from app.storage import LocalStorage
 from worker import endings
 from worker.reporter import DATABASE_ERRORS, Reporter, ShuttingDown
+from worker.spans import StageSpans
+from worker.trackers import Trackers
 from worker.wakeup import Wakeup
 
 log = structlog.get_logger(__name__)
@@ -85,8 +89,23 @@ def main(load_story: Callable[[JobKind], Story]) -> int:
     structlog.contextvars.bind_contextvars(job_id=claim.job_id, dataset_id=claim.dataset_id, fence=claim.fence)
     database = Database(settings.resolved_database_url).within(claim.workspace_id)
     storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
-    reporter = Reporter(database, claim, shutdown=shutdown, give_way=Precedence.of(settings).give_way)
-    return run(story, claim, settings=settings, database=database, storage=storage, reporter=reporter)
+    telemetry.start(settings, service="graft-worker")
+    with (
+        telemetry.continued(f"run {claim.kind}", claim.trace_context, graft_job=claim.job_id) as span,
+        StageSpans() as stages,
+        Trackers(claim, settings, database) as trackers,
+    ):
+        reporter = Reporter(
+            database,
+            claim,
+            shutdown=shutdown,
+            give_way=Precedence.of(settings).give_way,
+            observers=[stages, trackers],
+        )
+        code = run(story, claim, settings=settings, database=database, storage=storage, reporter=reporter)
+        _note_outcome(span, claim, database)
+    telemetry.stop()
+    return code
 
 
 def order_line(claim: Claim, settings: Settings) -> bytes:
@@ -126,6 +145,16 @@ def run(
         return EXIT_DATABASE_UNAVAILABLE
     log.info("job_left")
     return 0
+
+
+def _note_outcome(span: Span, claim: Claim, database: Database) -> None:
+    if not span.is_recording():
+        return
+    with contextlib.suppress(NotFound, *DATABASE_ERRORS), database.read() as session:
+        job = queue.find(session, claim.job_id, kind=claim.kind)
+        span.set_attribute("graft.status", job.status)
+        if job.error is not None:
+            span.set_status(StatusCode.ERROR, job.error["code"])
 
 
 def _fail(session: Session, claim: Claim, record: dict[str, Any]) -> JobStatus:

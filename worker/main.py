@@ -13,12 +13,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import FrameType
+from typing import Any
 
 import structlog
+from opentelemetry.trace import Span, SpanKind, StatusCode
 
-from app import logs
+from app import logs, telemetry
 from app.db.engine import Database, wal_is_safe
 from app.db.migrate import check_is_current
 from app.errors import GraftError
@@ -43,6 +46,8 @@ OBSERVE_INTERVAL_SECONDS = 1.0
 # A child that dies again and again before it has done anything is started ever more rarely.
 LONGEST_RESTART_PAUSE_SECONDS = 30.0
 LONGEST_DATABASE_PAUSE_SECONDS = 10.0
+# What a child whose job has ended has for what is not the job: more than worker/trackers.py and app/telemetry.py take.
+LAST_WORDS_SECONDS = 30.0
 # While shutting down nothing else wakes the loop in time for the deadline.
 SHUTDOWN_POLL_SECONDS = 0.05
 
@@ -55,6 +60,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     Raises DatabaseMismatch if the database was not migrated to this version.
     """
     logs.configure(settings)
+    telemetry.start(settings, service="graft-worker")
     if stop is None:
         stop = Wakeup()
         _set_on_signals(stop)
@@ -69,6 +75,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
         Worker(settings, database=database, storage=storage, child_command=child_command).run(stop)
     finally:
         database.dispose()
+        telemetry.stop()
 
 
 class Worker:
@@ -242,8 +249,8 @@ class Slot:
             claim = queue.claim_next(session, kind=self.kind, worker_id=self._worker_id, owner=self._owner)
         if claim is not None and self._child is not None:
             self._watch = Watch(claim, now)
-            log.info("job_claimed", job_id=claim.job_id, fence=claim.fence, attempt=claim.attempt)
-            self._child.hand_over(claim, self._settings)
+            log.info("job_claimed", attempt=claim.attempt, **self._watch.names)
+            self._child.hand_over(replace(claim, trace_context=telemetry.carrier(self._watch.span)), self._settings)
 
     def notice_cancel(self, now: float) -> None:
         if self._watch is not None and self._watch.cancel_noticed_at is None:
@@ -259,13 +266,18 @@ class Slot:
         if self._child is not None:
             self._child.kill()
             self._child.close()
+        if self._watch is not None:
+            self._watch.span.end()
 
     def _look_after_work(self, now: float, child: "Child", watch: "Watch") -> None:
         if now >= watch.beat_at:
             with self._database.write() as session:
                 beat = queue.beat(session, watch.claim)
+                is_over = beat.lost and queue.has_ended(session, watch.claim)
             if beat.lost and child.exit_code is None:
-                child.kill()  # its claim may just have ended well: then it is about to end, and nothing is lost
+                # Whose job has ended tells trackers and collectors so; whose job is another's has nothing left to say.
+                if not is_over or watch.has_been_over(now, for_seconds=LAST_WORDS_SECONDS):
+                    child.kill()
                 return
             watch.see(beat, now, interval_seconds=self._settings.heartbeat_interval_seconds)
             if beat.cancel_requested:
@@ -282,7 +294,11 @@ class Slot:
         had_outcome = True
         if self._watch is not None:
             claim = self._watch.claim
-            had_outcome = not self._settle_claim(claim, self._watch.killed_because or _exit_sentence(child.exit_code))
+            reason = self._watch.killed_because or _exit_sentence(child.exit_code)
+            had_outcome = not self._settle_claim(claim, reason, names=self._watch.names)
+            if not had_outcome:
+                self._watch.span.set_status(StatusCode.ERROR, reason)
+            self._watch.span.end()
             endings.delete_files_if_over(self._database, self._storage, claim.job_id, kind=self.kind)
         elif self._shutdown_deadline is None:
             log.error("child_died_unused", kind=self.kind, reason=_exit_sentence(child.exit_code))
@@ -294,7 +310,7 @@ class Slot:
         child.close()
         self._child = self._watch = None
 
-    def _settle_claim(self, claim: Claim, reason: str) -> bool:
+    def _settle_claim(self, claim: Claim, reason: str, *, names: Mapping[str, Any]) -> bool:
         """Whether there was anything to settle: a child that worked to its end has ended its claim itself."""
         try:
             with self._database.write() as session:
@@ -307,7 +323,7 @@ class Slot:
                 endings.settle_dataset(session, claim.job_id, kind=claim.kind, status=status)
         except ClaimLost:
             return False
-        log.warning("job_settled", job_id=claim.job_id, fence=claim.fence, status=status, reason=reason)
+        log.warning("job_settled", status=status, reason=reason, **names)
         return True
 
 
@@ -316,12 +332,35 @@ class Watch:
 
     def __init__(self, claim: Claim, now: float) -> None:
         self.claim = claim
+        # From here until the child has ended: it shows runs whose own spans died with their process.
+        self.span: Span = telemetry.start_span(
+            f"job {claim.kind}",
+            claim.trace_context,
+            kind=SpanKind.CONSUMER,
+            graft_job=claim.job_id,
+            graft_dataset=claim.dataset_id or None,
+            graft_fence=claim.fence,
+            graft_attempt=claim.attempt,
+        )
         self.beat_at = now  # when the next heartbeat is due
         self.still_seconds = 0.0  # without a tick, as far as we looked
         self.cancel_noticed_at: float | None = None
         self.killed_because: str | None = None
         self._ticks = 0
         self._seen_at = now
+        self._over_since: float | None = None
+
+    def has_been_over(self, now: float, *, for_seconds: float) -> bool:
+        """Whether the job ended so long ago, as far as we have seen."""
+        self._over_since = now if self._over_since is None else self._over_since
+        return now >= self._over_since + for_seconds
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """Of the run, for log lines."""
+        trace_id = telemetry.trace_id(telemetry.carrier(self.span))
+        named = {"job_id": self.claim.job_id, "fence": self.claim.fence}
+        return named if trace_id is None else {**named, "trace_id": trace_id}
 
     def see(self, beat: queue.Beat, now: float, *, interval_seconds: float) -> None:
         if beat.ticks != self._ticks:

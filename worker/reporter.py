@@ -6,8 +6,8 @@ can be said again later is left out, the rest is tried until it is stored.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import structlog
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -39,6 +39,16 @@ class ShuttingDown(Exception):
     """The worker ends: leave a checkpoint if one is due, and let this pass; the job goes back into the queue."""
 
 
+class Observer(Protocol):
+    """Somebody else who is told what a job does. Neither raises nor waits: the work goes on after each call."""
+
+    def stage(self, stage: str) -> None:
+        """The work is at this stage now; told once for each."""
+
+    def epoch(self, epoch: Mapping[str, Any]) -> None:
+        """What `Reporter.epoch` was given, once it is stored."""
+
+
 class Reporter:
     """Speaks for one claim. Used from one thread."""
 
@@ -49,6 +59,7 @@ class Reporter:
         *,
         shutdown: Wakeup,
         give_way: Callable[[], object] = lambda: None,
+        observers: Sequence[Observer] = (),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """shutdown: set, by a signal handler for example, when the work is to be given back. give_way: waits while
@@ -58,6 +69,7 @@ class Reporter:
         self._claim = claim
         self._shutdown = shutdown
         self.give_way = give_way
+        self._observers = observers
         self._monotonic = monotonic
         self._signal = Signal(cancel_requested=False, stop_requested=False)
         self._progress: dict[str, Any] = {}
@@ -91,6 +103,9 @@ class Reporter:
         begin again and a budget prove to have room for more.
         """
         self.give_way()
+        if stage != self._progress.get("stage"):
+            for observer in self._observers:
+                observer.stage(stage)
         lasting = {"epoch": epoch, "epochs": epochs, "fraction": self._furthest(fraction)}
         self._progress = {
             "stage": stage,
@@ -129,6 +144,8 @@ class Reporter:
                 metrics=None if metrics is None else dict(metrics),
             )
         )
+        for observer in self._observers:
+            observer.epoch(epoch)
         self._raise_if_asked()
 
     def log(self, message: str, **details: Any) -> None:

@@ -47,6 +47,13 @@ class Metrics:
         self._model_loads = Counter(
             "graft_model_loads", "Models loaded for prediction.", ["outcome"], registry=self.registry
         )
+        # There from the start at 0: Prometheus sees no increase in a series that begins with its first event.
+        for outcomes, counter in (
+            (("answered", "refused"), self._predictions),
+            (("loaded", "failed"), self._model_loads),
+        ):
+            for outcome in outcomes:
+                counter.labels(outcome)
         self.registry.register(_JobsCollector(database))
         Gauge(
             "graft_disk_spare_bytes",

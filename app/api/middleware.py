@@ -1,8 +1,8 @@
 """What happens to every request before it is routed, and to every answer: ASGI, so that nothing has read the body yet.
 
-Outermost first: RequestContext (id, log line, metrics, last-resort answer), BodyGuard (slow and unread bodies),
-AccessGate (keys and scopes). FastAPI reads a whole body before any of its dependencies runs; that is why these three
-are not dependencies.
+Outermost first: RequestContext (id, log line, metrics, last-resort answer), Tracing where that is on, BodyGuard (slow
+and unread bodies), AccessGate (keys and scopes). FastAPI reads a whole body before any of its dependencies runs; that
+is why these are not dependencies.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import access, workspaces
+from app import access, telemetry, workspaces
 from app.access import Caller
 from app.api import tus
 from app.api.problems import INTERNAL_ERROR, Problem
@@ -54,6 +54,8 @@ CLIENT_CLOSED_REQUEST = 499
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 OPERATORS_PATHS = frozenset({"/metrics"})
+# What operators' machines ask every few seconds.
+UNTRACED_PATHS = OPEN_PATHS | OPERATORS_PATHS
 
 # Where a request's method may stand in a header: clients of tus that can send POST alone need it.
 TUS_PATH = "/v1/uploads"
@@ -124,6 +126,32 @@ class RequestContext:
             route = getattr(scope.get("route"), "path", "unmatched")
             services_of(scope).metrics.observe_request(method=method, route=route, status=status, seconds=seconds)
             log.info("request", method=method, path=scope["path"], status=status, seconds=round(seconds, 4))
+
+
+class Tracing:
+    """The trace's id in a request's log lines, and its route in the name of its span, which FastAPI begins and ends."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        span = telemetry.current_span()
+        if scope["type"] != "http" or not span.is_recording():
+            await self.app(scope, receive, send)
+            return
+        telemetry.bind_trace_id(span)
+        method = "HEAD" if scope["state"]["is_head"] else scope["method"]
+
+        async def send_named(message: Message) -> None:
+            route = getattr(scope.get("route"), "path", None)
+            if message["type"] == "http.response.start" and route is not None:
+                # FastAPI's router does it too, but /predict is answered without it.
+                span.update_name(f"{method} {route}")
+                span.set_attribute("http.route", route)
+                span.set_attribute("graft.request", request_id_of(scope))
+            await send(message)
+
+        await self.app(scope, receive, send_named)
 
 
 class BodyGuard:
@@ -298,8 +326,9 @@ def _request_id(headers: Headers) -> str:
 
 
 # For type checkers: each is a plain ASGI middleware class.
-MIDDLEWARE: tuple[Callable[..., Callable[[Scope, Receive, Send], Awaitable[Any]]], ...] = (
-    RequestContext,
-    BodyGuard,
-    AccessGate,
-)
+Middleware = Callable[..., Callable[[Scope, Receive, Send], Awaitable[Any]]]
+
+
+def middleware() -> tuple[Middleware, ...]:
+    """Outermost first. Without tracing a request does not even ask whether it is on."""
+    return RequestContext, *([Tracing] if telemetry.is_on() else []), BodyGuard, AccessGate

@@ -182,6 +182,7 @@ class JobRow(OfWorkspace, Base):
     progress: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]
+    trace_context: Mapped[dict[str, Any] | None]  # of the request that submitted it, for spans of the work on it
     attempt: Mapped[int] = mapped_column(default=1)  # 1 on the first run, one more after each crash
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     started_at: Mapped[datetime | None]

@@ -15,12 +15,13 @@ from sqlalchemy import exists as exists_row
 from sqlalchemy.engine import Row
 from sqlalchemy.orm import Session
 
-from app import webhooks
+from app import telemetry, webhooks
 from app.db.tables import EpochRow, JobRow, new_id, utc_now
 from app.db.tenancy import ALL_WORKSPACES
 from app.errors import Conflict, InvalidRequest, JobFailed, NotFound
 from app.jobs import events
 from app.jobs.states import FOLLOWERS, JobKind, JobStatus
+from app.telemetry import TraceContext
 
 FINAL = tuple(status for status in JobStatus if status.is_final)
 
@@ -47,6 +48,7 @@ class Claim:
     dataset_id: str
     spec: dict[str, Any]
     attempt: int  # 1 on the first run, one more after each crash
+    trace_context: TraceContext | None = None  # what spans of this run are part of
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,6 +115,7 @@ def submit(
         backbone=backbone,
         status=JobStatus.queued,
         attempt=1,
+        trace_context=telemetry.carrier(),
     )
     session.add(job)
     session.flush()
@@ -323,6 +326,15 @@ def beat(session: Session, claim: Claim) -> Beat:
     if job is None:
         return Beat(lost=True)
     return Beat(lost=False, cancel_requested=job.cancel_requested, stop_requested=job.stop_requested, ticks=job.ticks)
+
+
+def has_ended(session: Session, claim: Claim) -> bool:
+    """Whether the job ended for good in this very run."""
+    return bool(
+        session.scalar(
+            select(exists_row().where(JobRow.id == claim.job_id, JobRow.fence == claim.fence, JobRow.status.in_(FINAL)))
+        )
+    )
 
 
 def tick(session: Session, claim: Claim) -> Signal:
@@ -547,7 +559,16 @@ def _jobs(kind: JobKind) -> Select[JobRow]:
 
 
 def claim_of(job: JobRow | Row[Any]) -> Claim:
-    return Claim(job.id, job.fence, job.workspace_id, JobKind(job.kind), job.dataset_id, job.spec, job.attempt)
+    return Claim(
+        job_id=job.id,
+        fence=job.fence,
+        workspace_id=job.workspace_id,
+        kind=JobKind(job.kind),
+        dataset_id=job.dataset_id,
+        spec=job.spec,
+        attempt=job.attempt,
+        trace_context=job.trace_context,
+    )
 
 
 def _owned(claim: Claim) -> tuple[ColumnElement[bool], ...]:
@@ -568,6 +589,7 @@ def _write(session: Session, *guard: ColumnElement[bool], **values: Any) -> Row[
             JobRow.dataset_id,
             JobRow.spec,
             JobRow.attempt,
+            JobRow.trace_context,
             JobRow.ticks,
             JobRow.cancel_requested,
             JobRow.stop_requested,

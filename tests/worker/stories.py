@@ -61,6 +61,13 @@ def be_deaf_with_a_helper(claim: Claim, reporter: Reporter, storage: LocalStorag
     be_deaf(claim, reporter, storage)
 
 
+def say_last_words(claim: Claim, reporter: Reporter, storage: LocalStorage) -> None:
+    """Ends its job, and has something left to do, for many heartbeats."""
+    succeed(claim, reporter, storage)
+    time.sleep(1.0)
+    storage.path("last words").touch()
+
+
 def crash_once(claim: Claim, reporter: Reporter, storage: LocalStorage) -> None:
     if claim.attempt == 1:
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -138,6 +145,7 @@ STORIES: dict[str, Callable[[Claim, Reporter, LocalStorage], None]] = {
         work_until_released,
         be_deaf,
         be_deaf_with_a_helper,
+        say_last_words,
         crash_once,
         crash_always,
         forget_to_end,

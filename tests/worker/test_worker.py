@@ -128,6 +128,14 @@ def test_ingest_that_is_given_up_fails_its_data_set(workshop: Workshop) -> None:
     assert (dataset.status, dataset.error["code"]) == ("failed", "crash_loop")
 
 
+def test_child_whose_job_has_ended_has_time_for_what_is_not_the_job(workshop: Workshop) -> None:
+    workshop.start_worker()
+    job = workshop.submit("say_last_words")
+    workshop.wait_for(job, "succeeded")
+
+    wait_until(lambda: workshop.storage.path("last words").exists())
+
+
 def test_killed_child_is_noticed_by_its_worker_at_once(workshop: Workshop) -> None:
     workshop.start_worker()
     job = workshop.submit("work_until_released")
