@@ -52,8 +52,8 @@ class _Client(Resource[W]):
     @call
     async def predict_one(self, picture: Picture, **options: Unpack[PredictOptions]) -> Prediction:
         """Classifies one picture. Raises InvalidRequest if it cannot be read."""
-        [found] = (await predict(self._connection, picture, options, None)).raw["predictions"]
-        return decode(Prediction, found)
+        answer = await predict(self._connection, [picture], options, None)
+        return decode(Prediction, answer.raw["predictions"][0])
 
     @call
     async def is_alive(self) -> bool:

@@ -41,7 +41,7 @@ async def upload(
         method="PUT",
         path=path,
         query=query,
-        headers=once() | length,
+        headers=once() | length | {"Content-Type": "application/octet-stream"},
         pieces=archive.pieces,
         is_repeatable=True,
     )
