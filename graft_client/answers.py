@@ -81,6 +81,12 @@ class DatasetWarning(Answer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DatasetProgress(Answer):
+    stage: str
+    fraction: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dataset(Answer):
     id: str
     object: str
@@ -102,6 +108,7 @@ class Dataset(Answer):
     tasks: list[TaskCounts]
     rejected: list[RejectedFile]
     warnings: list[DatasetWarning]
+    progress: DatasetProgress | None
     error: JsonObject | None
 
     @property

@@ -3,6 +3,7 @@
 import io
 import mimetypes
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ Pictures = Picture | Sequence[Picture]
 # Bytes sent so far and in all; the first number falls back to 0 if an upload has to begin again.
 OnProgress = Callable[[int, int], None]
 NamedPicture = tuple[str, bytes]
+_ARCHIVE_SUFFIX = re.compile(r"\.(zip|tar|tar\.gz|tgz)$", re.IGNORECASE)
 
 PIECE_BYTES = 256 * 1024  # so that progress is seen on slow lines, too
 # What one request may have, as the server is set up by default.
@@ -29,7 +31,7 @@ MOST_PICTURE_BYTES = 48 * 1024**2
 
 @dataclass(frozen=True)
 class Upload:
-    """An archive's body. length: in bytes; None for a folder, which is packed while it is sent."""
+    """An archive's body. name: of the file or folder, without the archive's suffix. length: in bytes; None for a folder, which is packed while it is sent."""
 
     name: str | None
     pieces: Pieces
@@ -48,7 +50,7 @@ def upload_of(source: ArchiveSource, on_progress: OnProgress | None) -> Upload:
         return _folder(Path(source), on_progress)
     else:
         path = Path(source)
-        size, name = path.stat().st_size, path.name
+        size, name = path.stat().st_size, _ARCHIVE_SUFFIX.sub("", path.name)
         pieces = _pieces_of(lambda: path.open("rb"))
     return Upload(name, _told(pieces, size, on_progress), size)
 

@@ -98,7 +98,7 @@ def test_an_archive_is_sent_piece_by_piece_with_its_length_and_name(tmp_path: Pa
     dataset = client_of(answer).datasets.upload(archive, on_progress=lambda *sent: told.append(sent))
 
     [request] = requests
-    assert request.url == "http://graft.test/v1/datasets?name=flowers.zip"
+    assert request.url == "http://graft.test/v1/datasets?name=flowers"
     assert request.headers["Content-Length"] == str(2 * PIECE_BYTES + 5)
     assert "Transfer-Encoding" not in request.headers
     assert request.content == archive.read_bytes()
