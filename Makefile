@@ -72,4 +72,4 @@ $(TOOLS)/.installed:
 
 clean:  ## remove what the tools left behind; data and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find app worker migrations tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find app graft_client worker migrations tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

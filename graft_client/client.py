@@ -22,6 +22,9 @@ from graft_client.wire import AsyncWire, BlockingWire, W
 DEFAULT_URL = "http://127.0.0.1:8000"
 MAX_RETRIES = 2
 PATIENCE_SECONDS = 30.0  # a server that is being restarted is back within seconds
+# Longer than the longest `?wait=`, and than the 15 s between a stream's comments.
+TIMEOUT_SECONDS = LONGEST_WAIT_SECONDS + 30.0
+CONNECT_SECONDS = 10.0
 USER_AGENT = "graft-client"
 
 
@@ -72,7 +75,7 @@ class Graft(_Client[BlockingWire]):
 
     url: GRAFT_URL or the server on this machine if left out. api_key: GRAFT_API_KEY if left out. max_retries: beside
     the first try, of what may be sent again. patience_seconds: how long a server may be away while something is waited
-    for. transport: what carries the requests instead of the network.
+    for. timeout_seconds: until an answer begins. transport: what carries the requests instead of the network.
     """
 
     def __init__(
@@ -82,11 +85,12 @@ class Graft(_Client[BlockingWire]):
         api_key: str | None = None,
         max_retries: int = MAX_RETRIES,
         patience_seconds: float = PATIENCE_SECONDS,
+        timeout_seconds: float = TIMEOUT_SECONDS,
         user_agent: str = USER_AGENT,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         url = _url(url)
-        wire = BlockingWire(transport=transport, **_options(url, api_key, user_agent))
+        wire = BlockingWire(transport=transport, **_options(url, api_key, timeout_seconds, user_agent))
         super().__init__(Connection(url, wire, max_retries=max_retries, patience_seconds=patience_seconds))
 
     def close(self) -> None:
@@ -111,11 +115,12 @@ class AsyncGraft(_Client[AsyncWire]):
         api_key: str | None = None,
         max_retries: int = MAX_RETRIES,
         patience_seconds: float = PATIENCE_SECONDS,
+        timeout_seconds: float = TIMEOUT_SECONDS,
         user_agent: str = USER_AGENT,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         url = _url(url)
-        wire = AsyncWire(transport=transport, **_options(url, api_key, user_agent))
+        wire = AsyncWire(transport=transport, **_options(url, api_key, timeout_seconds, user_agent))
         super().__init__(Connection(url, wire, max_retries=max_retries, patience_seconds=patience_seconds))
 
     async def close(self) -> None:
@@ -144,10 +149,9 @@ def _url(given: str | None) -> str:
     return url
 
 
-def _options(url: str, api_key: str | None, user_agent: str) -> dict[str, Any]:
+def _options(url: str, api_key: str | None, timeout_seconds: float, user_agent: str) -> dict[str, Any]:
     headers = {"User-Agent": user_agent}
     if key := api_key or os.environ.get("GRAFT_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    # Reads wait longer than the longest `?wait=` and than the 15 s between a stream's comments.
-    timeout = httpx.Timeout(10.0, read=LONGEST_WAIT_SECONDS + 30.0, write=60.0)
+    timeout = httpx.Timeout(timeout_seconds, connect=min(timeout_seconds, CONNECT_SECONDS))
     return {"base_url": url, "headers": headers, "timeout": timeout}

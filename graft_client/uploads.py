@@ -31,7 +31,11 @@ MOST_PICTURE_BYTES = 48 * 1024**2
 
 @dataclass(frozen=True)
 class Upload:
-    """An archive's body. name: of the file or folder, without the archive's suffix. length: in bytes; None for a folder, which is packed while it is sent."""
+    """An archive's body.
+
+    name: of the file or folder, without the archive's suffix. length: in bytes; None for a folder, which is packed
+    while it is sent.
+    """
 
     name: str | None
     pieces: Pieces
