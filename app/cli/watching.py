@@ -20,7 +20,7 @@ PLOT_COLUMNS = 72
 # Below so many rows of the terminal there is the bar alone.
 LEAST_ROWS = 20
 # What plotille writes to the left of its canvas.
-MARGIN_COLUMNS = 14
+MARGIN_COLUMNS = 20
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 
 
@@ -143,14 +143,19 @@ class Epochs:
         """None for less than two epochs: a point is no curve."""
         if max((len(curve) for curve in self.curves.values()), default=0) < 2 or columns < 20:
             return None
+        is_accuracy = self.quantity == "accuracy"
         figure = plotille.Figure()
         figure.width, figure.height = columns, PLOT_ROWS
         figure.color_mode = "names"
         figure.x_label, figure.y_label = "epoch", self.quantity
         figure.origin = False
         figure.set_x_limits(min_=1, max_=max(2, *(max(curve) for curve in self.curves.values())))
-        figure.x_ticks_fkt = lambda value, _: f"{value:.3g}"
-        figure.y_ticks_fkt = lambda value, _: f"{value:8.3f}"
+        figure.x_ticks_fkt = lambda value, _: f"{value:.1f}".removesuffix(".0")
+        figure.y_ticks_fkt = lambda value, _: percent(value) if is_accuracy else f"{value:.3f}"
+        values = [value for curve in self.curves.values() for value in curve.values()]
+        margin = 0.05 * (max(values) - min(values)) or 0.01
+        top = max(values) + margin
+        figure.set_y_limits(min_=min(values) - margin, max_=min(top, 1.0) if is_accuracy else top)
         drawn = Text()
         for position, (name, curve) in enumerate(self.curves.items()):
             colour = COLOURS[position % len(COLOURS)]
