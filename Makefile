@@ -15,7 +15,7 @@ TOOLS := build/tools
 COMPILE = $(TOOLS)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--quiet --custom-compile-command "make lock"
 
-.PHONY: help setup demo test test-slow test-all check lock audit sbom clean
+.PHONY: help setup demo test test-slow test-all check types lock audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -54,6 +54,9 @@ check: setup  ## formatting, lint, types, the Dockerfile, who may import whom, a
 	$(BIN)/mypy
 	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; fi
 	$(BIN)/python -m pytest -q tests/test_import_directions.py tests/test_supply_chain.py
+
+types: setup  ## write the API's types for TypeScript anew, where routes or bodies have changed; needs node
+	$(BIN)/python clients/typescript/generate.py
 
 lock: $(TOOLS)/.installed  ## refresh the lock files with today's newest versions that work together
 	$(COMPILE) --upgrade --all-extras -o requirements-dev.lock
