@@ -4,7 +4,7 @@ import asyncio
 import io
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -486,6 +486,30 @@ def test_whoever_stops_following_leaves_no_connection_open() -> None:
     following.close()  # type: ignore[attr-defined]
 
     assert body.is_closed
+
+
+def test_whoever_stops_awaiting_events_leaves_no_connection_open() -> None:
+    class Endless(httpx.AsyncByteStream):
+        is_closed = False
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield events(EPOCH_1, EPOCH_2)
+            await asyncio.sleep(60)
+
+        async def aclose(self) -> None:
+            self.is_closed = True
+
+    body = Endless()
+    answer, _ = answering(httpx.Response(200, headers=STREAM, stream=body))
+
+    async def follow_a_little() -> None:
+        async with AsyncGraft("http://graft.test", transport=httpx.MockTransport(answer)) as graft:
+            following = graft.jobs.follow("job_1")
+            await anext(following)
+            await following.aclose()  # type: ignore[attr-defined]
+            assert body.is_closed
+
+    asyncio.run(follow_a_little())
 
 
 # Pages and pictures
