@@ -8,7 +8,7 @@ import httpx
 
 from graft_client.answers import Prediction, Predictions
 from graft_client.calls import Resource, call, finished
-from graft_client.connection import LONGEST_WAIT_SECONDS, Connection
+from graft_client.connection import CONNECT_SECONDS, LONGEST_WAIT_SECONDS, Connection
 from graft_client.datasets import Datasets
 from graft_client.decoding import decode
 from graft_client.errors import ServerUnreachable
@@ -24,7 +24,6 @@ MAX_RETRIES = 2
 PATIENCE_SECONDS = 30.0  # a server that is being restarted is back within seconds
 # Longer than the longest `?wait=`, and than the 15 s between a stream's comments.
 TIMEOUT_SECONDS = LONGEST_WAIT_SECONDS + 30.0
-CONNECT_SECONDS = 10.0
 USER_AGENT = "graft-client"
 
 

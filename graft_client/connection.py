@@ -25,6 +25,7 @@ from graft_client.wire import Pieces, W
 JsonObject = dict[str, Any]
 T = TypeVar("T")
 
+CONNECT_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 60.0  # the most that `?wait=` takes
 WAITING_HELPS = (409, 429, 503)
 FIRST_PAUSE_SECONDS = 0.25  # doubled each time
@@ -36,7 +37,8 @@ RECONNECT_PAUSE_SECONDS = 0.5
 class Request:
     """query: members that are None are left out. pieces: of the body, read again where it is sent again.
 
-    is_repeatable: whether it may be sent again though it may have arrived.
+    is_repeatable: whether it may be sent again though it may have arrived. timeout_seconds: until an answer
+    begins, where that is not the client's.
     """
 
     method: str
@@ -146,7 +148,9 @@ class Connection(Generic[W]):
 
     def _built(self, request: Request) -> httpx.Request:
         content = None if request.pieces is None else self.wire.body(request.pieces)
-        timeout: Any = httpx.USE_CLIENT_DEFAULT if request.timeout_seconds is None else request.timeout_seconds
+        timeout: Any = httpx.USE_CLIENT_DEFAULT
+        if request.timeout_seconds is not None:
+            timeout = httpx.Timeout(request.timeout_seconds, connect=CONNECT_SECONDS)
         return self.wire.http.build_request(
             request.method,
             request.path,
@@ -207,6 +211,9 @@ def _refusal(response: httpx.Response) -> ServerRefused:
         problem = json.loads(response.content)
     except ValueError:
         problem = {}
+    if response.is_redirect:
+        there = response.headers.get("Location", "another address")
+        problem = {"detail": f"The server sends its callers to {there}; name that address."}
     retry_after = response.headers.get("Retry-After", "")
     return BY_STATUS.get(response.status_code, ServerRefused)(
         response.status_code,

@@ -78,7 +78,7 @@ class Models(Resource[W]):
             path=path_of(MODEL + "/export", model),
             query={"format": format},
             is_repeatable=True,
-            timeout_seconds=shared.DOWNLOAD_SECONDS,
+            timeout_seconds=shared.MAKING_SECONDS,
         )
         headers = await shared.download(self._connection, request, Path(target))
         return Export(path=Path(target), verification=json.loads(headers.get("X-Graft-Verified", "{}")))

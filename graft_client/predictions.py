@@ -178,7 +178,7 @@ class Batches(Resource[W]):
             path=path_of(BATCH + "/results", batch_id),
             query={"format": format},
             is_repeatable=True,
-            timeout_seconds=shared.DOWNLOAD_SECONDS,
+            timeout_seconds=shared.MAKING_SECONDS,
         )
         await shared.download(self._connection, request, Path(target))
         return Path(target)

@@ -15,7 +15,8 @@ from graft_client.uploads import ArchiveSource, OnProgress, upload_of
 T = TypeVar("T")
 
 LARGEST_PAGE = 200
-DOWNLOAD_SECONDS = 1800.0  # until the first byte; the server may have to make the file first
+# Until an answer begins: large archives are read through first, and files may have to be made.
+MAKING_SECONDS = 1800.0
 
 
 def once() -> dict[str, str]:
@@ -44,6 +45,7 @@ async def upload(
         headers=once() | length | {"Content-Type": "application/octet-stream"},
         pieces=archive.pieces,
         is_repeatable=True,
+        timeout_seconds=MAKING_SECONDS,
     )
     return await connection.json(request)
 

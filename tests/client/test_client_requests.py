@@ -240,6 +240,25 @@ def test_an_error_page_of_something_else_is_a_refusal_too() -> None:
     assert (refusal.value.code, refusal.value.request_id) == ("", "r2")
 
 
+def test_a_redirect_names_the_address_to_use() -> None:
+    answer, requests = answering(httpx.Response(308, headers={"Location": "https://graft.test/v1/jobs/job_1"}))
+
+    with pytest.raises(ServerRefused, match=r"sends its callers to https://graft\.test/v1/jobs/job_1; name that"):
+        client_of(answer, api_key="ft_1").jobs.get("job_1")
+    assert len(requests) == 1  # a key goes nowhere that nobody named
+
+
+def test_large_uploads_may_be_read_through_for_longer_than_other_requests_take() -> None:
+    answer, requests = answering(httpx.Response(201, json=DATASET), httpx.Response(200, json=DATASET))
+
+    graft = client_of(answer, timeout_seconds=5.0)
+    graft.datasets.upload(b"PK")
+    graft.datasets.get("ds_1")
+
+    assert [request.extensions["timeout"]["read"] for request in requests] == [1800.0, 5.0]
+    assert [request.extensions["timeout"]["connect"] for request in requests] == [10.0, 5.0]
+
+
 @pytest.mark.parametrize("page", [httpx.Response(200, text="<html>"), httpx.Response(200, json={"hello": "world"})])
 def test_an_answer_of_something_that_is_not_graft_is_said_as_such(page: httpx.Response) -> None:
     answer, _ = answering(page)
