@@ -14,6 +14,10 @@ Method = Literal[
 ]
 
 
+Recipe = Literal["classic", "modern"]
+Promote = Literal["if_better", "always", "never"]
+
+
 class Hyperparameters(TypedDict, total=False):
     """Overrides of the recipe."""
 
@@ -53,9 +57,9 @@ class JobOptions(TypedDict, total=False):
     backbone: str
     seed: int
     name: str | None
-    recipe: Literal["classic", "modern"]
+    recipe: Recipe
     hyperparameters: Hyperparameters | Mapping[str, object]
-    promote: Literal["if_better", "always", "never"]
+    promote: Promote
     budget_seconds: float | None
     exclude: Sequence[str]
     metadata: Mapping[str, str]

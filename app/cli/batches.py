@@ -17,6 +17,7 @@ from app.cli.terminal import (
     Limit,
     Url,
     connect,
+    date,
     detail_of,
     percent,
     print_found,
@@ -83,7 +84,7 @@ def list_batches(
         "model": lambda batch: batch.model,
         "files": lambda batch: str(batch.num_files),
         "done": lambda batch: "" if batch.progress is None else percent(batch.progress.fraction),
-        "created": lambda batch: batch.raw["created_at"],
+        "created": lambda batch: date(batch.created_at),
     }
     empty = "There are no batches; `graft batches run ARCHIVE_OR_FOLDER` makes one."
     print_found(found.data, columns, as_json=as_json, empty=empty)

@@ -1,27 +1,19 @@
-"""What the shell offers behind TAB: words of the API, and names that the server knows.
+"""What the shell offers behind TAB beside options and their choices: names that the server knows.
 
 Somebody waits with a finger on the key: a server that does not answer at once is not asked again, and offers nothing.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import typer
 
-from graft_client import DEFAULT_URL, Graft, GraftError, Hyperparameters, JobOptions
+from graft_client import DEFAULT_URL, Graft, GraftError, Hyperparameters
 
 ANSWER_WITHIN_SECONDS = 1.5
 MOST = 50
 
 Offers = list[tuple[str, str]]  # what is typed, and what it is
-
-
-def _words(option: str) -> Callable[[str], list[str]]:
-    words = get_args(get_type_hints(JobOptions)[option])
-    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
-
-
-methods, recipes, promotions = _words("method"), _words("recipe"), _words("promote")
 
 
 def hyperparameters(incomplete: str) -> list[str]:

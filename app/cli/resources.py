@@ -19,6 +19,7 @@ from app.cli.terminal import (
     Limit,
     Url,
     connect,
+    date,
     percent,
     print_found,
     print_json,
@@ -30,6 +31,7 @@ from app.cli.train import Unlabelled, describe_dataset, describe_model, upload
 from app.cli.watching import model_of, watch
 from graft_client import DEFAULT_URL, Dataset, FailedPrediction, Graft, Job, Model, Prediction
 from graft_client.answers import DatasetStatus, JobStatus
+from graft_client.requests import Method
 from graft_client.uploads import MOST_PICTURES, Picture, files_of
 
 STANDARD_INPUT = Path("-")
@@ -52,9 +54,7 @@ DatasetStatusOption = Annotated[DatasetStatus | None, typer.Option("--status", h
 OfDataset = Annotated[
     str | None, typer.Option("--dataset", help="Only of this data set.", autocompletion=completion.datasets)
 ]
-OfMethod = Annotated[
-    str | None, typer.Option("--method", help="Only of this method.", autocompletion=completion.methods)
-]
+OfMethod = Annotated[Method | None, typer.Option("--method", help="Only of this method.")]
 
 
 class ExportFormat(StrEnum):
@@ -86,8 +86,11 @@ def predict(
 ) -> None:
     """Classify pictures."""
     paths = _pictures_of(images)
-    with connect(url, api_key) as graft, progress_bar(MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("predict", total=len(paths), visible=len(paths) > MOST_PICTURES)
+    with (
+        connect(url, api_key) as graft,
+        progress_bar(MofNCompleteColumn(), TimeRemainingColumn(), is_wanted=len(paths) > MOST_PICTURES) as bar,
+    ):
+        task = bar.add_task("predict", total=len(paths))
         answer = graft.predict(
             [_picture(path) for path in paths],
             model=model,
@@ -124,7 +127,7 @@ def list_jobs(
         "backbone": lambda job: job.backbone.name if job.backbone else "",
         "done": lambda job: percent((job.progress or {}).get("fraction")),
         "accuracy": lambda job: percent((job.metrics or {}).get("val_accuracy")),
-        "created": lambda job: job.raw["created_at"],
+        "created": lambda job: date(job.created_at),
     }
     print_found(found.data, columns, as_json=as_json, empty=NO_JOBS)
 
@@ -189,7 +192,7 @@ def list_datasets(
         "status": lambda dataset: dataset.status,
         "pictures": lambda dataset: str(dataset.num_images),
         "classes": lambda dataset: str(len(dataset.classes)),
-        "created": lambda dataset: dataset.raw["created_at"],
+        "created": lambda dataset: date(dataset.created_at),
     }
     empty = "There are no data sets; `graft datasets upload ARCHIVE` makes one."
     print_found(found.data, columns, as_json=as_json, empty=empty)
@@ -248,7 +251,7 @@ def list_models(
         "backbone": lambda model: model.backbone.name,
         "classes": lambda model: str(len(model.classes)),
         "accuracy": lambda model: percent(model.metrics.get("val_accuracy")),
-        "created": lambda model: model.raw["created_at"],
+        "created": lambda model: date(model.created_at),
     }
     empty = "There are no models; `graft train ARCHIVE_OR_FOLDER` makes one."
     print_found(found.data, columns, as_json=as_json, empty=empty)

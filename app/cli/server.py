@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from datetime import UTC, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from app import access, logs
 from app.access import Scope
 from app.backup import Contents, back_up
 from app.backup import restore as put_back
-from app.cli.terminal import EXIT_USAGE, Failure, errors, print_line, print_table
+from app.cli.terminal import EXIT_USAGE, Failure, date, errors, print_line, print_table
 from app.db.engine import Database
 from app.db.migrate import check_is_current, upgrade
 from app.db.tables import utc_now
@@ -153,9 +153,9 @@ def list_keys() -> None:
                 key.id,
                 key.name or "",
                 " ".join(key.scopes),
-                _date(key.created_at),
-                "revoked" if key.revoked_at else _date(key.expires_at) or "never",
-                _date(key.last_used_at),
+                date(key.created_at),
+                "revoked" if key.revoked_at else date(key.expires_at) or "never",
+                date(key.last_used_at),
             ]
             for key in access.list_keys(session)
         ]
@@ -271,7 +271,3 @@ def _masked(url: str) -> str:
 def _counted(made: Contents) -> str:
     rows = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in made.rows.items() if count)
     return f"{rows or 'no rows'} and {len(made.files) - 1} files ({made.size_bytes / 1e6:,.1f} MB)"
-
-
-def _date(moment: Any) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%MZ") if moment else ""

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
@@ -55,11 +56,10 @@ def is_interactive() -> bool:
     return errors.is_terminal and os.environ.get("TERM") != "dumb"
 
 
-def progress_bar(*columns: ProgressColumn) -> Progress:
-    """A progress bar on standard error; where nobody looks on, only the lines printed above it appear."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), *columns, console=errors, disable=not is_interactive()
-    )
+def progress_bar(*columns: ProgressColumn, is_wanted: bool = True) -> Progress:
+    """A progress bar on standard error, where somebody looks on and it is wanted: not for what takes no time."""
+    is_shown = is_wanted and is_interactive()
+    return Progress(TextColumn("{task.description}"), BarColumn(), *columns, console=errors, disable=not is_shown)
 
 
 def print_json(answer: Any) -> None:
@@ -79,7 +79,7 @@ def print_table(columns: list[str], rows: list[list[str]], *, empty: str) -> Non
     table = Table(box=None, pad_edge=False, header_style="bold")
     for position, name in enumerate(columns):
         # The first one names the row: an id, a setting, a file. It stays whole, so that it can be copied.
-        table.add_column(name, overflow="fold", no_wrap=position == 0)
+        table.add_column(name, overflow="fold" if position == 0 else "ellipsis", no_wrap=position == 0)
     for row in rows:
         table.add_row(*row)
     output.print(table, markup=False)
@@ -101,6 +101,10 @@ def print_found(
 
 def percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
+
+
+def date(moment: datetime | None) -> str:
+    return "" if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%d %H:%MZ")
 
 
 def detail_of(problem: Mapping[str, Any] | None) -> str:

@@ -27,6 +27,7 @@ from app.cli.terminal import (
 )
 from app.cli.watching import model_of, watch
 from graft_client import DEFAULT_URL, Dataset, Graft, JobOptions, Model
+from graft_client.requests import Method, Promote, Recipe
 from graft_client.uploads import OnProgress
 
 # How often the bar of the checking is brought up to date.
@@ -50,17 +51,19 @@ def train(
         ),
     ],
     method: Annotated[
-        str,
+        Method,
         typer.Option(
+            metavar="METHOD",
             help="few_shot, feature_extraction, fine_tuning, full_fine_tuning, from_scratch, self_supervised or auto.",
-            autocompletion=completion.methods,
         ),
     ] = "auto",
     backbone: Annotated[
         str,
         typer.Option(help="A backbone, a model to start from (mdl_…), or auto.", autocompletion=completion.backbones),
     ] = "auto",
-    recipe: Annotated[str | None, typer.Option(help="classic or modern.", autocompletion=completion.recipes)] = None,
+    recipe: Annotated[
+        Recipe | None, typer.Option(help="classic is the textbook's training, modern our best and the default.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training pictures.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate at its peak.")] = None,
@@ -81,12 +84,7 @@ def train(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same data: same model.")] = 0,
-    promote: Annotated[
-        str,
-        typer.Option(
-            help="if_better, always or never becomes the default model.", autocompletion=completion.promotions
-        ),
-    ] = "if_better",
+    promote: Annotated[Promote, typer.Option(help="Whether the model becomes the default.")] = "if_better",
     name: Annotated[str | None, typer.Option(help="Name of the data set; that of the file if left out.")] = None,
     unlabelled: Unlabelled = False,
     detach: Annotated[
@@ -97,9 +95,9 @@ def train(
     api_key: ApiKey = "",
 ) -> None:
     """Upload pictures, train on them, and end with a served model."""
-    options = JobOptions(method=method, backbone=backbone, seed=seed, promote=promote)  # type: ignore[typeddict-item]
+    options = JobOptions(method=method, backbone=backbone, seed=seed, promote=promote)
     if recipe is not None:
-        options["recipe"] = recipe  # type: ignore[typeddict-item]
+        options["recipe"] = recipe
     if exclude:
         options["exclude"] = exclude
     named = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
@@ -136,8 +134,8 @@ def upload(graft: Graft, source: Path, *, name: str | None, unlabelled: bool = F
 def check(graft: Graft, dataset: Dataset) -> Dataset:
     """The data set once its pictures are checked. Raises Failure if they are refused."""
     try:
-        with progress_bar(TaskProgressColumn(), TimeRemainingColumn()) as bar:
-            task = bar.add_task("check", total=1.0, visible=not dataset.is_final)
+        with progress_bar(TaskProgressColumn(), TimeRemainingColumn(), is_wanted=not dataset.is_final) as bar:
+            task = bar.add_task("check", total=1.0)
             while not dataset.is_final:
                 dataset = graft.datasets.get(dataset.id, wait=LOOK_SECONDS)
                 if dataset.progress is not None:

@@ -304,13 +304,13 @@ def test_the_key_comes_from_the_environment(
         (
             ["jobs", "list"],
             job("running", metrics={"val_accuracy": 0.9}),
-            ["job_1", "running", "fine_tuning", "resnet50", "50.0%", "90.0%", "2026-11-01T10:00:00Z"],
+            ["job_1", "running", "fine_tuning", "resnet50", "50.0%", "90.0%", "2026-11-01", "10:00Z"],
         ),
-        (["datasets", "list"], DATASET, ["ds_1", "flowers", "ready", "300", "2", "2026-11-01T10:00:00Z"]),
+        (["datasets", "list"], DATASET, ["ds_1", "flowers", "ready", "300", "2", "2026-11-01", "10:00Z"]),
         (
             ["models", "list"],
             MODEL,
-            ["mdl_1", "default", "fine_tuning", "resnet50", "2", "95.0%", "2026-11-01T10:00:00Z"],
+            ["mdl_1", "default", "fine_tuning", "resnet50", "2", "95.0%", "2026-11-01", "10:00Z"],
         ),
     ],
 )
@@ -549,7 +549,7 @@ def test_batches_are_listed_cancelled_and_deleted(server: ScriptedServer, graft:
     }
 
     assert graft("batches", "list").output.splitlines()[1].split() == [
-        *("batch_1", "succeeded", "mdl_1", "3", "100.0%", "2026-11-01T10:00:00Z")
+        *("batch_1", "succeeded", "mdl_1", "3", "100.0%", "2026-11-01", "10:00Z")
     ]
     assert graft("batches", "cancel", "batch_1").output == "Batch batch_1 is cancelled.\n"
     assert graft("batches", "delete", "batch_1").output == "Deleted batch_1.\n"

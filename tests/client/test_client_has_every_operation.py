@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import httpx
 import pytest
@@ -192,6 +192,33 @@ def test_hyperparameters_are_those_of_the_document(document: dict[str, Any]) -> 
     documented = document["components"]["schemas"]["Hyperparameters"]["properties"]
 
     assert list(Hyperparameters.__annotations__) == list(documented)
+
+
+def test_choices_are_those_of_the_document(document: dict[str, Any]) -> None:
+    bodies = {
+        Hyperparameters: document["components"]["schemas"]["Hyperparameters"],
+        JobOptions: json_body_of(document, "/v1/jobs"),
+        PredictOptions: json_body_of(document, "/predict"),
+    }
+    for options, schema in bodies.items():
+        for name, hint in get_type_hints(options).items():
+            assert choices_of_type(hint) == choices_of_schema(schema["properties"][name]), name
+
+
+def json_body_of(document: dict[str, Any], path: str) -> dict[str, Any]:
+    schema: dict[str, Any] = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    return schema
+
+
+def choices_of_type(hint: Any) -> set[str]:
+    if get_origin(hint) is Literal:
+        return set(get_args(hint))
+    return {choice for each in get_args(hint) if each is not hint for choice in choices_of_type(each)}
+
+
+def choices_of_schema(schema: dict[str, Any]) -> set[str]:
+    own = set(schema.get("enum", [])) | {value for name, value in schema.items() if name == "const"}
+    return own.union(*(choices_of_schema(each) for each in schema.get("anyOf", [])))
 
 
 @pytest.mark.parametrize("name", CALLS)
