@@ -180,6 +180,17 @@ def test_the_table_refuses_what_the_design_forbids(importer: str, imported: str)
     assert not is_allowed(importer, imported)
 
 
+def test_the_client_starts_without_anything_of_the_server() -> None:
+    script = "import sys, graft_client; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+    assert {"httpx", "httpx_sse"} <= set(loaded)
+    assert not {"app", "worker", "migrations", "pydantic", "fastapi", "sqlalchemy", "typer", "numpy", "PIL"} & set(
+        loaded
+    )
+
+
 def test_the_command_starts_without_torch_and_without_the_api() -> None:
     heavy = ["torch", "torchvision", "fastapi", "sklearn", "app.main", "app.api"]
     script = f"import sys, app.cli; print(*[name for name in {heavy} if name in sys.modules])"
