@@ -1,18 +1,14 @@
-"""The client commands beside `train`: predict, jobs, datasets, models."""
+"""The client commands for what there is: jobs, datasets, models."""
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from app.cli import completion
 from app.cli.terminal import (
-    EXIT_FAILED,
-    EXIT_USAGE,
     ApiKey,
     AsJson,
     Failure,
@@ -24,17 +20,13 @@ from app.cli.terminal import (
     print_found,
     print_json,
     print_line,
-    print_table,
-    progress_bar,
 )
 from app.cli.train import Unlabelled, describe_dataset, describe_model, upload
 from app.cli.watching import model_of, watch
-from graft_client import DEFAULT_URL, Dataset, FailedPrediction, Graft, Job, Model, Prediction
+from graft_client import DEFAULT_URL, Dataset, Graft, Job, Model
 from graft_client.answers import DatasetStatus, JobStatus
 from graft_client.requests import Method
-from graft_client.uploads import MOST_PICTURES, Picture, files_of
 
-STANDARD_INPUT = Path("-")
 NO_JOBS = "There are no jobs; `graft train ARCHIVE_OR_FOLDER` makes one."
 
 jobs = typer.Typer(help="Training jobs: list, show, watch, cancel, stop.", no_args_is_help=True)
@@ -64,47 +56,9 @@ class ExportFormat(StrEnum):
 
 
 def add_to(cli: typer.Typer) -> None:
-    cli.command()(predict)
     cli.add_typer(jobs, name="jobs")
     cli.add_typer(datasets, name="datasets")
     cli.add_typer(models, name="models")
-
-
-def predict(
-    images: Annotated[
-        list[Path],
-        typer.Argument(metavar="IMAGE…", help="Pictures, folders of pictures, or - for one from standard input."),
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Model id or alias; the default model if left out.", autocompletion=completion.models),
-    ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="How many classes to show for each picture.")] = 3,
-    as_json: AsJson = False,
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = "",
-) -> None:
-    """Classify pictures."""
-    paths = _pictures_of(images)
-    with (
-        connect(url, api_key) as graft,
-        progress_bar(MofNCompleteColumn(), TimeRemainingColumn(), is_wanted=len(paths) > MOST_PICTURES) as bar,
-    ):
-        task = bar.add_task("predict", total=len(paths))
-        answer = graft.predict(
-            [_picture(path) for path in paths],
-            model=model,
-            top_k=top_k,
-            on_progress=lambda done, _: bar.update(task, completed=done),
-        )
-    if as_json:
-        print_json(answer.raw)
-    else:
-        # In the order of the pictures, and named as they were given: two folders may hold the same name.
-        rows = [_prediction_row(path, found) for path, found in zip(paths, answer.predictions, strict=True)]
-        print_table(["picture", "label", "score", "next"], rows, empty="")
-    if any(isinstance(found, FailedPrediction) for found in answer.predictions):
-        raise typer.Exit(EXIT_FAILED)
 
 
 @jobs.command("list")
@@ -376,31 +330,7 @@ def delete_model(model_id: ModelId, url: Url = DEFAULT_URL, api_key: ApiKey = ""
     print_line(f"Deleted {model_id}.")
 
 
-def _pictures_of(paths: Sequence[Path]) -> list[Path]:
-    """The pictures, those of folders in the place of these. Raises Failure where there is nothing."""
-    missing = [str(path) for path in paths if path != STANDARD_INPUT and not path.exists()]
-    if missing:
-        raise Failure(f"There is no file {', '.join(missing)}.", exit_code=EXIT_USAGE)
-    found = [file for path in paths for file in (files_of(path) if path.is_dir() else [path])]
-    if not found:
-        raise Failure(f"There are no files in {', '.join(map(str, paths))}.", exit_code=EXIT_USAGE)
-    return found
-
-
-def _picture(path: Path) -> Picture:
-    return ("standard input", sys.stdin.buffer.read()) if path == STANDARD_INPUT else path
-
-
 def _newest_job(graft: Graft) -> str:
     for job in graft.jobs.list(limit=1):
         return job.id
     raise Failure(NO_JOBS)
-
-
-def _prediction_row(path: Path, found: Prediction | FailedPrediction) -> list[str]:
-    if isinstance(found, FailedPrediction):
-        return [str(path), "–", "", found.error["detail"]]
-    rest = ", ".join(f"{other.label} {percent(other.score)}" for other in found.top[1:])
-    if found.in_distribution is False:
-        rest = f"{rest} (unlike what it was trained on)"
-    return [str(path), found.label, percent(found.score), rest]

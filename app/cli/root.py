@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from app.cli import batches, demo, resources, server, train
+from app.cli import batches, demo, predict, resources, server, train
 from app.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREACHABLE, Failure, errors
 from app.errors import GraftError as ServersOwnError
 from graft_client import Forbidden, GraftError, ServerRefused, ServerUnreachable, Unauthenticated
@@ -23,6 +23,7 @@ cli = typer.Typer(
 )
 server.add_to(cli)
 train.add_to(cli)
+predict.add_to(cli)
 resources.add_to(cli)
 batches.add_to(cli)
 demo.add_to(cli)
@@ -46,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Whoever read the output has seen enough, as `head` does; nothing may be written at the end either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}.", EXIT_FAILED)  # a file that cannot be read, or written
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
 

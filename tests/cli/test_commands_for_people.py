@@ -266,6 +266,52 @@ def test_predict_prints_a_row_for_each_picture(server: ScriptedServer, graft: Gr
     assert server.requests[0].path == "/predict?model=mdl_1&top_k=2"
 
 
+def predicted(*names: str) -> dict[str, Any]:
+    top = [{"label": "cat", "score": 1.0}]
+    entries = [{"filename": name, "label": "cat", "score": 1.0, "top": top} for name in names]
+    return {"model": "mdl_1", "predictions": entries}
+
+
+def test_predict_takes_folders_for_the_pictures_in_them(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
+    for name in ("b.jpg", "a/1.jpg", ".hidden/2.jpg"):
+        (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pets" / name).write_bytes(b"1")
+    server.answers["POST", "/predict"] = (200, predicted("1.jpg", "b.jpg"))
+
+    result = graft("predict", str(tmp_path / "pets"))
+
+    shown = [line.split()[0] for line in result.output.splitlines()[1:]]
+    assert (result.exit_code, shown) == (0, [str(tmp_path / "pets" / name) for name in ("a/1.jpg", "b.jpg")])
+
+
+def test_predict_takes_a_picture_from_standard_input(
+    server: ScriptedServer, graft: Graft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a picture")))
+    server.answers["POST", "/predict"] = (200, predicted("standard input"))
+
+    result = graft("predict", "-", "--json")
+
+    assert json.loads(result.output) == predicted("standard input")
+    assert b"a picture" in server.requests[0].body
+
+
+def test_train_detached_prints_the_job_and_ends(training: ScriptedServer, graft: Graft, archive: Path) -> None:
+    result = graft("train", str(archive), "--detach")
+
+    assert (result.exit_code, result.output) == (0, "job_1\n")
+    assert training.sent("GET", "/v1/jobs/job_1/events") == []
+
+
+def test_a_file_that_cannot_be_written_is_named(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
+    server.answers["GET", "/v1/models/mdl_1/export"] = (200, b"a file")
+
+    result = graft("models", "export", "mdl_1", "-o", str(tmp_path / "nowhere" / "model.onnx"))
+
+    assert result.exit_code == 1
+    assert result.errors == f"{tmp_path / 'nowhere' / 'model.onnx.part'}: No such file or directory.\n"
+
+
 def test_without_a_server_the_advice_is_graft_up(graft: Graft) -> None:
     result = graft("jobs", "list", "--url", "http://127.0.0.1:1")
 
