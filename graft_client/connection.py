@@ -104,18 +104,23 @@ class Connection(Generic[W]):
         deadline = None if timeout is None else time.monotonic() + timeout
         patience = Patience(self)
         while True:
-            left = LONGEST_WAIT_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
+            asked_at = time.monotonic()
+            left = LONGEST_WAIT_SECONDS if deadline is None else max(0.0, deadline - asked_at)
             try:
                 answer = await self.json(replace(request, query={"wait": round(min(left, LONGEST_WAIT_SECONDS), 3)}))
             except ServerUnreachable as error:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
                 await patience.bear(error)
                 continue
             patience.renew()
             found = decode(answer)
             if is_final(found):
                 return found
-            if timeout is not None and left <= LONGEST_WAIT_SECONDS:
+            if timeout is not None and deadline is not None and time.monotonic() >= deadline:
                 raise WaitTimedOut(timeout, found)
+            if time.monotonic() - asked_at < RECONNECT_PAUSE_SECONDS:
+                await self.wire.sleep(RECONNECT_PAUSE_SECONDS)  # a server that is about to stop holds no answers
 
     async def _exchange(self, request: Request, *, is_read: bool) -> httpx.Response:
         for attempt in itertools.count():

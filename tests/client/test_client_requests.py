@@ -411,6 +411,14 @@ def test_waiting_ends_when_the_time_is_up() -> None:
     assert [request.url.query for request in requests] == [b"wait=0.0"]
 
 
+def test_waiting_for_a_server_that_is_away_ends_when_the_time_is_up() -> None:
+    answer, requests = answering(httpx.ConnectError("refused"))
+
+    with pytest.raises(ServerUnreachable):
+        client_of(answer, max_retries=0).jobs.wait("job_1", timeout=0)
+    assert len(requests) == 1
+
+
 def test_waiting_ends_when_the_server_stays_away() -> None:
     answer, requests = answering(httpx.ConnectError("refused"), httpx.ConnectError("refused"))
 
