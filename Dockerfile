@@ -27,6 +27,7 @@ RUN if [ -n "$TORCH_INDEX" ]; then \
     && /opt/graft/bin/pip install --require-hashes -r requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY app app
+COPY graft_client graft_client
 COPY worker worker
 COPY migrations migrations
 RUN /opt/graft/bin/pip install --no-deps --no-build-isolation .

@@ -15,7 +15,7 @@ TOOLS := build/tools
 COMPILE = $(TOOLS)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--quiet --custom-compile-command "make lock"
 
-.PHONY: help setup demo test test-slow test-all check docs lock audit sbom clean
+.PHONY: help setup demo test test-slow test-all check docs types lock audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -58,6 +58,9 @@ check: setup  ## formatting, lint, types, the Dockerfile, who may import whom, a
 docs: setup  ## build the documentation's pages into build/site; a link that leads nowhere ends it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+types: setup  ## write the API's types for TypeScript anew, where routes or bodies have changed; needs node
+	$(BIN)/python clients/typescript/generate.py
+
 lock: $(TOOLS)/.installed  ## refresh the lock files with today's newest versions that work together
 	$(COMPILE) --upgrade --all-extras -o requirements-dev.lock
 	$(COMPILE) -c requirements-dev.lock --extra demo --extra postgres -o requirements.lock
@@ -75,4 +78,4 @@ $(TOOLS)/.installed:
 
 clean:  ## remove what the tools left behind; data and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find app worker migrations tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find app graft_client worker migrations tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

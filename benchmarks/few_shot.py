@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from _setup import hardware, ingested, markdown, resolved, spread
 
-from app.client import GraftClient
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.supervisor import free_port
 from app.vision.device import resolve_device
 from app.vision.weights import WeightStore
+from graft_client import Graft
 from worker.training import methods
 from worker.training.features import plain_features
 from worker.training.prototypes import fit_prototypes
@@ -105,21 +105,21 @@ def _timed(archive: Path, count: int) -> list[float]:
             stderr=subprocess.DEVNULL,
         )
         try:
-            with GraftClient(f"http://127.0.0.1:{port}") as client:
-                while not client.is_alive():
+            with Graft(f"http://127.0.0.1:{port}") as graft:
+                while not graft.is_alive():
                     time.sleep(0.2)
                 small = Path(folder) / "small.zip"
                 small.write_bytes(_first(archive, count))
-                dataset = client.upload_dataset(small, name="small")
-                client.wait_for_dataset(dataset["id"])
+                dataset = graft.datasets.upload(small)
+                graft.datasets.wait(dataset.id)
                 seconds = []
                 for seed in range(TIMED_JOBS):
                     time.sleep(PAUSE_SECONDS)
                     start = time.perf_counter()
-                    job = client.submit_job({"dataset": dataset["id"], "method": "few_shot", "seed": seed})
-                    while client.job(job["id"])["status"] not in ("succeeded", "failed"):
+                    job = graft.jobs.create(dataset.id, method="few_shot", seed=seed)
+                    while not graft.jobs.get(job.id).is_final:
                         time.sleep(0.02)
-                    client.predict([_picture(archive, folder)], model="default")
+                    graft.predict([_picture(archive, folder)], model="default")
                     seconds.append(time.perf_counter() - start)
                 return seconds
         finally:

@@ -10,7 +10,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -122,7 +122,8 @@ def graft_up(folder: Path, *, port: int = 0, **settings: str) -> Iterator[Runnin
             left = running.descendants()
             process.kill()
             for descendant in left:
-                descendant.kill()
+                with suppress(psutil.NoSuchProcess):  # it ends with what started it
+                    descendant.kill()
             process.wait()
         running._reader.join()
         assert process.stdout is not None

@@ -56,12 +56,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.web": APPLICATION,
     "app.main": frozenset({"app.access", "app.api", "app.db", "app.egress", "app.serving", "app.web"}),
     # The command: the client over HTTP, and what an operator does to the database without a server.
-    "app.client": frozenset(),
+    "graft_client": frozenset(),
     "app.demo": frozenset(),
     "app.supervisor": frozenset(),
     "app.backup": frozenset({"app.db", "app.jobs", "app.predictions"}),
     "app.cli": frozenset(
-        {"app.access", "app.audit", "app.backup", "app.client", "app.db", "app.supervisor", "app.workspaces"}
+        {"app.access", "app.audit", "app.backup", "app.db", "app.supervisor", "app.workspaces", "graft_client"}
     ),
     "worker.training": frozenset(
         {"app.vision", "app.datasets.manifest", "app.datasets.packed", "app.jobs.request", "app.jobs.spec"}
@@ -83,12 +83,15 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "migrations": frozenset({"app.db"}),
 }
 
+# Of the server it may know nothing at all.
+PUBLISHED_ALONE = "graft_client"
+
 KNOW_HTTP = frozenset({"app.api", "app.web", "app.main"})
 HTTP_LIBRARIES = frozenset({"fastapi", "starlette", "uvicorn"})
 
 
 def source_files() -> list[Path]:
-    folders = ("app", "worker", "migrations")
+    folders = ("app", "graft_client", "worker", "migrations")
     return sorted(path for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))
 
 
@@ -122,7 +125,8 @@ def is_allowed(importer: str, imported: str) -> bool:
     unit, other = unit_of(importer), unit_of(imported)
     if unit is None or other is None or unit == other:
         return True
-    return any(lies_in(imported, permitted) for permitted in MAY_IMPORT[unit] | FOUNDATION)
+    foundation = frozenset() if unit == PUBLISHED_ALONE else FOUNDATION
+    return any(lies_in(imported, permitted) for permitted in MAY_IMPORT[unit] | foundation)
 
 
 def test_every_module_belongs_to_a_unit_of_the_table() -> None:
@@ -181,10 +185,22 @@ def _module_among(imported: str, modules: dict[str, Path]) -> str | None:
         ("worker.training.loop", "app.db.engine"),
         ("worker.training.pixels", "app.datasets.ingest"),
         ("app.cli.train", "app.api.schemas"),
+        ("graft_client.connection", "app.settings"),
     ],
 )
 def test_the_table_refuses_what_the_design_forbids(importer: str, imported: str) -> None:
     assert not is_allowed(importer, imported)
+
+
+def test_the_client_starts_without_anything_of_the_server() -> None:
+    script = "import sys, graft_client; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+    assert {"httpx", "httpx_sse"} <= set(loaded)
+    assert not {"app", "worker", "migrations", "pydantic", "fastapi", "sqlalchemy", "typer", "numpy", "PIL"} & set(
+        loaded
+    )
 
 
 def test_the_command_starts_without_torch_and_without_the_api() -> None:

@@ -32,6 +32,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line and not line.startswith("#")
 ]
+[PROGRAM] = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
 OF_MAKE = [command for command in COMMANDS if command.startswith("make ")]
 UNTIL_CTRL_C = [".venv/bin/graft up"]
 TO_RUN = [command for command in COMMANDS if command not in OF_MAKE + UNTIL_CTRL_C]
@@ -45,6 +46,7 @@ def reader(tmp_path: Path) -> Iterator[tuple[Path, RunningGraft]]:
     (tmp_path / ".venv" / "bin" / "graft").symlink_to(Path(sys.executable).parent / "graft")
     # The fewest pictures that can be split: without pretrained weights they are trained on for a hundred epochs.
     (tmp_path / "flowers.zip").write_bytes(pictures_zip(per_class=4))
+    shutil.unpack_archive(tmp_path / "flowers.zip", tmp_path / "flowers")
     (tmp_path / "daisy.jpg").write_bytes(picture(0, chance=random.Random(5)))
     with graft_up(tmp_path, port=free_port("127.0.0.1")) as running:
         yield tmp_path, running
@@ -89,6 +91,16 @@ def test_the_commands_of_the_readme_work_in_its_order(reader: tuple[Path, Runnin
             answer = json.loads(ran.stdout)
             assert "error" not in answer or answer["error"] is None, f"{command}\n{ran.stdout}"
             remember_id(answer, ids)
+
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=folder,
+        env=environment_for(folder / "data") | {"GRAFT_URL": graft.url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.stdout.strip() in ("colour0", "colour1"), ran.stderr) == (True, "")
 
     [job_line] = [command for command in TO_RUN if "/v1/jobs?wait" in command]
     assert json.loads(answers[job_line])["status"] == "succeeded"

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SOURCE = sorted(path for folder in ("app", "worker", "migrations") for path in (REPOSITORY / folder).rglob("*.py"))
+SOURCE = sorted(
+    path for folder in ("app", "graft_client", "worker", "migrations") for path in (REPOSITORY / folder).rglob("*.py")
+)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,7 @@ SOURCE = sorted(path for folder in ("app", "worker", "migrations") for path in (
         "app",
         "benchmarks",
         "docs",
+        "graft_client",
         "migrations",
         "pyproject.toml",
         "requirements-dev.lock",

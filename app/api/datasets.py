@@ -114,7 +114,13 @@ def list_datasets(
         if after:
             catalog.find(session, after)
         rows = catalog.list_datasets(session, limit=limit + 1, after=after or None, status=status)
-        return Listing[Dataset].of(rows, limit=limit, render=Dataset.of, id_of=lambda dataset: dataset.id)
+        progress = queue.ingest_progress(session, [row.id for row in rows])
+        return Listing[Dataset].of(
+            rows,
+            limit=limit,
+            render=lambda row: Dataset.of(row, progress=progress.get(row.id)),
+            id_of=lambda dataset: dataset.id,
+        )
 
 
 @router.get("/v1/datasets/{dataset_id}", response_model=Dataset, summary="One data set", responses=problems(404))
@@ -219,7 +225,8 @@ async def wait_for(request: Request, services: Services, dataset_id: str, *, sec
 
     def read() -> Dataset:
         with services.database.read() as session:
-            return Dataset.of(catalog.find(session, dataset_id))
+            progress = queue.ingest_progress(session, [dataset_id]).get(dataset_id)
+            return Dataset.of(catalog.find(session, dataset_id), progress=progress)
 
     return await wait_until(
         read, is_final=lambda dataset: dataset.status != "processing", seconds=seconds, request=request

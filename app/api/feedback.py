@@ -14,7 +14,7 @@ from app import predictions, registry
 from app.api.deps import After, Limit, ServicesDep, json_body
 from app.api.evaluation import check_predicts
 from app.api.openapi import json_request, problems
-from app.api.schemas import Deleted, Listing, Schema, TaskPrediction
+from app.api.schemas import ClassScore, Deleted, Listing, Schema, TaskPrediction
 from app.db.tables import PredictionRow
 from app.errors import NotFound
 from app.predictions import Judged, picture_key
@@ -61,7 +61,7 @@ class StoredPrediction(Schema):
     filename: str | None
     label: str
     score: float
-    top: list[dict[str, Any]]
+    top: list[ClassScore]
     tasks: dict[str, TaskPrediction] | None
     picture: str = Field(description="Where the picture can be had.")
     size_bytes: int = Field(description="Of the picture.")

@@ -4,7 +4,7 @@ Tables are never answered as they are: what callers see is written down here, an
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
@@ -123,6 +123,13 @@ class DatasetWarning(Schema):
     paths: list[str]
 
 
+class DatasetProgress(Schema):
+    """How far the checking of a data set is."""
+
+    stage: str
+    fraction: float | None = Field(description="0 to 1.")
+
+
 class Dataset(Schema):
     id: str
     object: Literal["dataset"] = "dataset"
@@ -146,10 +153,12 @@ class Dataset(Schema):
     tasks: list[TaskCounts] = Field(description="All of them where a table has several label columns; else empty.")
     rejected: list[RejectedFile] = Field(description="Files that were left out, with the reason for each.")
     warnings: list[DatasetWarning]
+    progress: DatasetProgress | None = Field(None, description="While its pictures are checked; null otherwise.")
     error: JsonObject | None = Field(description="Why it failed, as a problem.")
 
     @classmethod
-    def of(cls, row: DatasetRow) -> Self:
+    def of(cls, row: DatasetRow, *, progress: Mapping[str, Any] | None = None) -> Self:
+        """progress: of its ingest."""
         return cls(
             id=row.id,
             name=row.name,
@@ -170,6 +179,7 @@ class Dataset(Schema):
             tasks=row.tasks,
             rejected=row.rejected,
             warnings=row.warnings,
+            progress=None if progress is None else {name: progress[name] for name in DatasetProgress.model_fields},
             error=row.error,
         )
 

@@ -2,9 +2,13 @@
 
     server.py     up, api, worker, migrate, backup, restore, settings
     tenants.py    keys, workspaces
-    train.py      train, and how a job is watched
-    resources.py  predict, jobs, datasets, models
+    train.py      train, from the upload on
+    watching.py   how a job is watched
+    predict.py    predict
+    resources.py  jobs, datasets, models
+    batches.py    batches
     demo.py       demo
+    completion.py what the shell offers behind TAB
     terminal.py   what all of them print with, and how they fail
 
 Nothing here imports torch or FastAPI: the API and the worker run as programs of their own, so that the command is

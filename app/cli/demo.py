@@ -17,15 +17,16 @@ import typer
 
 from app.cli.server import load_settings
 from app.cli.terminal import Failure, errors, percent, print_line, print_table
-from app.cli.train import describe_dataset, describe_model, model_of, upload, watch
-from app.client import GraftClient, JsonObject
+from app.cli.train import describe_dataset, describe_model, upload
+from app.cli.watching import model_of, watch
 from app.supervisor import free_port, is_port_free
+from graft_client import Dataset, Graft, JobOptions, Model, Prediction
 
 START_WITHIN_SECONDS = 120.0  # importing torch from a cold disk takes most of it
 LOG_LINES_SHOWN = 20
 
 # By name, so that the demo needs no network and is the same everywhere; it takes half a minute or so on two cores.
-TRAINING: JsonObject = {
+TRAINING: JobOptions = {
     "method": "full_fine_tuning",
     "backbone": "graft_small",
     "hyperparameters": {"epochs": 8, "image_size": 64, "augmentation": "none"},
@@ -50,10 +51,10 @@ def demo(
 def _run(folder: Path, *, port: int | None, exit_when_done: bool) -> None:
     started = time.monotonic()
     _make_pictures(folder)
-    with _server(folder, port) as (server, url), GraftClient(url) as client:
-        dataset = _upload(client, folder / "digits.zip")
-        model = _train(client, dataset)
-        _predict(client, model, sorted((folder / "held_out").iterdir()))
+    with _server(folder, port) as (server, url), Graft(url) as graft:
+        dataset = _upload(graft, folder / "digits.zip")
+        model = _train(graft, dataset)
+        _predict(graft, model, sorted((folder / "held_out").iterdir()))
         print_line(f"\nFrom nothing to predictions in {time.monotonic() - started:.0f} s.")
         if exit_when_done:
             return
@@ -120,40 +121,36 @@ def _server(folder: Path, port: int | None) -> Iterator[tuple[subprocess.Popen[b
 
 def _wait_until_serving(server: subprocess.Popen[bytes], url: str, *, log: Path) -> None:
     deadline = time.monotonic() + START_WITHIN_SECONDS
-    with GraftClient(url) as client:
-        while not client.is_alive():
+    with Graft(url) as graft:
+        while not graft.is_alive():
             if server.poll() is not None or time.monotonic() > deadline:
                 last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])
                 raise Failure(f"The server did not start. The end of its log:\n{last_lines}")
             time.sleep(0.2)
 
 
-def _upload(client: GraftClient, archive: Path) -> JsonObject:
-    print_line(f'\ncurl -T {archive} "{client.url}/v1/datasets?name=digits"')
-    dataset = upload(client, archive, name="digits")
+def _upload(graft: Graft, archive: Path) -> Dataset:
+    print_line(f'\ncurl -T {archive} "{graft.url}/v1/datasets?name=digits"')
+    dataset = upload(graft, archive, name="digits")
     describe_dataset(dataset)
     return dataset
 
 
-def _train(client: GraftClient, dataset: JsonObject) -> JsonObject:
-    request = {"dataset": dataset["id"], **TRAINING}
-    print_line(f"\ncurl {client.url}/v1/jobs -d '{json.dumps(request)}'")
-    model = model_of(client, watch(client, client.submit_job(request)["id"]))
-    describe_model(client, model)
+def _train(graft: Graft, dataset: Dataset) -> Model:
+    print_line(f"\ncurl {graft.url}/v1/jobs -d '{json.dumps({'dataset': dataset.id, **TRAINING})}'")
+    model = model_of(graft, watch(graft, graft.jobs.create(dataset.id, **TRAINING).id))
+    describe_model(graft, model)
     return model
 
 
-def _predict(client: GraftClient, model: JsonObject, pictures: list[Path]) -> None:
+def _predict(graft: Graft, model: Model, pictures: list[Path]) -> None:
     """Predicts pictures that were kept from training, whose true class is the first part of their file's name."""
-    answer = client.predict(pictures, model=model["id"], top_k=2)
+    answer = graft.predict(pictures, model=model.id, top_k=2)
+    found = [prediction for prediction in answer.predictions if isinstance(prediction, Prediction)]
     truth = [path.name.split("_")[0] for path in pictures]
-    found = [prediction["label"] for prediction in answer["predictions"]]
     shown = {name: index for index, name in reversed(list(enumerate(truth)))}  # the first picture of each class
-    print_line(f"\ncurl -F file=@{pictures[shown['seven']]} {client.url}/predict")
-    rows = [
-        [pictures[index].name, found[index], percent(answer["predictions"][index]["score"])]
-        for index in sorted(shown.values())
-    ]
+    print_line(f"\ncurl -F file=@{pictures[shown['seven']]} {graft.url}/predict")
+    rows = [[pictures[index].name, found[index].label, percent(found[index].score)] for index in sorted(shown.values())]
     print_table(["picture", "label", "score"], rows, empty="")
-    right = sum(label == name for label, name in zip(found, truth, strict=True))
+    right = sum(prediction.label == name for prediction, name in zip(found, truth, strict=True))
     print_line(f"{right} of {len(truth)} pictures kept from training are right ({percent(right / len(truth))}).")

@@ -1,4 +1,4 @@
-"""The client commands beside `train`: predict, jobs, datasets, models."""
+"""The client commands for what there is: jobs, datasets, models."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -7,23 +7,27 @@ from typing import Annotated
 
 import typer
 
+from app.cli import completion
 from app.cli.terminal import (
-    EXIT_FAILED,
-    EXIT_USAGE,
     ApiKey,
     AsJson,
     Failure,
     Limit,
     Url,
     connect,
+    date,
     percent,
     print_found,
     print_json,
     print_line,
-    print_table,
 )
-from app.cli.train import Unlabelled, describe_dataset, describe_model, model_of, upload, watch
-from app.client import DEFAULT_URL, JsonObject
+from app.cli.train import Unlabelled, describe_dataset, describe_model, upload
+from app.cli.watching import model_of, watch
+from graft_client import DEFAULT_URL, Dataset, Graft, Job, Model
+from graft_client.answers import DatasetStatus, JobStatus
+from graft_client.requests import Method
+
+NO_JOBS = "There are no jobs; `graft train ARCHIVE_OR_FOLDER` makes one."
 
 jobs = typer.Typer(help="Training jobs: list, show, watch, cancel, stop.", no_args_is_help=True)
 datasets = typer.Typer(help="Data sets: list, show, upload, delete.", no_args_is_help=True)
@@ -31,9 +35,18 @@ models = typer.Typer(
     help="Trained models: list, show, card, export, extend, promote, rollback, delete.", no_args_is_help=True
 )
 
-JobId = Annotated[str, typer.Argument(metavar="JOB")]
-DatasetId = Annotated[str, typer.Argument(metavar="DATASET")]
-ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="A model's id, or an alias such as default.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", autocompletion=completion.jobs)]
+DatasetId = Annotated[str, typer.Argument(metavar="DATASET", autocompletion=completion.datasets)]
+ModelId = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="An id, or an alias such as default.", autocompletion=completion.models),
+]
+JobStatusOption = Annotated[JobStatus | None, typer.Option("--status", help="Only of this status.", show_choices=True)]
+DatasetStatusOption = Annotated[DatasetStatus | None, typer.Option("--status", help="Only of this status.")]
+OfDataset = Annotated[
+    str | None, typer.Option("--dataset", help="Only of this data set.", autocompletion=completion.datasets)
+]
+OfMethod = Annotated[Method | None, typer.Option("--method", help="Only of this method.")]
 
 
 class ExportFormat(StrEnum):
@@ -43,124 +56,107 @@ class ExportFormat(StrEnum):
 
 
 def add_to(cli: typer.Typer) -> None:
-    cli.command()(predict)
     cli.add_typer(jobs, name="jobs")
     cli.add_typer(datasets, name="datasets")
     cli.add_typer(models, name="models")
 
 
-def predict(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…")],
-    model: Annotated[str | None, typer.Option(help="Model id or alias; the default model if left out.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="How many classes to show for each picture.")] = 3,
-    as_json: AsJson = False,
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = "",
-) -> None:
-    """Classify pictures."""
-    missing = [str(path) for path in images if not path.is_file()]
-    if missing:
-        raise Failure(f"There is no file {', '.join(missing)}.", exit_code=EXIT_USAGE)
-    with connect(url, api_key) as client:
-        answer = client.predict(images, model=model, top_k=top_k)
-    if as_json:
-        print_json(answer)
-    else:
-        # In the order of the pictures, and named as they were given: two folders may hold the same name.
-        rows = [_prediction_row(path, found) for path, found in zip(images, answer["predictions"], strict=True)]
-        print_table(["picture", "label", "score", "next"], rows, empty="")
-    if any("error" in found for found in answer["predictions"]):
-        raise typer.Exit(EXIT_FAILED)
-
-
 @jobs.command("list")
 def list_jobs(
-    status: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Only jobs on this data set.")] = None,
-    method: Annotated[str | None, typer.Option(help="Only jobs of this method.")] = None,
+    status: JobStatusOption = None,
+    dataset: OfDataset = None,
+    method: OfMethod = None,
     limit: Limit = 20,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
 ) -> None:
     """List jobs, newest first."""
-    with connect(url, api_key) as client:
-        found = client.list("jobs", limit=limit, status=status, dataset=dataset, method=method)
-    columns: dict[str, Callable[[JsonObject], str]] = {
-        "id": lambda job: job["id"],
-        "status": lambda job: job["status"],
-        "method": lambda job: job["method"],
-        "backbone": lambda job: job["backbone"]["name"],
-        "done": lambda job: percent((job["progress"] or {}).get("fraction")),
-        "accuracy": lambda job: percent((job["metrics"] or {}).get("val_accuracy")),
-        "created": lambda job: job["created_at"],
+    with connect(url, api_key) as graft:
+        found = graft.jobs.list(limit=limit, status=status, dataset=dataset, method=method)
+    columns: dict[str, Callable[[Job], str]] = {
+        "id": lambda job: job.id,
+        "status": lambda job: job.status,
+        "method": lambda job: job.method or "",
+        "backbone": lambda job: job.backbone.name if job.backbone else "",
+        "done": lambda job: percent((job.progress or {}).get("fraction")),
+        "accuracy": lambda job: percent((job.metrics or {}).get("val_accuracy")),
+        "created": lambda job: date(job.created_at),
     }
-    print_found(found, columns, as_json=as_json, empty="There are no jobs.")
+    print_found(found.data, columns, as_json=as_json, empty=NO_JOBS)
 
 
 @jobs.command("show")
 def show_job(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
     """Print one job and its epochs, as JSON."""
-    with connect(url, api_key) as client:
-        print_json(client.job(job_id) | {"history": client.job_history(job_id)})
+    with connect(url, api_key) as graft:
+        print_json(graft.jobs.get(job_id).raw | {"history": [epoch.raw for epoch in graft.jobs.history(job_id)]})
 
 
 @jobs.command("watch")
-def watch_job(job_id: JobId, as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
+def watch_job(
+    job_id: Annotated[
+        str | None,
+        typer.Argument(metavar="JOB", help="The newest one if left out.", autocompletion=completion.jobs),
+    ] = None,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = "",
+) -> None:
     """Follow a job until it has ended. Ctrl-C ends the watching, not the job."""
-    with connect(url, api_key) as client:
-        job = watch(client, job_id)
-        model = model_of(client, job)
+    with connect(url, api_key) as graft:
+        job = watch(graft, job_id or _newest_job(graft))
+        model = model_of(graft, job)
         if as_json:
-            print_json({"job": job, "model": model})
+            print_json({"job": job.raw, "model": model.raw})
         else:
-            describe_model(client, model)
+            describe_model(graft, model)
 
 
 @jobs.command("cancel")
 def cancel_job(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
     """End a job; it makes no model."""
-    with connect(url, api_key) as client:
-        job = client.cancel_job(job_id)
-    print_line(f"Job {job['id']} is {'being cancelled' if job['status'] == 'running' else job['status']}.")
+    with connect(url, api_key) as graft:
+        job = graft.jobs.cancel(job_id)
+    print_line(f"Job {job.id} is {'being cancelled' if job.status == 'running' else job.status}.")
 
 
 @jobs.command("stop")
 def stop_job(job_id: JobId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
     """End a running job now and keep its best epoch as a model."""
-    with connect(url, api_key) as client:
-        job = client.stop_job(job_id)
-    print_line(f"Job {job['id']} ends after this step and registers its best epoch.")
+    with connect(url, api_key) as graft:
+        job = graft.jobs.stop(job_id)
+    print_line(f"Job {job.id} ends after this step and registers its best epoch.")
 
 
 @datasets.command("list")
 def list_datasets(
-    status: Annotated[str | None, typer.Option(help="processing, ready or failed.")] = None,
+    status: DatasetStatusOption = None,
     limit: Limit = 20,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
 ) -> None:
     """List data sets, newest first."""
-    with connect(url, api_key) as client:
-        found = client.list("datasets", limit=limit, status=status)
-    columns: dict[str, Callable[[JsonObject], str]] = {
-        "id": lambda dataset: dataset["id"],
-        "name": lambda dataset: dataset["name"],
-        "status": lambda dataset: dataset["status"],
-        "pictures": lambda dataset: str(dataset["num_images"]),
-        "classes": lambda dataset: str(len(dataset["classes"])),
-        "created": lambda dataset: dataset["created_at"],
+    with connect(url, api_key) as graft:
+        found = graft.datasets.list(limit=limit, status=status)
+    columns: dict[str, Callable[[Dataset], str]] = {
+        "id": lambda dataset: dataset.id,
+        "name": lambda dataset: dataset.name,
+        "status": lambda dataset: dataset.status,
+        "pictures": lambda dataset: str(dataset.num_images),
+        "classes": lambda dataset: str(len(dataset.classes)),
+        "created": lambda dataset: date(dataset.created_at),
     }
     empty = "There are no data sets; `graft datasets upload ARCHIVE` makes one."
-    print_found(found, columns, as_json=as_json, empty=empty)
+    print_found(found.data, columns, as_json=as_json, empty=empty)
 
 
 @datasets.command("show")
 def show_dataset(dataset_id: DatasetId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
     """Print one data set and what was found in it, as JSON."""
-    with connect(url, api_key) as client:
-        print_json(client.dataset(dataset_id))
+    with connect(url, api_key) as graft:
+        print_json(graft.datasets.get(dataset_id).raw)
 
 
 @datasets.command("upload")
@@ -173,77 +169,85 @@ def upload_dataset(
     api_key: ApiKey = "",
 ) -> None:
     """Upload pictures and wait until they are checked."""
-    with connect(url, api_key) as client:
-        dataset = upload(client, source, name=name, unlabelled=unlabelled)
+    with connect(url, api_key) as graft:
+        dataset = upload(graft, source, name=name, unlabelled=unlabelled)
     if as_json:
-        print_json(dataset)
+        print_json(dataset.raw)
     else:
         describe_dataset(dataset)
-        print_line(dataset["id"])
+        print_line(dataset.id)
 
 
 @datasets.command("delete")
 def delete_dataset(dataset_id: DatasetId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
     """Delete a data set; models trained on it stay."""
-    with connect(url, api_key) as client:
-        client.delete_dataset(dataset_id)
+    with connect(url, api_key) as graft:
+        graft.datasets.delete(dataset_id)
     print_line(f"Deleted {dataset_id}.")
 
 
 @models.command("list")
 def list_models(
-    dataset: Annotated[str | None, typer.Option(help="Only models trained on this data set.")] = None,
-    method: Annotated[str | None, typer.Option(help="Only models of this method.")] = None,
+    dataset: OfDataset = None,
+    method: OfMethod = None,
     limit: Limit = 20,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
 ) -> None:
     """List models, newest first."""
-    with connect(url, api_key) as client:
-        found = client.list("models", limit=limit, dataset=dataset, method=method)
-    columns: dict[str, Callable[[JsonObject], str]] = {
-        "id": lambda model: model["id"],
-        "aliases": lambda model: " ".join(model["aliases"]),
-        "method": lambda model: model["method"],
-        "backbone": lambda model: model["backbone"]["name"],
-        "classes": lambda model: str(len(model["classes"])),
-        "accuracy": lambda model: percent(model["metrics"].get("val_accuracy")),
-        "created": lambda model: model["created_at"],
+    with connect(url, api_key) as graft:
+        found = graft.models.list(limit=limit, dataset=dataset, method=method)
+    columns: dict[str, Callable[[Model], str]] = {
+        "id": lambda model: model.id,
+        "aliases": lambda model: " ".join(model.aliases),
+        "method": lambda model: model.method,
+        "backbone": lambda model: model.backbone.name,
+        "classes": lambda model: str(len(model.classes)),
+        "accuracy": lambda model: percent(model.metrics.get("val_accuracy")),
+        "created": lambda model: date(model.created_at),
     }
     empty = "There are no models; `graft train ARCHIVE_OR_FOLDER` makes one."
-    print_found(found, columns, as_json=as_json, empty=empty)
+    print_found(found.data, columns, as_json=as_json, empty=empty)
 
 
 @models.command("show")
 def show_model(model_id: ModelId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
     """Print one model, as JSON."""
-    with connect(url, api_key) as client:
-        print_json(client.model(model_id))
+    with connect(url, api_key) as graft:
+        print_json(graft.models.get(model_id).raw)
 
 
 @models.command("promote")
 def promote_model(
     model_id: ModelId,
-    alias: Annotated[str, typer.Option(help="The alias to point at it; default is what /predict uses.")] = "default",
+    alias: Annotated[
+        str,
+        typer.Option(
+            help="The alias to point at it; default is what /predict uses.", autocompletion=completion.aliases
+        ),
+    ] = "default",
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
 ) -> None:
     """Make a model the default, or point another alias at it."""
-    with connect(url, api_key) as client:
-        client.point_alias(alias, model_id)
+    with connect(url, api_key) as graft:
+        graft.aliases.point(alias, model_id)
     print_line(f"{alias} is now {model_id}.")
 
 
 @models.command("rollback")
 def roll_back_model(
-    alias: Annotated[str, typer.Option(help="The alias to move back; default is what /predict uses.")] = "default",
+    alias: Annotated[
+        str,
+        typer.Option(help="The alias to move back; default is what /predict uses.", autocompletion=completion.aliases),
+    ] = "default",
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
 ) -> None:
     """Make the model from before the default again; a second time undoes it."""
-    with connect(url, api_key) as client:
-        model_id = client.roll_back_alias(alias)["model"]
+    with connect(url, api_key) as graft:
+        model_id = graft.aliases.roll_back(alias).model
     print_line(f"{alias} is {model_id} again.")
 
 
@@ -257,12 +261,12 @@ def extend_model(
     api_key: ApiKey = "",
 ) -> None:
     """Give a few-shot model one class more, as a new model."""
-    with connect(url, api_key) as client:
-        model = client.add_class(model_id, name, pictures)
+    with connect(url, api_key) as graft:
+        model = graft.models.add_class(model_id, name, pictures)
         if as_json:
-            print_json(model)
+            print_json(model.raw)
         else:
-            describe_model(client, model)
+            describe_model(graft, model)
 
 
 @models.command("personalise")
@@ -277,13 +281,13 @@ def personalise_model(
     files = sorted(path for path in folder.glob("*/*") if path.is_file() and not path.name.startswith("."))
     if not files:
         raise typer.BadParameter("it has no folders with pictures in them", param_hint="folder")
-    with connect(url, api_key) as client:
-        model = client.personalise(model_id, [(path.parent.name, path) for path in files])
+    with connect(url, api_key) as graft:
+        model = graft.models.personalise(model_id, [(path.parent.name, path) for path in files])
         if as_json:
-            print_json(model)
+            print_json(model.raw)
             return
-        describe_model(client, model)
-    mine = model["metrics"]["personal"]
+        describe_model(graft, model)
+    mine = model.metrics["personal"]
     held_out = mine["accuracy_left_out"]
     print_line(
         f"  Of your {mine['images']} pictures it was right about {mine['accuracy_before']:.0%}, and is about "
@@ -303,8 +307,8 @@ def export_model(
 ) -> None:
     """Write a model to a file that runs outside Graft."""
     target = output or Path(f"{model_id}.{file_format.value}")
-    with connect(url, api_key) as client:
-        found = client.export_model(model_id, target, file_format=file_format.value)
+    with connect(url, api_key) as graft:
+        found = graft.models.export(model_id, target, format=file_format.value).verification
     print_line(
         f"Wrote {target}: on {found['pictures']} {found['source']} its scores differ from the model's by "
         f"{found['largest_difference']:.1g} at most."
@@ -314,22 +318,19 @@ def export_model(
 @models.command("card")
 def show_card(model_id: ModelId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
     """Print a model's card: data, training, figures and limits, in Markdown."""
-    with connect(url, api_key) as client:
-        print_line(client.model_card(model_id).rstrip())
+    with connect(url, api_key) as graft:
+        print_line(graft.models.card(model_id).rstrip())
 
 
 @models.command("delete")
 def delete_model(model_id: ModelId, url: Url = DEFAULT_URL, api_key: ApiKey = "") -> None:
     """Delete a model that no alias points at."""
-    with connect(url, api_key) as client:
-        client.delete_model(model_id)
+    with connect(url, api_key) as graft:
+        graft.models.delete(model_id)
     print_line(f"Deleted {model_id}.")
 
 
-def _prediction_row(path: Path, found: JsonObject) -> list[str]:
-    if "error" in found:
-        return [str(path), "–", "", found["error"]["detail"]]
-    rest = ", ".join(f"{other['label']} {percent(other['score'])}" for other in found["top"][1:])
-    if found.get("in_distribution") is False:
-        rest = f"{rest} (unlike what it was trained on)"
-    return [str(path), found["label"], percent(found["score"]), rest]
+def _newest_job(graft: Graft) -> str:
+    for job in graft.jobs.list(limit=1):
+        return job.id
+    raise Failure(NO_JOBS)

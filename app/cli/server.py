@@ -16,13 +16,13 @@ from app import logs
 from app.backup import Contents, back_up
 from app.backup import restore as put_back
 from app.cli.terminal import EXIT_USAGE, Failure, errors, print_line, print_table
-from app.client import GraftClient
 from app.db.engine import Database
 from app.db.migrate import check_is_current, upgrade
 from app.errors import listed
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.supervisor import Program, StopRequests, Supervisor, free_port, is_port_free
+from graft_client import Graft
 
 API = Program("API", (sys.executable, "-m", "app.main"))
 WORKER = Program("worker", (sys.executable, "-m", "worker.main"))
@@ -164,8 +164,8 @@ def _reachable(host: str) -> str:
 
 def _wait_until_serving(supervisor: Supervisor, stop_requests: StopRequests, url: str) -> bool:
     """Returns whether the API answers; False when stopping was asked for first. Raises Failure if it cannot start."""
-    with GraftClient(url) as client:
-        while not client.is_alive():
+    with Graft(url) as graft:
+        while not graft.is_alive():
             if stop_requests.wait(LOOK_INTERVAL_SECONDS):
                 return False
             if API.name in _look_after(supervisor):

@@ -1,14 +1,14 @@
 """The commands of whoever says who may do what: keys and workspaces. They work on the database, without a server."""
 
-from datetime import UTC, timedelta
-from typing import Annotated, Any
+from datetime import timedelta
+from typing import Annotated
 
 import typer
 
 from app import access, audit, workspaces
 from app.access import Scope
 from app.cli.server import load_settings
-from app.cli.terminal import errors, print_line, print_table
+from app.cli.terminal import date, errors, print_line, print_table
 from app.db.engine import Database
 from app.db.migrate import upgrade
 from app.db.tables import FIRST_WORKSPACE_NAME, utc_now
@@ -52,9 +52,9 @@ def list_keys() -> None:
                 key.name or "",
                 names[key.workspace_id],
                 " ".join(key.scopes),
-                _date(key.created_at),
-                "revoked" if key.revoked_at else _date(key.expires_at) or "never",
-                _date(key.last_used_at),
+                date(key.created_at),
+                "revoked" if key.revoked_at else date(key.expires_at) or "never",
+                date(key.last_used_at),
             ]
             for key in access.list_keys(session)
         ]
@@ -155,7 +155,3 @@ def _within_that_of(key_id: str) -> Database:
     with database.read() as session:
         workspace_id = access.find_key(session, key_id).workspace_id
     return database.within(workspace_id, actor=Actor("graft keys revoke"))
-
-
-def _date(moment: Any) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%MZ") if moment else ""

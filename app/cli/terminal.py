@@ -1,15 +1,18 @@
 """What the commands print with: results on standard output, everything else on standard error."""
 
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
-from app.client import DEFAULT_URL, GraftClient, JsonObject
+from graft_client import DEFAULT_URL, Graft
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -20,10 +23,20 @@ EXIT_INTERRUPTED = 130
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
 
-Url = Annotated[str, typer.Option("--url", envvar="GRAFT_URL", help="Address of the Graft server.")]
+Url = Annotated[str, typer.Option("--url", envvar="GRAFT_URL", help="Address of the Graft server.", metavar="ADDRESS")]
 ApiKey = Annotated[str, typer.Option("--api-key", envvar="GRAFT_API_KEY", help="API key.", show_default=False)]
 Limit = Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
+
+
+class Answered(Protocol):
+    """What a server has answered; `raw` is the JSON as it came."""
+
+    @property
+    def raw(self) -> dict[str, Any]: ...
+
+
+Found = TypeVar("Found", bound=Answered)
 
 
 class Failure(Exception):
@@ -34,8 +47,19 @@ class Failure(Exception):
         self.exit_code = exit_code
 
 
-def connect(url: str = DEFAULT_URL, api_key: str = "") -> GraftClient:
-    return GraftClient(url, api_key=api_key or None)
+def connect(url: str = DEFAULT_URL, api_key: str = "") -> Graft:
+    return Graft(url, api_key=api_key or None, user_agent="graft-cli")
+
+
+def is_interactive() -> bool:
+    """Whether somebody looks on, who is shown what moves; TERM=dumb is a terminal that can move nothing."""
+    return errors.is_terminal and os.environ.get("TERM") != "dumb"
+
+
+def progress_bar(*columns: ProgressColumn, is_wanted: bool = True) -> Progress:
+    """A progress bar on standard error, where somebody looks on and it is wanted: not for what takes no time."""
+    is_shown = is_wanted and is_interactive()
+    return Progress(TextColumn("{task.description}"), BarColumn(), *columns, console=errors, disable=not is_shown)
 
 
 def print_json(answer: Any) -> None:
@@ -55,25 +79,34 @@ def print_table(columns: list[str], rows: list[list[str]], *, empty: str) -> Non
     table = Table(box=None, pad_edge=False, header_style="bold")
     for position, name in enumerate(columns):
         # The first one names the row: an id, a setting, a file. It stays whole, so that it can be copied.
-        table.add_column(name, overflow="fold", no_wrap=position == 0)
+        table.add_column(name, overflow="fold" if position == 0 else "ellipsis", no_wrap=position == 0)
     for row in rows:
         table.add_row(*row)
     output.print(table, markup=False)
 
 
 def print_found(
-    found: list[JsonObject],
-    columns: Mapping[str, Callable[[JsonObject], str]],
+    found: Sequence[Found],
+    columns: Mapping[str, Callable[[Found], str]],
     *,
     as_json: bool,
     empty: str,
 ) -> None:
     """What a server listed: as it answered, or a table. columns: by name, what a row has there."""
     if as_json:
-        print_json(found)
+        print_json([each.raw for each in found])
         return
     print_table(list(columns), [[cell(row) for cell in columns.values()] for row in found], empty=empty)
 
 
 def percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
+
+
+def date(moment: datetime | None) -> str:
+    return "" if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%d %H:%MZ")
+
+
+def detail_of(problem: Mapping[str, Any] | None) -> str:
+    """Why something failed, as the server says it."""
+    return (problem or {}).get("detail") or "the server gave no reason"

@@ -5,7 +5,7 @@ it happened; its event is written in the same transaction. Functions take a Sess
 that only look one inside `Database.read()`. Knows rows; not processes, files, or what a job does.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -253,6 +253,16 @@ def request_stop(session: Session, job_id: str) -> JobRow:
         job = find(session, job_id)
         raise Conflict(f"Only a running job can be stopped; this one is {job.status}.", code="job-not-running")
     return find(session, job_id)
+
+
+def ingest_progress(session: Session, dataset_ids: Collection[str]) -> dict[str, dict[str, Any]]:
+    """How far data sets are that are being checked; without those of which nothing was said yet."""
+    rows = session.execute(
+        select(JobRow.dataset_id, JobRow.progress).where(
+            JobRow.dataset_id.in_(dataset_ids), JobRow.kind == JobKind.ingest, JobRow.status.not_in(FINAL)
+        )
+    )
+    return {dataset_id: progress for dataset_id, progress in rows if progress}
 
 
 def cancel_ingest(session: Session, dataset_id: str) -> None:

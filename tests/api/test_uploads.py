@@ -13,6 +13,8 @@ import pytest
 from api_builders import RunningServer, assert_is_problem
 
 from app.db.engine import Database
+from app.jobs import queue
+from app.jobs.states import JobKind
 
 ARCHIVE = api_builders.archive_of_classes()
 
@@ -48,6 +50,18 @@ def test_form_upload_is_stored_and_queued(server: RunningServer, client: httpx.C
         *("splits", "classes", "rejected", "warnings", "error"),
     }
     assert 'graft_queue_depth{kind="ingest"} 1.0' in client.get("/metrics").text
+
+
+def test_how_far_the_checking_is_can_be_seen(server: RunningServer, client: httpx.Client) -> None:
+    dataset = client.put("/v1/datasets", content=ARCHIVE).json()
+    assert dataset["progress"] is None
+    with server.services.database.write() as session:
+        claim = queue.claim_next(session, kind=JobKind.ingest, worker_id="w1", owner={})
+        assert claim is not None
+        queue.record_progress(session, claim, {"stage": "ingest", "fraction": 0.25, "epoch": None}, event=False)
+
+    for seen in (client.get(f"/v1/datasets/{dataset['id']}").json(), client.get("/v1/datasets").json()["data"][0]):
+        assert seen["progress"] == {"stage": "ingest", "fraction": 0.25}
 
 
 @pytest.mark.parametrize(

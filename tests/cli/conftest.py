@@ -17,7 +17,7 @@ from app.cli.terminal import errors, output
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = self.read_body()
             scripted.requests.append(Sent(self.command, self.path, dict(self.headers), body))
             status, content = scripted.answers[self.command, self.path.partition("?")[0]]
             encoded = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -26,6 +26,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
             self.send_header("Content-Length", str(len(encoded)))
             self.end_headers()
             self.wfile.write(encoded)
+
+        def read_body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = b""
+            while length := int(self.rfile.readline(), 16):
+                body += self.rfile.read(length)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
 
         do_GET = do_POST = do_PUT = do_DELETE = answer
 

@@ -14,18 +14,30 @@ Graft = Callable[..., Result]
 
 DATASET = {
     "id": "ds_1",
+    "object": "dataset",
+    "kind": "labelled",
+    "size_bytes": 10,
+    "sha256": "0",
     "name": "flowers",
     "status": "ready",
     "num_images": 300,
     "num_rejected": 1,
     "splits": {"train": 240, "val": 60, "test": 0},
-    "classes": [{"name": "daisy"}, {"name": "rose"}],
+    "classes": [{"name": name, "train": 120, "val": 30, "test": 0} for name in ("daisy", "rose")],
     "warnings": [{"code": "duplicate_across_splits", "detail": "Two pictures are the same.", "paths": []}],
     "error": None,
     "created_at": "2026-11-01T10:00:00Z",
 }
 MODEL = {
     "id": "mdl_1",
+    "object": "model",
+    "job": "job_1",
+    "dataset": "ds_1",
+    "size_bytes": 10,
+    "sha256": "0",
+    "role": "final",
+    "created": 1793527200,
+    "owned_by": "graft",
     "method": "fine_tuning",
     "backbone": {"name": "resnet50", "weights": "IMAGENET1K_V2"},
     "classes": ["daisy", "rose"],
@@ -33,12 +45,19 @@ MODEL = {
     "metrics": {"val_accuracy": 0.95, "val_accuracy_ci95": [0.89, 0.98], "macro_f1": 0.9512},
     "created_at": "2026-11-01T10:00:00Z",
 }
+ALIAS = {"name": "default", "object": "alias", "model": "mdl_1", "updated_at": "2026-11-01T10:00:00Z"}
 EPOCH = {"epoch": 1, "train_loss": 0.5, "train_accuracy": 0.8, "val_loss": 0.4, "val_accuracy": 0.95}
 
 
 def job(status: str, **other: Any) -> dict[str, Any]:
     fixed = {
         "id": "job_1",
+        "object": "job",
+        "dataset": "ds_1",
+        "spec": {},
+        "attempt": 1,
+        "cancel_requested": False,
+        "stop_requested": False,
         "status": status,
         "method": "fine_tuning",
         "backbone": {"name": "resnet50"},
@@ -244,7 +263,53 @@ def test_predict_prints_a_row_for_each_picture(server: ScriptedServer, graft: Gr
         [str(strange), "cat", "97.0%", "dog", "3.0%", "(unlike", "what", "it", "was", "trained", "on)"],
         [str(broken), "–", "truncated", "JPEG"],
     ]
-    assert server.requests[0].path == "/predict?top_k=2&model=mdl_1"
+    assert server.requests[0].path == "/predict?model=mdl_1&top_k=2"
+
+
+def predicted(*names: str) -> dict[str, Any]:
+    top = [{"label": "cat", "score": 1.0}]
+    entries = [{"filename": name, "label": "cat", "score": 1.0, "top": top} for name in names]
+    return {"model": "mdl_1", "predictions": entries}
+
+
+def test_predict_takes_folders_for_the_pictures_in_them(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
+    for name in ("b.jpg", "a/1.jpg", ".hidden/2.jpg"):
+        (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pets" / name).write_bytes(b"1")
+    server.answers["POST", "/predict"] = (200, predicted("1.jpg", "b.jpg"))
+
+    result = graft("predict", str(tmp_path / "pets"))
+
+    shown = [line.split()[0] for line in result.output.splitlines()[1:]]
+    assert (result.exit_code, shown) == (0, [str(tmp_path / "pets" / name) for name in ("a/1.jpg", "b.jpg")])
+
+
+def test_predict_takes_a_picture_from_standard_input(
+    server: ScriptedServer, graft: Graft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a picture")))
+    server.answers["POST", "/predict"] = (200, predicted("standard input"))
+
+    result = graft("predict", "-", "--json")
+
+    assert json.loads(result.output) == predicted("standard input")
+    assert b"a picture" in server.requests[0].body
+
+
+def test_train_detached_prints_the_job_and_ends(training: ScriptedServer, graft: Graft, archive: Path) -> None:
+    result = graft("train", str(archive), "--detach")
+
+    assert (result.exit_code, result.output) == (0, "job_1\n")
+    assert training.sent("GET", "/v1/jobs/job_1/events") == []
+
+
+def test_a_file_that_cannot_be_written_is_named(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
+    server.answers["GET", "/v1/models/mdl_1/export"] = (200, b"a file")
+
+    result = graft("models", "export", "mdl_1", "-o", str(tmp_path / "nowhere" / "model.onnx"))
+
+    assert result.exit_code == 1
+    assert result.errors == f"{tmp_path / 'nowhere' / 'model.onnx.part'}: No such file or directory.\n"
 
 
 def test_without_a_server_the_advice_is_graft_up(graft: Graft) -> None:
@@ -261,7 +326,10 @@ def test_a_missing_key_is_explained(server: ScriptedServer, graft: Graft) -> Non
     result = graft("models", "list")
 
     assert result.exit_code == 1
-    assert result.errors == "Send your API key.\nSet GRAFT_API_KEY to a key that may do this.\n"
+    assert result.errors == (
+        "Send your API key.\n"
+        "Set GRAFT_API_KEY to a key of this server; there, `graft keys create --scope train` makes one.\n"
+    )
 
 
 def test_the_key_comes_from_the_environment(
@@ -282,13 +350,13 @@ def test_the_key_comes_from_the_environment(
         (
             ["jobs", "list"],
             job("running", metrics={"val_accuracy": 0.9}),
-            ["job_1", "running", "fine_tuning", "resnet50", "50.0%", "90.0%", "2026-11-01T10:00:00Z"],
+            ["job_1", "running", "fine_tuning", "resnet50", "50.0%", "90.0%", "2026-11-01", "10:00Z"],
         ),
-        (["datasets", "list"], DATASET, ["ds_1", "flowers", "ready", "300", "2", "2026-11-01T10:00:00Z"]),
+        (["datasets", "list"], DATASET, ["ds_1", "flowers", "ready", "300", "2", "2026-11-01", "10:00Z"]),
         (
             ["models", "list"],
             MODEL,
-            ["mdl_1", "default", "fine_tuning", "resnet50", "2", "95.0%", "2026-11-01T10:00:00Z"],
+            ["mdl_1", "default", "fine_tuning", "resnet50", "2", "95.0%", "2026-11-01", "10:00Z"],
         ),
     ],
 )
@@ -319,19 +387,29 @@ def test_lists_are_tables(
             job("running"),
             "Job job_1 ends after this step and registers its best epoch.",
         ),
-        (["datasets", "delete", "ds_1"], ("DELETE", "/v1/datasets/ds_1"), {}, "Deleted ds_1."),
-        (["models", "delete", "mdl_1"], ("DELETE", "/v1/models/mdl_1"), {}, "Deleted mdl_1."),
-        (["models", "promote", "mdl_1"], ("PUT", "/v1/aliases/default"), {}, "default is now mdl_1."),
+        (
+            ["datasets", "delete", "ds_1"],
+            ("DELETE", "/v1/datasets/ds_1"),
+            {"id": "ds_1", "object": "dataset", "deleted": True},
+            "Deleted ds_1.",
+        ),
+        (
+            ["models", "delete", "mdl_1"],
+            ("DELETE", "/v1/models/mdl_1"),
+            {"id": "mdl_1", "object": "model", "deleted": True},
+            "Deleted mdl_1.",
+        ),
+        (["models", "promote", "mdl_1"], ("PUT", "/v1/aliases/default"), ALIAS, "default is now mdl_1."),
         (
             ["models", "rollback"],
             ("POST", "/v1/aliases/default/rollback"),
-            {"model": "mdl_1"},
+            ALIAS,
             "default is mdl_1 again.",
         ),
         (
             ["models", "rollback", "--alias", "stable"],
             ("POST", "/v1/aliases/stable/rollback"),
-            {"model": "mdl_1"},
+            ALIAS,
             "stable is mdl_1 again.",
         ),
     ],
@@ -437,6 +515,12 @@ def test_the_forecast_is_told_of_the_models_that_it_is_made_with(
 
 BATCH = {
     "id": "batch_1",
+    "object": "batch",
+    "top_k": 5,
+    "size_bytes": 10,
+    "sha256": "0",
+    "attempt": 1,
+    "cancel_requested": False,
     "status": "queued",
     "model": "mdl_1",
     "num_files": 3,
@@ -507,11 +591,11 @@ def test_batches_are_listed_cancelled_and_deleted(server: ScriptedServer, graft:
     server.answers = {
         ("GET", "/v1/batches"): (200, {"data": [DONE]}),
         ("POST", "/v1/batches/batch_1/cancel"): (200, BATCH | {"status": "cancelled"}),
-        ("DELETE", "/v1/batches/batch_1"): (200, {}),
+        ("DELETE", "/v1/batches/batch_1"): (200, {"id": "batch_1", "object": "batch", "deleted": True}),
     }
 
     assert graft("batches", "list").output.splitlines()[1].split() == [
-        *("batch_1", "succeeded", "mdl_1", "3", "100.0%", "2026-11-01T10:00:00Z")
+        *("batch_1", "succeeded", "mdl_1", "3", "100.0%", "2026-11-01", "10:00Z")
     ]
     assert graft("batches", "cancel", "batch_1").output == "Batch batch_1 is cancelled.\n"
     assert graft("batches", "delete", "batch_1").output == "Deleted batch_1.\n"

@@ -502,6 +502,24 @@ def test_data_set_is_needed_until_its_last_training_job_has_ended(database: Data
     assert not is_needed()
 
 
+def test_ingest_progress_is_that_of_data_sets_being_checked(database: Database) -> None:
+    running = claimed(database, kind=JobKind.ingest)
+    submit(database, kind=JobKind.ingest, dataset_id="ds_2")
+    training = claimed(database, dataset_id="ds_3")
+
+    def progress() -> dict[str, Any]:
+        with database.read() as session:
+            return queue.ingest_progress(session, ["ds_1", "ds_2", "ds_3"])
+
+    with database.write() as session:
+        queue.record_progress(session, running, {"fraction": 0.1}, event=False)
+        queue.record_progress(session, training, {"fraction": 0.2}, event=False)
+    assert progress() == {"ds_1": {"fraction": 0.1}}
+    with database.write() as session:
+        queue.succeed(session, running)
+    assert progress() == {}
+
+
 def test_ingest_is_cancelled_with_its_data_set_in_whatever_state(database: Database) -> None:
     running = claimed(database, kind=JobKind.ingest)
     queued = submit(database, kind=JobKind.ingest)

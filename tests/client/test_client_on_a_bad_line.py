@@ -1,0 +1,118 @@
+"""The client at a real server, over a line that breaks."""
+
+import asyncio
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import api_builders
+import httpx
+import pytest
+from api_builders import RunningServer
+from running import picture
+
+from graft_client import AsyncGraft, Dataset, Graft
+
+PIECE_BYTES = 4096
+
+
+@contextmanager
+def line_to(server: RunningServer, *, breaks: list[tuple[str, int]]) -> Iterator[str]:
+    """A TCP line to the server; its URL. breaks: for each connection after so many bytes of its request or answer."""
+    left = iter(breaks)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections: list[threading.Thread] = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    near, _ = listener.accept()
+                except OSError:
+                    return
+                far = socket.create_connection(server.address)
+                connections.append(threading.Thread(target=connect, args=(near, far, *next(left, ("", 0)))))
+                connections[-1].start()
+
+        accepting = threading.Thread(target=accept)
+        accepting.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        accepting.join()
+    for connection in connections:
+        connection.join()
+
+
+def connect(near: socket.socket, far: socket.socket, end: str, most: int) -> None:
+    with near, far:
+        back = threading.Thread(target=carry, args=(far, near, most if end == "answer" else None))
+        back.start()
+        carry(near, far, most if end == "request" else None)
+        back.join()
+
+
+def carry(here: socket.socket, there: socket.socket, most: int | None) -> None:
+    """Carries bytes one way until the end, or breaks the line after so many of them."""
+    carried = 0
+    try:
+        while piece := here.recv(PIECE_BYTES):
+            if most is not None and carried + len(piece) > most:
+                break
+            there.sendall(piece)
+            carried += len(piece)
+    except OSError:
+        pass
+    for end in (here, there):
+        try:
+            end.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue
+
+
+@pytest.fixture
+def flowers(tmp_path: Path) -> Path:
+    folder = tmp_path / "flowers"
+    for label, name in enumerate(api_builders.CLASSES):
+        (folder / name).mkdir(parents=True)
+        for index in range(40):
+            (folder / name / f"{index}.png").write_bytes(picture(label, side=200, chance=random.Random(index)))
+    return folder
+
+
+def upload_blocking(url: str, source: Path) -> Dataset:
+    with Graft(url) as graft:
+        return graft.datasets.upload(source)
+
+
+def upload_awaited(url: str, source: Path) -> Dataset:
+    async def upload() -> Dataset:
+        async with AsyncGraft(url) as graft:
+            return await graft.datasets.upload(source)
+
+    return asyncio.run(upload())
+
+
+@pytest.mark.parametrize("upload", [upload_blocking, upload_awaited])
+@pytest.mark.parametrize("breaks", [[("request", 30_000)], [("answer", 0)], [("request", 0), ("answer", 50)]])
+def test_an_upload_over_a_line_that_breaks_makes_one_data_set(
+    server: RunningServer,
+    client: httpx.Client,
+    flowers: Path,
+    upload: Callable[[str, Path], Dataset],
+    breaks: list[tuple[str, int]],
+) -> None:
+    with line_to(server, breaks=breaks) as url:
+        dataset = upload(url, flowers)
+
+    assert [each["id"] for each in client.get("/v1/datasets").json()["data"]] == [dataset.id]
+    assert dataset.name == "flowers"
+
+
+def test_a_submission_whose_answer_is_lost_makes_one_job(server: RunningServer, client: httpx.Client) -> None:
+    dataset_id = api_builders.ready_dataset(server.services.database)
+    with line_to(server, breaks=[("answer", 0)]) as url, Graft(url) as graft:
+        job = graft.jobs.create(dataset_id, backbone="graft_small")
+
+    assert [each["id"] for each in client.get("/v1/jobs").json()["data"]] == [job.id]
