@@ -40,6 +40,10 @@ from app.db.engine import Database
 from app.db.migrate import check_is_current
 from app.errors import GraftError
 from app.settings import Settings
+from app.web import datasets as dataset_pages
+from app.web import home, sign_in, site, try_it
+from app.web import jobs as job_pages
+from app.web import models as model_pages
 
 log = structlog.get_logger(__name__)
 
@@ -85,8 +89,15 @@ def create_app(settings: Settings) -> FastAPI:
         files,
         fine_tuning,
         system,
+        home,
+        dataset_pages,
+        job_pages,
+        model_pages,
+        try_it,
+        sign_in,
     ):
         app.include_router(part.router)
+    app.mount("/static", StaticFiles(directory=site.STATIC))
     app.mount("/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]))
     handle_failures(app)
     app.openapi = openapi.describe(app)  # type: ignore[method-assign]

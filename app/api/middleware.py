@@ -12,17 +12,20 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import quote
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import access
 from app.access import Caller
+from app.api.cookies import authorization_of
 from app.api.problems import INTERNAL_ERROR, Problem
 from app.api.services import Services
-from app.errors import Forbidden, GraftError, InvalidRequest, RequestTimeout, UnsupportedMediaType
+from app.errors import Forbidden, GraftError, InvalidRequest, RequestTimeout, Unauthenticated, UnsupportedMediaType
 
 log = structlog.get_logger("graft.requests")
 
@@ -42,6 +45,9 @@ LINGER_SECONDS = 2.0
 CLIENT_CLOSED_REQUEST = 499
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+# The page for signing in, and what pages look like.
+OPEN_PAGES = ("/sign-in", "/static/")
+PAGES = re.compile(r"/(?:$|(?:datasets|jobs|models|try|docs)(?:/|$))")
 
 SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
 
@@ -195,8 +201,8 @@ class AccessGate:
             return
         headers = Headers(scope=scope)
         try:
-            if scope["path"] not in OPEN_PATHS:
-                services, authorization = services_of(scope), headers.get("authorization")
+            if scope["path"] not in OPEN_PATHS and not scope["path"].startswith(OPEN_PAGES):
+                services, authorization = services_of(scope), authorization_of(scope, headers)
                 known = None if authorization is None else hashlib.sha256(authorization.encode()).digest()
                 caller = await services.remembered.get(("caller", known), _admit, services, authorization)
                 scope["state"]["caller"] = caller
@@ -208,14 +214,23 @@ class AccessGate:
             if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
                 raise InvalidRequest("The address holds a NUL character.")
         except GraftError as error:
-            await answer(Problem.of(error), scope, receive, send)
+            if isinstance(error, Unauthenticated | Forbidden) and _is_for_a_person(scope, headers):
+                place = quote(scope["path"] + ("?" + scope["query_string"].decode("latin-1")).rstrip("?"), safe="")
+                await RedirectResponse(f"/sign-in?next={place}", status_code=303)(scope, receive, send)
+            else:
+                await answer(Problem.of(error), scope, receive, send)
             return
         await self.app(scope, receive, send)
 
 
+def _is_for_a_person(scope: Scope, headers: Headers) -> bool:
+    is_page = scope["method"] == "GET" and PAGES.match(scope["path"]) is not None
+    return is_page and "text/html" in headers.get("accept", "")
+
+
 def needed_scope(method: str, path: str) -> access.Scope:
     """The least scope for a request. What is not listed here needs `train`: new paths are closed until thought of."""
-    if path == "/predict" or path.startswith(("/v2", "/hf/", "/v1/batches")):
+    if path in ("/predict", "/try") or path.startswith(("/try/", "/v2", "/hf/", "/v1/batches")):
         return access.Scope.predict
     # Whoever asked may say what it was; to look at what others asked takes more.
     if method == "POST" and path.startswith("/v1/predictions/") and path.endswith("/feedback"):
@@ -224,8 +239,8 @@ def needed_scope(method: str, path: str) -> access.Scope:
     if path.endswith("/export"):
         return access.Scope.train  # who may ask a model may not therefore take it away
     if is_reading and (
-        path in ("/", "/docs", "/openapi.json", "/metrics", "/v1/backbones", "/v1/aliases", "/v1/models")
-        or path.startswith(("/v1/models/", "/swagger/"))
+        path in ("/", "/docs", "/openapi.json", "/metrics", "/models", "/v1/backbones", "/v1/aliases", "/v1/models")
+        or path.startswith(("/models/", "/v1/models/", "/swagger/"))
     ):
         return access.Scope.predict
     return access.Scope.train
