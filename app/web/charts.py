@@ -1,23 +1,25 @@
 """Where the lines of a chart run: numbers in, coordinates out. Templates draw them as SVG.
 
-Colours and dashes are the style sheet's, by a series' place; coordinates are those of the SVG's viewBox.
+Colours are the style sheet's, by their number; coordinates are those of the SVG's viewBox.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 640, 260
+WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 34
 # More would only hide the line under its dots.
 MOST_DOTS = 40
-STYLES = 6  # of series, in the style sheet
+COLOURS = 6  # in the style sheet
 
 
 @dataclass(frozen=True)
 class Series:
     name: str
     points: Sequence[tuple[float, float | None]]  # None is a gap
+    colour: int = 0
+    is_dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Dot:
 @dataclass(frozen=True)
 class Line:
     name: str
-    style: int  # 0 to STYLES - 1
+    colour: int  # 0 to COLOURS - 1
+    is_dashed: bool
     path: str
     dots: Sequence[Dot]
 
@@ -88,7 +91,7 @@ def line_chart(
     def told(y: float) -> str:
         return f"{100 * y:.3g} %" if is_share else f"{y:.4g}{unit}"
 
-    lines = [_line(each, place, x_axis, y_axis, x_name, told) for place, each in enumerate(drawn)]
+    lines = [_line(each, x_axis, y_axis, x_name, told) for each in drawn]
     whole = [step for step in steps(x_low, x_high) if x_low <= step <= x_high and float(step).is_integer()]
     last = "; ".join(f"{each.name} {told(y)}" for each in drawn if (y := _last(each)) is not None)
     return Chart(
@@ -120,8 +123,7 @@ def _range(ys: Sequence[float], *, is_share: bool) -> tuple[float, float]:
     return (max(0.0, low), min(1.0, high)) if is_share else (max(0.0, low) if min(ys) >= 0 else low, high)
 
 
-def _line(series: Series, place: int, x_axis: Axis, y_axis: Axis, x_name: str, told: object) -> Line:
-    assert callable(told)
+def _line(series: Series, x_axis: Axis, y_axis: Axis, x_name: str, told: Callable[[float], str]) -> Line:
     path, dots, is_down = [], [], False
     for x, y in series.points:
         if y is None or not math.isfinite(y):
@@ -131,7 +133,8 @@ def _line(series: Series, place: int, x_axis: Axis, y_axis: Axis, x_name: str, t
         path.append(f"{'L' if is_down else 'M'}{at[0]:g} {at[1]:g}")
         dots.append(Dot(*at, f"{series.name}, {x_name} {x:g}: {told(y)}"))
         is_down = True
-    return Line(series.name, place % STYLES, " ".join(path), dots if len(dots) <= MOST_DOTS else [])
+    kept = dots if len(dots) <= MOST_DOTS else []
+    return Line(series.name, series.colour % COLOURS, series.is_dashed, " ".join(path), kept)
 
 
 def _last(series: Series) -> float | None:

@@ -1,7 +1,7 @@
 """What is drawn of a job, and of several: their epochs and events as series."""
 
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from app.api.schemas import Epoch, Event, Job
@@ -14,12 +14,12 @@ COMPARED_VALUES = ("method", "recipe", "backbone", "seed", "excluded")
 
 def of_job(epochs: Sequence[Epoch], events: Sequence[Event]) -> list[Chart]:
     """Accuracy, loss, learning rate and speed; those of which there is something to see."""
+    accuracies = {"validation": "val_accuracy", "training": "train_accuracy"}
+    losses = {"validation": "val_loss", "training": "train_loss"}
     charts = [
-        line_chart(
-            "Accuracy", _by_method(epochs, {"training": "train_accuracy", "validation": "val_accuracy"}), is_share=True
-        ),
-        line_chart("Loss", _by_method(epochs, {"training": "train_loss", "validation": "val_loss"})),
-        line_chart("Learning rate", _by_method(epochs, {"": "learning_rate"})),
+        line_chart("Accuracy", _by_method(epochs, accuracies), is_share=True),
+        line_chart("Loss", _by_method(epochs, losses)),
+        line_chart("Learning rate", _by_method(_stepped(epochs), {"": "learning_rate"})),
         line_chart("Pictures per second", [Series("pictures per second", _speeds(events))], x_name="second"),
     ]
     return [chart for chart in charts if chart is not None]
@@ -30,8 +30,8 @@ def compared(runs: Sequence[tuple[Job, Sequence[Epoch]]]) -> list[Chart]:
 
     def series(figure: str) -> list[Series]:
         return [
-            Series(name_of(job), [(epoch.epoch, getattr(epoch, figure)) for epoch in _of_winner(job, epochs)])
-            for job, epochs in runs
+            Series(name_of(job), [(epoch.epoch, getattr(epoch, figure)) for epoch in _of_winner(job, epochs)], place)
+            for place, (job, epochs) in enumerate(runs)
         ]
 
     charts = [
@@ -86,28 +86,37 @@ def _renumbered(epochs: Sequence[Epoch]) -> Sequence[Epoch]:
     return [epoch.model_copy(update={"epoch": epoch.epoch - first + 1}) for epoch in epochs]
 
 
+def _stepped(epochs: Sequence[Epoch]) -> list[Epoch]:
+    """Those of methods that take steps: a head that is solved for has one epoch, and no learning rate to speak of."""
+    counts = Counter(epoch.method for epoch in epochs)
+    return [epoch for epoch in epochs if counts[epoch.method] > 1]
+
+
 def _by_method(epochs: Sequence[Epoch], figures: Mapping[str, str]) -> list[Series]:
-    """A series for each figure, and where several methods compete for each of those."""
+    """A series for each figure of each method. A colour for each method where several compete, else for each figure."""
     methods = list(dict.fromkeys(epoch.method for epoch in epochs))
 
-    def name(figure: str, method: str | None) -> str:
-        return " ".join(word for word in (spoken(method) if method else "", figure) if word) or "learning rate"
+    def name(shown: str, method: str | None) -> str:
+        words = [spoken(method)] if method and len(methods) > 1 else []
+        return " ".join([*words, *([shown] if shown else [])]) or "learning rate"
 
     return [
         Series(
             name(shown, method),
             [(epoch.epoch, getattr(epoch, column)) for epoch in epochs if epoch.method == method],
+            colour=place if len(methods) > 1 else number,
+            is_dashed=number > 0,
         )
-        for method in methods
-        for shown, column in figures.items()
+        for place, method in enumerate(methods)
+        for number, (shown, column) in enumerate(figures.items())
     ]
 
 
 def _speeds(events: Sequence[Event]) -> list[tuple[float, float | None]]:
     """Seconds since the first event shown, and pictures per second then."""
-    told: Callable[[Event], Any] = lambda event: event.data.get("images_per_second")  # noqa: E731
-    of_progress = [event for event in events if event.event == "progress" and told(event)]
-    if len(of_progress) < 2:
-        return []
-    start: datetime = of_progress[0].created_at
-    return [((event.created_at - start).total_seconds(), told(event)) for event in of_progress]
+    told = [
+        (event.created_at, event.data["images_per_second"])
+        for event in events
+        if event.event == "progress" and event.data.get("images_per_second")
+    ]
+    return [((at - told[0][0]).total_seconds(), speed) for at, speed in told] if len(told) > 1 else []

@@ -1,6 +1,6 @@
 """/datasets: what was uploaded, what was found in it, and from there to a job."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ from app.api.deps import After, ServicesDep
 from app.api.schemas import Dataset, DatasetWarning, thumbnail_path
 from app.api.services import Services
 from app.datasets.manifest import Split
+from app.errors import NotFound
 from app.jobs import queue
 from app.jobs.states import JobKind
 from app.web.site import PageId, PageRoute, go_to, page
@@ -121,6 +122,20 @@ def images_page(
 def delete(request: Request, services: ServicesDep, dataset_id: PageId) -> Response:
     datasets.delete_dataset(services, dataset_id)
     return go_to(request, "/datasets")
+
+
+def dataset_if_there(services: Services, dataset_id: str) -> Dataset | None:
+    """None where it was deleted: jobs and models outlive their data set."""
+    try:
+        return datasets.read_dataset(services, dataset_id)
+    except NotFound:
+        return None
+
+
+def dataset_names(services: Services, ids: Iterable[str]) -> dict[str, str]:
+    """Id → name of those that are still there."""
+    found = (dataset_if_there(services, dataset_id) for dataset_id in dict.fromkeys(ids))
+    return {each.id: each.name for each in found if each is not None}
 
 
 def _progress(services: Services, dataset: Dataset) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from app.api import datasets, jobs, models
 from app.api.deps import ServicesDep
 from app.api.services import Services
+from app.web.datasets import dataset_names
 from app.web.site import PageRoute, may_train, page
 
 SHOWN = 5
@@ -42,8 +43,10 @@ def _index() -> dict[str, str]:
 
 def _shown(services: Services, *, with_training: bool) -> dict[str, Any]:
     """The newest of each; of what may be seen with a key for predictions alone, the models."""
+    made = models.list_models(services, limit=SHOWN).data
     return {
+        "names": dataset_names(services, [model.dataset for model in made]),
         "datasets": datasets.list_datasets(services, limit=SHOWN).data if with_training else [],
         "jobs": jobs.list_jobs(services, limit=SHOWN).data if with_training else [],
-        "models": models.list_models(services, limit=SHOWN).data,
+        "models": made,
     }

@@ -10,12 +10,13 @@ from starlette.responses import Response
 from app.api import datasets, jobs, models
 from app.api.deps import After, CallerDep, ServicesDep
 from app.api.problems import Problem
-from app.api.schemas import Dataset, Event
+from app.api.schemas import Event
 from app.api.services import Services
-from app.errors import GraftError, InvalidRequest, NotFound
+from app.errors import GraftError, InvalidRequest
 from app.jobs import events, queue
 from app.jobs.states import JobStatus
 from app.web import curves
+from app.web.datasets import dataset_if_there, dataset_names
 from app.web.job_form import JobForm
 from app.web.site import PageId, PageRoute, go_to, page, read_form
 
@@ -40,7 +41,7 @@ def list_page(
         request,
         template,
         listing=found,
-        names=_dataset_names(services, [job.dataset for job in found.data]),
+        names=dataset_names(services, [job.dataset for job in found.data]),
         status=status or "",
         dataset=dataset or "",
         statuses=[each.value for each in JobStatus],
@@ -92,7 +93,7 @@ def compare_page(
         "jobs_compare.html",
         runs=runs,
         charts_of_runs=curves.compared(runs),
-        names=_dataset_names(services, [found.dataset for found, _ in runs]),
+        names=dataset_names(services, [found.dataset for found, _ in runs]),
         differing=curves.differing_values([found for found, _ in runs]),
         most=MOST_COMPARED,
     )
@@ -152,7 +153,7 @@ def _watched(services: Services, job_id: str) -> dict[str, Any]:
     epochs = jobs.job_history(services, job_id).data
     return {
         "job": job,
-        "dataset": _dataset(services, job.dataset),
+        "dataset": dataset_if_there(services, job.dataset),
         "epochs": epochs,
         "charts_of_job": curves.of_job(epochs, happened),
         "log": [event for event in happened if event.event in ("log", "status")],
@@ -163,17 +164,3 @@ def _watched(services: Services, job_id: str) -> dict[str, Any]:
 
 def _each_job(services: Services, ids: Sequence[str]) -> list[Any]:
     return [jobs.read_job(services, job_id) for job_id in dict.fromkeys(ids)]
-
-
-def _dataset(services: Services, dataset_id: str) -> Dataset | None:
-    """None where it was deleted: a job outlives its data set."""
-    try:
-        return datasets.read_dataset(services, dataset_id)
-    except NotFound:
-        return None
-
-
-def _dataset_names(services: Services, ids: Sequence[str]) -> dict[str, str]:
-    """Id → name of those that are still there."""
-    found = (_dataset(services, dataset_id) for dataset_id in dict.fromkeys(ids))
-    return {each.id: each.name for each in found if each is not None}

@@ -13,6 +13,7 @@ from app.api.services import Services
 from app.errors import Conflict, InvalidRequest, ModelUnavailable, NotFound
 from app.registry import DEFAULT_ALIAS
 from app.web import figures
+from app.web.datasets import dataset_names
 from app.web.site import PageId, PageRoute, go_to, page
 
 PAGE_SIZE = 50
@@ -35,7 +36,8 @@ class CellPicture:
 def list_page(request: Request, services: ServicesDep, after: After = None) -> Response:
     found = models.list_models(services, limit=PAGE_SIZE, after=after)
     template = "model_rows.html" if after else "models.html"
-    return page(request, template, listing=found, default=_alias(services))
+    names = dataset_names(services, [each.dataset for each in found.data])
+    return page(request, template, listing=found, names=names, default=_alias(services))
 
 
 @router.get("/{model}")
@@ -52,6 +54,7 @@ def model_page(
         request,
         "model.html",
         model=found,
+        names=dataset_names(services, [found.dataset]),
         default=_alias(services),
         evaluation=evaluation,
         why_not=why_not,

@@ -14,6 +14,7 @@ from app.api.services import Services
 from app.api.strict_json import parse_as
 from app.errors import NotFound
 from app.vision.artifact import REFERENCE_FILE
+from app.web.datasets import dataset_names
 from app.web.site import PageId, PageRoute, page, read_form
 
 MODELS_OFFERED = 100
@@ -32,6 +33,7 @@ def try_page(
         "try.html",
         model=chosen,
         models=offered,
+        names=dataset_names(services, [each.dataset for each in (*offered, *([chosen] if chosen else []))]),
         has_statistics=chosen is not None and services.storage.exists(f"models/{chosen.id}/{REFERENCE_FILE}"),
         may_store=services.settings.store_predictions,
     )

@@ -1,10 +1,11 @@
 // A picture dropped, pasted, chosen or taken goes to the model; the answer comes back as it is drawn on the server.
 
-const form = document.querySelector("[data-try]");
-if (form) prepare();
+const page = document.querySelector("[data-try]");
+const form = page?.querySelector("aside form");
+if (page) prepare();
 
 function prepare() {
-  const zone = form.querySelector(".drop");
+  const zone = page.querySelector(".drop");
   zone.addEventListener("dragover", (event) => {
     event.preventDefault();
     zone.classList.add("over");
@@ -19,12 +20,12 @@ function prepare() {
   window.addEventListener("paste", (event) => {
     if (event.clipboardData.files.length) ask([...event.clipboardData.files]);
   });
-  form.querySelector("[data-pictures]").addEventListener("change", (event) => ask([...event.target.files]));
+  page.querySelector("[data-pictures]").addEventListener("change", (event) => ask([...event.target.files]));
   form.addEventListener("change", (event) => {
     if (event.target.name === "model") location.assign(`/try?model=${encodeURIComponent(event.target.value)}`);
-    else if (event.target.type !== "file" && last.length) ask(last);
+    else ask(last);
   });
-  form.querySelector("[data-camera]").addEventListener("click", openCamera);
+  page.querySelector("[data-camera]").addEventListener("click", openCamera);
 }
 
 let last = [];
@@ -36,15 +37,14 @@ async function ask(pictures) {
   asking.abort();
   asking = new AbortController();
   const { signal } = asking;
-  const say = (text) => (form.querySelector("[role=status]").textContent = text);
+  const say = (text) => (page.querySelector("[role=status]").textContent = text);
   const fields = new FormData(form);
-  fields.delete("file");
   for (const picture of pictures) fields.append("file", picture, picture.name || "picture");
   say("The model looks at it …");
   try {
     const response = await fetch("/try", { method: "POST", body: fields, headers: { "HX-Request": "true" }, signal });
     if (response.status === 401) return location.assign(`/sign-in?next=${encodeURIComponent(location.pathname)}`);
-    const answers = form.querySelector("#answers");
+    const answers = page.querySelector("#answers");
     const isPage = response.headers.get("content-type").startsWith("text/html");
     if (isPage) answers.innerHTML = await response.text();
     else answers.textContent = (await response.json()).detail;
@@ -58,18 +58,18 @@ async function ask(pictures) {
   } catch (error) {
     if (!signal.aborted) say("The server did not answer. Try again.");
   } finally {
-    form.querySelector("[data-pictures]").value = "";
+    page.querySelector("[data-pictures]").value = "";
   }
 }
 
 async function openCamera() {
-  const panel = form.querySelector(".camera");
+  const panel = page.querySelector(".camera");
   const video = panel.querySelector("video");
   let stream;
   try {
     stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
   } catch {
-    form.querySelector("[role=status]").textContent = "There is no camera that this page may use.";
+    page.querySelector("[role=status]").textContent = "There is no camera that this page may use.";
     return;
   }
   video.srcObject = stream;
