@@ -69,7 +69,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Furnished]:
 
 
 def flawed_zip() -> bytes:
-    """Two classes by colour, split by the archive, with copies across the split and across classes, and broken files."""
+    """Two classes, split by the archive, with copies across the split and across the classes, and broken files."""
     chance = random.Random(7)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
