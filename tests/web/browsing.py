@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Page, Playwright, ViewportSize
+from playwright.sync_api import Browser, BrowserContext, Page, Playwright, ViewportSize, expect
 
 SIZES: dict[str, ViewportSize] = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 # What the tests wait for is made by other processes on a machine that may be busy.
 DEADLINE_MILLISECONDS = 90_000
 # A camera that shows a moving pattern; no sandbox, since containers' root may not have one.
+expect.set_options(timeout=DEADLINE_MILLISECONDS)
 ARGUMENTS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
 

@@ -20,10 +20,10 @@ def test_is_accessible_and_fits_the_screen(browser: Browser, furnished: Furnishe
     with visit(browser, furnished.url, size, color_scheme=scheme) as page:
         for name, address in furnished.pages.items():
             page.goto(address, wait_until="networkidle")
-            if found := [
-                *violations(page),
-                *([("wider than the window", str(wide))] if (wide := overflow(page)) else []),
-            ]:
+            found = violations(page)
+            if too_wide := overflow(page):
+                found.append(("wider than the window", f"{too_wide} pixels"))
+            if found:
                 wrong[name] = found
 
     assert wrong == {}

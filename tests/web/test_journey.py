@@ -30,9 +30,8 @@ def look_at_the_data_set(page: Page) -> None:
     page.wait_for_url(re.compile("/datasets/ds_"))
     expect(page.get_by_role("heading", name="colours")).to_be_visible()
     expect(page.get_by_text("24 pictures · 2 classes")).to_be_visible()
-    expect(page.get_by_role("row", name="red")).to_contain_text(
-        re.compile(r"10\s*2\s*0")
-    )  # .DS_Store was not even sent
+    expect(page.get_by_role("row", name="red")).to_contain_text(re.compile(r"10\s*2\s*0"))
+    expect(page.get_by_text("Rejected files")).to_have_count(0)  # .DS_Store was not even sent
     expect(page.locator(".samples img")).to_have_count(12)
     assert overflow(page) == 0
 

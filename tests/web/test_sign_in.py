@@ -1,4 +1,4 @@
-"""Signing in with an API key, and what a cookie must not make possible. A real server, and a browser where it decides."""
+"""Signing in with an API key, and what a cookie must not make possible. A real server; a browser where it decides."""
 
 import re
 from http.cookies import SimpleCookie
