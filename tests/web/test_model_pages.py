@@ -1,20 +1,21 @@
 """Models: where one errs, which one answers, and how to call it; then trying one, in every way to show it a picture."""
 
-import io
 import random
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
+import api_builders
 import httpx
 import numpy as np
 import pytest
 import running
+from api_builders import RunningServer
 from browsing import SIZES, visit
 from conftest import Furnished
-from PIL import Image
 from playwright.sync_api import Browser, Page, expect
+
+from app.vision.reference import Reference
 
 
 def evaluation_of(furnished: Furnished) -> dict[str, object]:
@@ -142,27 +143,37 @@ def test_what_is_asked_for_is_answered_anew_when_it_changes(
         expect(page.locator(".answer .seen figure")).to_have_count(2)
 
 
-def test_a_strange_picture_is_told_to_be_strange(browser: Browser, furnished: Furnished, tmp_path: Path) -> None:
+def test_a_picture_unlike_all_of_training_is_told_to_be_strange(
+    browser: Browser, server: RunningServer, tmp_path: Path
+) -> None:
+    chance = np.random.default_rng(0)
+    # Training pictures that look nearly the same to the network, and like nothing that it is shown.
+    features = (1000 + chance.standard_normal((52, 512))).astype(np.float32)
+    reference = Reference.fit(
+        features[:12],
+        np.arange(12) % 2,
+        [(f"img_{i}", f"{i}.jpg") for i in range(12)],
+        held_out=features[12:],
+        probability_of_true=[np.linspace(0.02, 0.8, 39)],
+    )
+    api_builders.register_model(server.services, reference=reference)
     picture = tmp_path / "strange.png"
-    for encoded in strange_pictures():
-        told = httpx.post(f"{furnished.url}/predict", files={"file": encoded}).json()["predictions"][0]
-        if not told["in_distribution"]:
-            break
-    assert not told["in_distribution"]
-    picture.write_bytes(encoded)
-    with visit(browser, furnished.url) as page:
+    picture.write_bytes(running.picture(0, chance=random.Random(5)))
+    with visit(browser, server.url) as page:
         page.goto("/try")
         page.locator("[data-pictures]").set_input_files(picture)
         expect(page.locator(".answer .note")).to_contain_text("Unlike what the model was trained on")
 
 
-def strange_pictures() -> Iterator[bytes]:
-    """Not squares on red or blue. What of it is strange is for the model to say."""
-    across = np.linspace(0, 255, 64, dtype=np.uint8)
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    green = np.broadcast_to(np.array([0, 255, 0], dtype=np.uint8), (64, 64, 3))
-    stripes = np.broadcast_to(((np.arange(64) % 4 < 2) * 255).astype(np.uint8)[:, None], (64, 64))
-    for pixels in (green, np.broadcast_to(across, (64, 64)), stripes, np.zeros((64, 64), dtype=np.uint8), noise):
-        encoded = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(encoded, "PNG")
-        yield encoded.getvalue()
+def test_a_model_without_statistics_is_not_asked_for_them(
+    browser: Browser, server: RunningServer, tmp_path: Path
+) -> None:
+    model = api_builders.register_model(server.services)
+    picture = tmp_path / "one.png"
+    picture.write_bytes(running.picture(0, chance=random.Random(5)))
+    with visit(browser, server.url) as page:
+        page.goto(f"/try?model={model}")
+        page.locator("[data-pictures]").set_input_files(picture)
+        expect(page.locator(".answer h2")).to_be_visible()
+        page.get_by_label("Most similar training pictures").select_option("3")
+        expect(page.locator("#answers").get_by_role("alert")).to_contain_text("without the statistics")
