@@ -20,8 +20,9 @@ from app.web.site import PageId, PageRoute, go_to, page
 PAGE_SIZE = 50
 PICTURES_SHOWN = 60
 SAMPLES_PER_CLASS = 6
-# Classes whose pictures are shown at once; the table has all of them.
+# Classes whose pictures are shown at once, and those that the table has: a page of thousands is of use to nobody.
 CLASSES_SHOWN = 40
+CLASSES_LISTED = 200
 # Warnings that point at pictures which had better be left out.
 OF_PICTURES = ("duplicate_across_splits", "conflicting_labels", "suspicious_labels")
 
@@ -65,6 +66,7 @@ def dataset_page(request: Request, services: ServicesDep, dataset_id: PageId) ->
         "dataset.html",
         dataset=dataset,
         jobs=made,
+        most_classes=CLASSES_LISTED,
         progress=_progress(services, dataset),
         largest_class=max((each.train + each.val + each.test for each in dataset.classes), default=0),
         has_cases=any(each.code in OF_PICTURES for each in dataset.warnings),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.api.schemas import ReliabilityBin, SplitEvaluation
+from app.api.schemas import ClassQuality, ReliabilityBin, SplitEvaluation
 from app.web.charts import Axis, Dot, Tick, steps
 
 SHADES = 9  # of a cell, in the style sheet: 0 is none
@@ -81,6 +81,11 @@ def matrix(shown: SplitEvaluation, *, most: int) -> Matrix:
         [[cell(i, j) for j in kept] for i in kept],
         len(shown.classes) - len(kept),
     )
+
+
+def worst_first(classes: Sequence[ClassQuality]) -> list[ClassQuality]:
+    """By F1, in their own order where it is the same; those without validation pictures last."""
+    return sorted(classes, key=lambda each: (not each.support, each.f1 or 0.0))
 
 
 def reliability(bins: Sequence[ReliabilityBin]) -> Reliability:

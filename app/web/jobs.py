@@ -21,7 +21,10 @@ from app.web.job_form import JobForm
 from app.web.site import PageId, PageRoute, go_to, page, read_form
 
 PAGE_SIZE = 50
-EVENTS_SHOWN = 500
+EVENTS_READ = 500
+LOG_SHOWN = 200
+# Of a long job; the curves have all of them, and so has the API.
+EPOCHS_LISTED = 100
 MOST_COMPARED = 6
 
 router = APIRouter(prefix="/jobs", route_class=PageRoute, include_in_schema=False)
@@ -149,14 +152,15 @@ def _watched(services: Services, job_id: str) -> dict[str, Any]:
     job = jobs.read_job(services, job_id)
     with services.database.read() as session:
         queue.find(session, job_id)
-        happened = [Event.of(row) for row in events.read_before(session, job_id, None, EVENTS_SHOWN)][::-1]
+        happened = [Event.of(row) for row in events.read_before(session, job_id, None, EVENTS_READ)][::-1]
     epochs = jobs.job_history(services, job_id).data
     return {
         "job": job,
         "dataset": dataset_if_there(services, job.dataset),
-        "epochs": epochs,
+        "epochs": epochs[-EPOCHS_LISTED:],
+        "epochs_left_out": max(0, len(epochs) - EPOCHS_LISTED),
         "charts_of_job": curves.of_job(epochs, happened),
-        "log": [event for event in happened if event.event in ("log", "status")],
+        "log": [event for event in happened if event.event in ("log", "status")][-LOG_SHOWN:],
         "last_event_id": happened[-1].id if happened else "0",
         "is_over": JobStatus(job.status).is_final,
     }

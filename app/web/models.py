@@ -18,9 +18,10 @@ from app.web.site import PageId, PageRoute, go_to, page
 
 PAGE_SIZE = 50
 # More cells cannot be read on any screen; the classes most often confused are shown then.
-CLASSES_IN_MATRIX = 24
+CLASSES_IN_MATRIX = 20
 MISTAKES_SHOWN = 24
 PICTURES_IN_CELL = 60
+CLASSES_LISTED = 200
 
 router = APIRouter(prefix="/models", route_class=PageRoute, include_in_schema=False)
 
@@ -63,6 +64,7 @@ def model_page(
         matrix=figures.matrix(chosen, most=CLASSES_IN_MATRIX) if chosen else None,
         reliability=figures.reliability(chosen.reliability) if chosen and chosen.reliability else None,
         forecast=figures.forecast(evaluation.forecast, found.metrics) if evaluation and evaluation.forecast else None,
+        worst_classes=figures.worst_first(chosen.per_class)[:CLASSES_LISTED] if chosen else [],
         mistakes=chosen.mistakes[:MISTAKES_SHOWN] if chosen else [],
         has_job=_has_job(services, found),
     )

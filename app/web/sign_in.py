@@ -9,7 +9,7 @@ from starlette.responses import RedirectResponse, Response
 
 from app import access
 from app.api.cookies import authorization_of, cookie_name, is_encrypted
-from app.api.deps import ServicesDep
+from app.api.middleware import services_of
 from app.api.services import Services
 from app.errors import GraftError, Unauthenticated
 from app.web.site import HEADERS, PageRoute, page, read_form
@@ -20,9 +20,9 @@ router = APIRouter(route_class=PageRoute, include_in_schema=False)
 @router.get("/sign-in")
 def sign_in_page(
     request: Request,
-    services: ServicesDep,
     next_page: Annotated[str, Query(alias="next", max_length=2000)] = "/",
 ) -> Response:
+    services = services_of(request.scope)
     is_known = _is_known(services, request)
     with services.database.read() as session:
         needs_key = access.has_keys(session)
@@ -32,12 +32,12 @@ def sign_in_page(
 
 
 @router.post("/sign-in")
-async def sign_in(request: Request, services: ServicesDep) -> Response:
+async def sign_in(request: Request) -> Response:
     authorization_of(request.scope, request.headers)  # refuses a form on another site's page
     fields = dict(await read_form(request))
     key, next_page = fields.get("key", "").strip(), _ours(fields.get("next", "/"))
     try:
-        await run_in_threadpool(_authenticate, services, f"Bearer {key}")
+        await run_in_threadpool(_authenticate, services_of(request.scope), f"Bearer {key}")
     except Unauthenticated as error:
         return page(
             request, "sign_in.html", status_code=401, next_page=next_page, is_known=False, needs_key=True, problem=error

@@ -50,7 +50,7 @@ async def answer_fragment(request: Request, services: ServicesDep) -> Response:
 @router.post("/{prediction_id}/feedback")
 async def say(request: Request, services: ServicesDep, prediction_id: PageId) -> Response:
     given = {name: text for name, text in await read_form(request) if text}
-    fields = {"label": given.get("label", ""), "new_class": given.get("new_class") == "true"}
+    fields = {"label": given.get("label", ""), "task": given.get("task"), "new_class": given.get("new_class") == "true"}
     body = parse_as(FeedbackRequest, fields)
     stored = await run_in_threadpool(feedback.give_feedback, services, prediction_id, body)
     return page(request, "try_feedback.html", stored=stored)

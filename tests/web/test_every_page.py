@@ -3,13 +3,21 @@ and nothing in it can be made to run what somebody else wrote."""
 
 import re
 
+import api_builders
 import httpx
 import pytest
+from api_builders import RunningServer
 from browsing import SIZES, overflow, violations, visit
 from conftest import Furnished
 from playwright.sync_api import Browser, Response
 
+from app.db.tables import EpochRow
+from app.jobs import events, queue
+from app.jobs.states import JobKind
+from app.web import site
+
 MAX_PAGE_BYTES = 300_000
+SHARED = ("graft.css", "page.js", "icon.svg", "vendor/htmx-2.0.11.min.js")
 
 
 @pytest.mark.slow  # a minute and a half
@@ -100,3 +108,34 @@ def test_somebody_can_go_by_keyboard_alone(browser: Browser, furnished: Furnishe
         assert page.evaluate("document.activeElement.hasAttribute('data-folder')")
         outline = page.evaluate("getComputedStyle(document.activeElement.closest('label')).outlineStyle")
         assert outline == "solid"
+
+
+def test_pages_of_much_are_light_too(server: RunningServer, client: httpx.Client) -> None:
+    many = tuple(f"a class with a name of its own {number}" for number in range(1000))
+    dataset = api_builders.ready_dataset(server.services.database, classes=many)
+    job = _long_job(server, dataset)
+    counts = [[7 if row == column else row % 3 for column in range(1000)] for row in range(1000)]
+    quality = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 9, "recall_ci95": [0.4, 0.6]}
+    evaluation = {
+        "classes": many, "images": 9000, "accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "loss": 1.0, "macro_f1": 0.5,
+        "expected_calibration_error": 0.1, "confusion_matrix": counts, "mistakes": [],
+        "per_class": [{"name": name, **quality} for name in many],
+    }  # fmt: skip
+    model = api_builders.register_model(server.services, dataset_id=dataset, evaluation=evaluation)
+
+    pages = (f"/datasets/{dataset}", f"/jobs/{job}", f"/models/{model}", f"/jobs/compare?job={job}")
+    weights = {path: len(client.get(path, headers={"Accept": "text/html"}).content) for path in pages}
+    shared = sum(len((site.STATIC / name).read_bytes()) for name in SHARED)
+    assert {path: weight for path, weight in weights.items() if weight + shared > MAX_PAGE_BYTES} == {}
+
+
+def _long_job(server: RunningServer, dataset: str) -> str:
+    """With as many epochs and lines of log as a job may have."""
+    figures = {"train_loss": 0.123456, "train_accuracy": 0.9, "val_loss": 0.234567, "val_accuracy": 0.8}
+    with server.services.database.write() as session:
+        row = queue.submit(session, kind=JobKind.training, dataset_id=dataset, spec={}, method="fine_tuning")
+        for number in range(1, 1001):
+            epoch = {"epoch": number, "learning_rate": 0.001, "seconds": 1.0, **figures}
+            session.add(EpochRow(job_id=row.id, **epoch))
+            events.append(session, row.id, 0, "log", {"message": "a sentence about what was done, and why. " * 4})
+        return row.id
