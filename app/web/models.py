@@ -86,11 +86,12 @@ def cell_fragment(
         raise NotFound("The model has no such cell; reload its page.")
     count = chosen.confusion_matrix[chosen.classes.index(true)][chosen.classes.index(predicted)]
     if true == predicted:
-        shown = _right(services, found.dataset, chosen, true) if not task else []
+        shown = _right(services, found, chosen, true) if not task else []
     else:
         of_cell = [each for each in chosen.mistakes if (each.true, each.predicted) == (true, predicted)]
         shown = [CellPicture(each.path, each.thumbnail, each.score) for each in of_cell[:PICTURES_IN_CELL]]
-    return page(request, "model_cell.html", model=found, true=true, predicted=predicted, count=count, pictures=shown)
+    # Not named `true`, which is a word of the templates' own.
+    return page(request, "model_cell.html", true_name=true, predicted_name=predicted, count=count, pictures=shown)
 
 
 @router.post("/{model}/promote")
@@ -127,20 +128,29 @@ def _of_task(evaluation: Evaluation | None, task: str | None) -> SplitEvaluation
     return (evaluation.tasks or {})[task]
 
 
-def _right(services: Services, dataset_id: str, shown: SplitEvaluation, name: str) -> list[CellPicture]:
+def _right(services: Services, model: Model, shown: SplitEvaluation, name: str) -> list[CellPicture]:
     """Validation pictures of the class that are no mistakes; none where the data set is gone."""
-    wrong = {mistake.image_id for mistake in shown.mistakes}
+    wrong = {mistake.path for mistake in shown.mistakes}
+    passed_over = wrong | _excluded(services, model)
     try:
         found, _ = services.pictures.page(
-            dataset_id, class_name=name, split="val", limit=PICTURES_IN_CELL + len(wrong), after=None
+            model.dataset, class_name=name, split="val", limit=PICTURES_IN_CELL + len(passed_over), after=None
         )
     except NotFound:
         return []
-    right = [record for record, _ in found if record.image_id not in wrong]
+    right = [record for record, _ in found if record.path not in passed_over]
     return [
-        CellPicture(record.path, thumbnail_path(dataset_id, record.image_id), None)
+        CellPicture(record.path, thumbnail_path(model.dataset, record.image_id), None)
         for record in right[:PICTURES_IN_CELL]
     ]
+
+
+def _excluded(services: Services, model: Model) -> set[str]:
+    """Pictures that its job left out; unknown where the job was deleted."""
+    try:
+        return set(jobs.read_job(services, model.job).spec.get("exclude") or [])
+    except NotFound:
+        return set()
 
 
 def _alias(services: Services) -> Alias | None:

@@ -34,7 +34,8 @@ def test_each_cell_of_the_confusion_matrix_shows_its_pictures(
             names = ("blue", "red")
             count = counts[true, predicted]
             page.get_by_label(f"{names[true]} taken for {names[predicted]}: {count}").click()
-            expect(page.locator("#cell h3")).to_contain_text(f"{count} picture")
+            told = "told right" if true == predicted else f"taken for {names[predicted]}"
+            expect(page.locator("#cell h3")).to_contain_text(f"{names[true]} {told}: {count} picture")
             expect(page.locator("#cell img")).to_have_count(int(count))
         mistakes = page.locator("section", has=page.get_by_role("heading", name="Worst mistakes"))
         assert mistakes.locator("img").count() == counts.sum() - np.trace(counts)
