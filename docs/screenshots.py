@@ -46,7 +46,7 @@ def main() -> None:
         _keep(page, None, "model", height=1000)
         _try(page, archive, job["model"])
         _keep(page, None, "try")
-        running = _submitted(client, dataset["id"], method="fine_tuning", hyperparameters={"epochs": 60})
+        running = _submitted(client, dataset["id"], method="fine_tuning", hyperparameters={"epochs": 20})
         page.goto(f"/jobs/{running['id']}")
         expect(page.get_by_role("region", name="Epochs").locator("tbody tr").nth(7)).to_be_visible()
         _keep(page, None, "job")

@@ -13,7 +13,8 @@ COMPARED_VALUES = ("method", "recipe", "backbone", "seed", "excluded")
 
 
 def of_job(epochs: Sequence[Epoch], events: Sequence[Event]) -> list[Chart]:
-    """Accuracy, loss, learning rate and speed; those of which there is something to see."""
+    """Accuracy, loss, learning rate and speed; those of which there is something to see: one epoch is no curve."""
+    epochs = epochs if len(epochs) > 1 else []
     accuracies = {"validation": "val_accuracy", "training": "train_accuracy"}
     losses = {"validation": "val_loss", "training": "train_loss"}
     charts = [

@@ -76,6 +76,8 @@ def test_a_running_job_is_watched_stopped_and_kept(browser: Browser, furnished: 
         long_job(page, furnished)
         epochs = page.get_by_role("region", name="Epochs").locator("tbody tr")
         expect(epochs.nth(2)).to_be_visible()  # no reload: the event stream brought them
+        for drawn in ("Accuracy", "Loss", "Learning rate"):
+            expect(page.get_by_role("img", name=re.compile(f"^{drawn} by epoch"))).to_be_visible()
         expect(page.get_by_label("Progress of the job")).not_to_have_attribute("value", "0")
         page.get_by_role("button", name="Stop and keep the best so far").click()
         expect(page.locator(".title .status")).to_have_text("succeeded")
