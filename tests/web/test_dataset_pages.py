@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 from browsing import SIZES, drop, visit
-from conftest import Furnished, flawed_zip
+from furnishing import Furnished, flawed_zip
 from playwright.sync_api import Browser, Page, expect
 
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from api_builders import RunningServer
 from browsing import SIZES, overflow, violations, visit
-from conftest import Furnished
+from furnishing import Furnished
 from playwright.sync_api import Browser, Response
 
 from app.db.tables import EpochRow

@@ -5,7 +5,7 @@ import re
 import httpx
 import pytest
 from browsing import SIZES, visit
-from conftest import Furnished
+from furnishing import Furnished
 from playwright.sync_api import Browser, Page, expect
 
 from app.jobs.request import Hyperparameters

@@ -12,7 +12,7 @@ import pytest
 import running
 from api_builders import RunningServer
 from browsing import SIZES, visit
-from conftest import Furnished
+from furnishing import Furnished
 from playwright.sync_api import Browser, Page, expect
 
 from app.vision.reference import Reference

@@ -155,6 +155,44 @@ def test_a_key_for_predictions_sees_models_and_trying_alone(browser: Browser, se
         expect(page.get_by_text("Your key's scope is too small for /datasets")).to_be_visible()
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "least"),
+    [
+        ("GET", "/", Scope.predict),
+        ("GET", "/models", Scope.predict),
+        ("GET", "/models/mdl_1/cell", Scope.predict),
+        ("GET", "/try", Scope.predict),
+        ("POST", "/try", Scope.predict),
+        ("POST", "/try/prd_1/feedback", Scope.predict),
+        ("POST", "/models/mdl_1/promote", Scope.train),
+        ("POST", "/models/aliases/default/rollback", Scope.train),
+        ("GET", "/datasets", Scope.train),
+        ("GET", "/jobs/job_1/live", Scope.train),
+        ("POST", "/jobs", Scope.train),
+        ("POST", "/jobs/estimate", Scope.train),
+        ("GET", "/a-page-to-come", Scope.train),
+    ],
+)
+def test_each_page_asks_for_the_scope_of_what_it_shows(
+    server: RunningServer, client: httpx.Client, method: str, path: str, least: Scope
+) -> None:
+    refused = {
+        scope for scope in Scope if client.request(method, path, headers=create_key(server, scope)).status_code == 403
+    }
+
+    assert refused == ({Scope.predict} if least is Scope.train else set())
+
+
+def test_the_look_of_the_pages_is_open_to_all_and_nothing_beside_it(
+    server: RunningServer, client: httpx.Client
+) -> None:
+    create_key(server, Scope.admin)
+
+    assert client.get("/static/graft.css").status_code == 200
+    for path in ("/static/../graft.db", "/static/%2e%2e/site.py", "/static/", "/static/nothing.js"):
+        assert client.get(path).status_code in (401, 404)
+
+
 def test_a_key_that_is_revoked_ends_what_is_open(browser: Browser, server: RunningServer) -> None:
     key = token(create_key(server, Scope.train))
     with visit(browser, server.url) as page:
