@@ -46,6 +46,10 @@ from app.db.migrate import check_is_current
 from app.egress import Resolve
 from app.errors import GraftError
 from app.settings import Settings
+from app.web import datasets as dataset_pages
+from app.web import home, sign_in, site, try_it
+from app.web import jobs as job_pages
+from app.web import models as model_pages
 
 # Besides the answers, as long as the app runs.
 TASKS = (
@@ -119,8 +123,15 @@ def create_app(settings: Settings, *, resolve: Resolve = egress.resolve) -> Fast
         webhooks,
         system,
         usage,
+        home,
+        dataset_pages,
+        job_pages,
+        model_pages,
+        try_it,
+        sign_in,
     ):
         app.include_router(part.router)
+    app.mount("/static", StaticFiles(directory=site.STATIC))
     app.mount("/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]))
     handle_failures(app)
     app.openapi = openapi.describe(app)  # type: ignore[method-assign]

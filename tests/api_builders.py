@@ -16,7 +16,8 @@ from typing import Any
 import builders
 import httpx
 
-from app import egress, registry
+from app import access, egress, registry
+from app.access import Scope
 from app.api.server import make_server
 from app.api.services import Services
 from app.db.engine import Database
@@ -137,6 +138,12 @@ def assert_is_problem(response: httpx.Response, status: int, slug: str) -> dict[
     assert problem["request_id"] == response.headers["x-request-id"]
     assert set(problem) >= {"type", "title", "status", "detail", "request_id", "error"}
     return problem
+
+
+def create_key(server: RunningServer, scope: Scope) -> dict[str, str]:
+    """Headers with a fresh key."""
+    with server.services.database.write() as session:
+        return {"Authorization": f"Bearer {access.create_key(session, scopes=[scope]).token}"}
 
 
 def archive_of_classes(*, per_class: int = 6) -> bytes:

@@ -87,6 +87,7 @@ def quality_warnings(
                 f"{_pictures(leaked)} look like mirrored, cropped or otherwise changed copies of pictures in another "
                 f"split, so validation is easier than it should be. Look at them, and {_EXCLUDE}.",
                 _paths_of(leaked, paths),
+                groups=[[paths[i], paths[j]] for i, j in leaked],
             )
         )
     if contradicting := [(i, j) for i, j in pairs if _differ(labels[i], labels[j])]:
@@ -96,6 +97,7 @@ def quality_warnings(
                 f"{_pictures(contradicting)} look like changed copies of a picture in another class. Decide for one "
                 f"class each, or {_EXCLUDE}.",
                 _paths_of(contradicting, paths),
+                groups=[[paths[i], paths[j]] for i, j in contradicting],
             )
         )
     known = np.flatnonzero(labels != UNLABELLED)
@@ -117,6 +119,7 @@ def quality_warnings(
                 f"{paths[first.index]} like {classes[first.suggested]}. Look at them: correct their class in a new "
                 f"upload, or {_EXCLUDE}.",
                 [paths[suspect.index] for suspect in suspects],
+                suggested={paths[suspect.index]: classes[suspect.suggested] for suspect in suspects},
             )
         )
     return found

@@ -224,13 +224,18 @@ async def wait_for(request: Request, services: Services, dataset_id: str, *, sec
     """The data set, once it is ready or failed, or the time is up. Raises NotFound."""
 
     def read() -> Dataset:
-        with services.database.read() as session:
-            progress = queue.ingest_progress(session, [dataset_id]).get(dataset_id)
-            return Dataset.of(catalog.find(session, dataset_id), progress=progress)
+        return read_dataset(services, dataset_id)
 
     return await wait_until(
         read, is_final=lambda dataset: dataset.status != "processing", seconds=seconds, request=request
     )
+
+
+def read_dataset(services: Services, dataset_id: str) -> Dataset:
+    """Raises NotFound."""
+    with services.database.read() as session:
+        progress = queue.ingest_progress(session, [dataset_id]).get(dataset_id)
+        return Dataset.of(catalog.find(session, dataset_id), progress=progress)
 
 
 def _create(

@@ -55,7 +55,7 @@ async def submit_job(
 ) -> Response:
     key = idempotency.parse_key(idempotency_key)
     if dry_run:
-        return JSONResponse((await run_in_threadpool(_dry_run, services, job)).model_dump(mode="json"))
+        return JSONResponse((await run_in_threadpool(estimated, services, job)).model_dump(mode="json"))
     scope = f"{caller.key_id} {request.method} {request.url.path}"
     answer, is_replay = await run_in_threadpool(submit_once, services, job, scope=scope, key=key)
     if wait:
@@ -169,10 +169,15 @@ async def job_events(
 
 async def _wait_for(request: Request, services: Services, job_id: str, *, seconds: float) -> Job:
     def read() -> Job:
-        with services.database.read() as session:
-            return _render(session, queue.find(session, job_id))
+        return read_job(services, job_id)
 
     return await wait_until(read, is_final=lambda job: JobStatus(job.status).is_final, seconds=seconds, request=request)
+
+
+def read_job(services: Services, job_id: str) -> Job:
+    """Raises NotFound."""
+    with services.database.read() as session:
+        return _render(session, queue.find(session, job_id))
 
 
 def _render(session: Session, row: JobRow) -> Job:
@@ -205,7 +210,8 @@ def resolve(session: Session, services: Services, request: JobRequest) -> Traini
     return _resolve(session, services, request, _ready_dataset(session, request.dataset))
 
 
-def _dry_run(services: Services, request: JobRequest) -> DryRun:
+def estimated(services: Services, request: JobRequest) -> DryRun:
+    """What the job would be, and take. Raises as `resolve` does."""
     with services.database.read() as session:
         dataset = _ready_dataset(session, request.dataset)
         spec = _resolve(session, services, request, dataset)

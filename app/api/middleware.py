@@ -12,15 +12,18 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import quote
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import access, telemetry, workspaces
 from app.access import Caller
 from app.api import tus
+from app.api.cookies import authorization_of
 from app.api.problems import INTERNAL_ERROR, Problem
 from app.api.services import Services
 from app.db.tables import DEFAULT_WORKSPACE
@@ -61,6 +64,9 @@ UNTRACED_PATHS = OPEN_PATHS | OPERATORS_PATHS
 TUS_PATH = "/v1/uploads"
 OVERRIDABLE = frozenset({"PATCH", "DELETE", "HEAD"})
 TUS_HEADERS = {"Tus-Resumable": tus.VERSION, "Tus-Version": tus.VERSION}
+# The page for signing in, and what pages look like.
+OPEN_PAGES = ("/sign-in", "/static/")
+PAGES = re.compile(r"/(?:$|(?:datasets|jobs|models|try|docs)(?:/|$))")
 
 SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
 
@@ -243,8 +249,8 @@ class AccessGate:
         headers = Headers(scope=scope)
         services = scope["state"]["services"] = services_of(scope)
         try:
-            if scope["path"] not in OPEN_PATHS:
-                caller, workspace = await self._admitted(services, scope, headers.get("authorization"))
+            if scope["path"] not in OPEN_PATHS and not scope["path"].startswith(OPEN_PAGES):
+                caller, workspace = await self._admitted(services, scope, authorization_of(scope, headers))
                 services.traffic.take_request(workspace)
                 actor = Actor(f"{scope['method']} {scope['path']}", caller.key_id, request_id_of(scope))
                 scope["state"]["caller"] = caller
@@ -254,7 +260,11 @@ class AccessGate:
             if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
                 raise InvalidRequest("The address holds a NUL character.")
         except GraftError as error:
-            await answer(Problem.of(error), scope, receive, send)
+            if isinstance(error, Unauthenticated | Forbidden) and _is_for_a_person(scope, headers):
+                place = quote(scope["path"] + ("?" + scope["query_string"].decode("latin-1")).rstrip("?"), safe="")
+                await RedirectResponse(f"/sign-in?next={place}", status_code=303)(scope, receive, send)
+            else:
+                await answer(Problem.of(error), scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -278,9 +288,14 @@ class AccessGate:
         return admitted
 
 
+def _is_for_a_person(scope: Scope, headers: Headers) -> bool:
+    is_page = scope["method"] == "GET" and PAGES.match(scope["path"]) is not None
+    return is_page and "text/html" in headers.get("accept", "")
+
+
 def needed_scope(method: str, path: str) -> access.Scope:
     """The least scope for a request. What is not listed here needs `train`: new paths are closed until thought of."""
-    if path == "/predict" or path.startswith(("/v2", "/hf/", "/v1/batches")):
+    if path in ("/predict", "/try") or path.startswith(("/try/", "/v2", "/hf/", "/v1/batches")):
         return access.Scope.predict
     # Whoever asked may say what it was; to look at what others asked takes more.
     if method == "POST" and path.startswith("/v1/predictions/") and path.endswith("/feedback"):
@@ -291,8 +306,9 @@ def needed_scope(method: str, path: str) -> access.Scope:
     if path.endswith("/export"):
         return access.Scope.train  # who may ask a model may not therefore take it away
     if is_reading and (
-        path in ("/", "/docs", "/openapi.json", "/metrics", "/v1/backbones", "/v1/aliases", "/v1/models", "/v1/usage")
-        or path.startswith(("/v1/models/", "/swagger/"))
+        path in ("/", "/docs", "/openapi.json", "/metrics", "/models")
+        or path in ("/v1/backbones", "/v1/aliases", "/v1/models", "/v1/usage")
+        or path.startswith(("/models/", "/v1/models/", "/swagger/"))
     ):
         return access.Scope.predict
     return access.Scope.train

@@ -4,7 +4,7 @@ does not read a million lines fifty times. Knows the storage's data sets; not HT
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from app.datasets.ingest import PACKED_SIDE, manifest_key, packed_key
@@ -49,6 +49,32 @@ class Pictures:
         found = [record for record, _ in zip(matching, range(limit + 1), strict=False)]
         names = [None if record.label == UNLABELLED else classes[record.label] for record in found[:limit]]
         return list(zip(found, names, strict=False)), len(found) > limit
+
+    def samples(self, dataset_id: str, *, per_class: int) -> dict[str, list[Record]]:
+        """The first training pictures of each class, or of any split where it has none. Raises NotFound."""
+        manifest = self._open(dataset_id).manifest
+        found: dict[str, list[Record]] = {name: [] for name in manifest.classes}
+        others: dict[str, list[Record]] = {name: [] for name in manifest.classes}
+        unfilled = len(found) * per_class
+        for record in manifest.records:
+            if record.label == UNLABELLED:
+                continue
+            kept = (found if record.split == "train" else others)[manifest.classes[record.label]]
+            if len(kept) < per_class:
+                kept.append(record)
+                unfilled -= record.split == "train"
+            if not unfilled:
+                break
+        return {name: (records + others[name])[:per_class] for name, records in found.items()}
+
+    def at_paths(self, dataset_id: str, paths: Collection[str]) -> dict[str, tuple[Record, str | None]]:
+        """Path → (record, class name or None) of those that the data set has. Raises NotFound."""
+        manifest, wanted = self._open(dataset_id).manifest, frozenset(paths)
+        return {
+            record.path: (record, None if record.label == UNLABELLED else manifest.classes[record.label])
+            for record in manifest.records
+            if record.path in wanted
+        }
 
     def thumbnail(self, dataset_id: str, image_id: str) -> bytes:
         """A JPEG made anew from pixels: nothing of the uploaded file is in it. Raises NotFound."""

@@ -70,6 +70,12 @@ class Shortcut:
     },
 )
 async def predict(request: Request, services: ServicesDep) -> Response:
+    # Written as it is: FastAPI would check once more what was just made, for a quarter of the event loop's time.
+    return Response((await answered(request, services)).model_dump_json(), media_type="application/json")
+
+
+async def answered(request: Request, services: Services) -> Predictions:
+    """What is said of the pictures in the request's body, with the options in its query and body."""
     refuse_unknown(request.query_params, PredictOptions.model_fields)
     asked = await read_pictures(request, schema=PredictRequest, max_bytes=services.settings.max_predict_bytes)
     options = _options(request.query_params, asked.fields)
@@ -114,9 +120,7 @@ async def predict(request: Request, services: ServicesDep) -> Response:
     if options.store:
         alias = None if name == model_id else name
         predictions = await run_in_threadpool(_kept, services, model_id, alias, asked.pictures, predictions)
-    whole = Predictions(model=model_id, coverage=coverage_of(loaded, options), predictions=predictions)
-    # Written as it is: FastAPI would check once more what was just made, for a quarter of the event loop's time.
-    return Response(whole.model_dump_json(), media_type="application/json")
+    return Predictions(model=model_id, coverage=coverage_of(loaded, options), predictions=predictions)
 
 
 Results = Sequence[tuple[Picture, Scores | ImageRefused]]

@@ -121,6 +121,8 @@ class DatasetWarning(Schema):
     code: str
     detail: str
     paths: list[str]
+    groups: list[list[str]] = Field([], description="Which of the paths are copies of each other.")
+    suggested: dict[str, str] = Field({}, description="For suspicious labels: the class that a path looks like.")
 
 
 class DatasetProgress(Schema):
@@ -404,6 +406,16 @@ class Mistake(Schema):
     thumbnail: str
 
 
+class ReliabilityBin(Schema):
+    """Images whose predicted class was given a score from `low` to `high`."""
+
+    low: float
+    high: float
+    images: int
+    confidence: float = Field(description="Mean score.")
+    accuracy: float = Field(description="Share that is right; the scores are calibrated where the two agree.")
+
+
 class SplitEvaluation(Schema):
     """How well the model does on one split."""
 
@@ -421,6 +433,9 @@ class SplitEvaluation(Schema):
     confusion_matrix: list[list[int]] = Field(description="Rows are true classes, columns predicted ones.")
     per_class: list[ClassQuality]
     mistakes: list[Mistake] = Field(description="What it got wrong, the most confident first.")
+    reliability: list[ReliabilityBin] | None = Field(
+        None, description="Of calibrated scores, bins without images left out; null for models of earlier versions."
+    )
 
 
 class TaskEvaluation(SplitEvaluation):

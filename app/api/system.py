@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from app import registry
 from app.api.deps import ServicesDep
@@ -74,11 +74,6 @@ async def page_of_the_api() -> Response:
         swagger_css_url="/swagger/swagger-ui.css",
         swagger_favicon_url="/swagger/favicon-32x32.png",
     )
-
-
-@router.get("/", include_in_schema=False)
-async def index() -> Response:
-    return RedirectResponse("/docs")
 
 
 def _check_database(services: Services) -> None:

@@ -358,6 +358,7 @@ def _warnings(layout: Layout, records: Sequence[Record], groups: NDArray[np.int6
                 f"{_counted(leaked)} on more than one side of the archive's own split, so validation is easier than "
                 "it should be. Keep copies on one side.",
                 _paths(leaked),
+                groups=_grouped(leaked),
             )
         )
     if contradicting := [members for members in copies if _contradict(members)]:
@@ -366,6 +367,7 @@ def _warnings(layout: Layout, records: Sequence[Record], groups: NDArray[np.int6
                 "conflicting_labels",
                 f"{_counted(contradicting)} in more than one class. Decide for one class each.",
                 _paths(contradicting),
+                groups=_grouped(contradicting),
             )
         )
     for place, task in enumerate(layout.tasks or [Task("", layout.classes)]):
@@ -421,7 +423,11 @@ def _counted(groups: Sequence[Sequence[Record]]) -> str:
 
 
 def _paths(groups: Sequence[Sequence[Record]]) -> list[str]:
-    return [record.path for members in groups for record in members]
+    return [path for members in _grouped(groups) for path in members]
+
+
+def _grouped(groups: Sequence[Sequence[Record]]) -> list[list[str]]:
+    return [[record.path for record in members] for members in groups]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -21,15 +21,28 @@ class IngestReport:
     classes: list[dict[str, Any]]  # {"name", "train", "val", "test"}, in the order of labels
     rejected: list[dict[str, str]]  # {"path", "reason"}, the first MAX_LISTED_REJECTED
     tasks: list[dict[str, Any]] = field(default_factory=list)  # {"name", "classes"}, where there are several
-    warnings: list[dict[str, Any]] = field(default_factory=list)  # {"code", "detail", "paths"}, each code once
+    warnings: list[dict[str, Any]] = field(default_factory=list)  # as `warning` makes them, each code once
     error: GraftError | None = None
     # Not for callers: the group of near copies of each image, in the manifest's order; None without a manifest.
     groups: tuple[int, ...] | None = field(default=None, repr=False)
 
 
-def warning(code: str, detail: str, paths: Sequence[str] = ()) -> dict[str, Any]:
-    """A warning as callers see it, but for the length of its list."""
-    return {"code": code, "detail": detail, "paths": list(paths)}
+def warning(
+    code: str,
+    detail: str,
+    paths: Sequence[str] = (),
+    *,
+    groups: Sequence[Sequence[str]] = (),
+    suggested: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """A warning as callers see it, but for the length of its lists.
+
+    groups: which of the paths belong together, as copies of each other. suggested: path → class that it looks like.
+    """
+    found: dict[str, Any] = {"code": code, "detail": detail, "paths": list(paths)}
+    if groups:
+        found["groups"] = [list(group) for group in groups]
+    return found | ({"suggested": dict(suggested)} if suggested else {})
 
 
 def merged(warnings: Sequence[Mapping[str, Any]], more: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -46,9 +59,21 @@ def shortened(found: Mapping[str, Any]) -> dict[str, Any]:
     detail, paths = found["detail"], found["paths"]
     if len(paths) > MAX_LISTED_PATHS:
         detail = f"{detail} (The first {MAX_LISTED_PATHS} of {len(paths)} are listed.)"
-    return {"code": found["code"], "detail": detail, "paths": paths[:MAX_LISTED_PATHS]}
+    listed = paths[:MAX_LISTED_PATHS]
+    kept = set(listed)
+    groups = [[path for path in group if path in kept] for group in found.get("groups", [])]
+    suggested = {path: name for path, name in found.get("suggested", {}).items() if path in kept}
+    return warning(
+        found["code"], detail, listed, groups=[group for group in groups if len(group) > 1], suggested=suggested
+    )
 
 
 def _united(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     paths = dict.fromkeys([*first["paths"], *second["paths"]])
-    return warning(first["code"], f"{first['detail']} {second['detail']}", list(paths))
+    return warning(
+        first["code"],
+        f"{first['detail']} {second['detail']}",
+        list(paths),
+        groups=[*first.get("groups", []), *second.get("groups", [])],
+        suggested=first.get("suggested", {}) | second.get("suggested", {}),
+    )

@@ -59,6 +59,7 @@ def test_copies_in_two_splits_are_told() -> None:
 
     assert set(found) == {"duplicate_across_splits", *(found.keys() & {"conflicting_labels"})}
     assert found["duplicate_across_splits"]["paths"] == ["50.jpg", "150.jpg"]
+    assert found["duplicate_across_splits"]["groups"] == [["50.jpg", "150.jpg"]]
     assert '"exclude": [paths]' in found["duplicate_across_splits"]["detail"]
 
 
@@ -133,7 +134,7 @@ def test_suspicious_labels_are_told_with_what_they_look_like() -> None:
 
     warning = warnings_of(features, labels)["suspicious_labels"]
 
-    assert warning["paths"] == ["8.jpg"]
+    assert (warning["paths"], warning["suggested"]) == (["8.jpg"], {"8.jpg": "class0"})
     assert "8.jpg like class0" in warning["detail"]
 
 

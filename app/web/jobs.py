@@ -1,0 +1,170 @@
+"""/jobs: start one, watch it, end it, and hold several side by side."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from app.api import datasets, jobs, models
+from app.api.deps import After, CallerDep, ServicesDep
+from app.api.problems import Problem
+from app.api.schemas import Event
+from app.api.services import Services
+from app.errors import GraftError, InvalidRequest
+from app.jobs import events, queue
+from app.jobs.states import JobStatus
+from app.web import curves
+from app.web.datasets import dataset_if_there, dataset_names
+from app.web.job_form import JobForm
+from app.web.site import PageId, PageRoute, go_to, page, read_form
+
+PAGE_SIZE = 50
+EVENTS_READ = 500
+LOG_SHOWN = 200
+# Of a long job; the curves have all of them, and so has the API.
+EPOCHS_LISTED = 100
+MOST_COMPARED = 6
+
+router = APIRouter(prefix="/jobs", route_class=PageRoute, include_in_schema=False)
+
+
+@router.get("")
+def list_page(
+    request: Request,
+    services: ServicesDep,
+    after: After = None,
+    status: JobStatus | Literal[""] | None = None,
+    dataset: Annotated[str | None, Query(max_length=100)] = None,
+) -> Response:
+    found = jobs.list_jobs(services, limit=PAGE_SIZE, after=after, status=status or None, dataset=dataset or None)
+    template = "job_rows.html" if after else "jobs.html"
+    return page(
+        request,
+        template,
+        listing=found,
+        names=dataset_names(services, [job.dataset for job in found.data]),
+        status=status or "",
+        dataset=dataset or "",
+        statuses=[each.value for each in JobStatus],
+    )
+
+
+@router.post("")
+async def submit(request: Request, services: ServicesDep, caller: CallerDep) -> Response:
+    form = JobForm.of(await read_form(request))
+    try:
+        job = form.request()
+        scope = f"{caller.key_id} POST /jobs"
+        answer, _ = await run_in_threadpool(jobs.submit_once, services, job, scope=scope, key=None)
+    except InvalidRequest as error:
+        return await run_in_threadpool(_form_page, request, services, form, error)
+    return go_to(request, f"/jobs/{answer['id']}")
+
+
+@router.get("/new")
+def new_page(request: Request, services: ServicesDep, dataset: Annotated[str, Query(max_length=100)] = "") -> Response:
+    return _form_page(request, services, JobForm.of([("dataset", dataset)] if dataset else []))
+
+
+@router.post("/new")
+async def new_page_with(request: Request, services: ServicesDep) -> Response:
+    """The same, filled in: with the pictures to leave out, for one."""
+    form = JobForm.of(await read_form(request))
+    return await run_in_threadpool(_form_page, request, services, form)
+
+
+@router.post("/estimate")
+async def estimate_fragment(request: Request, services: ServicesDep) -> Response:
+    """What the form's job would be and take, or what is wrong with it."""
+    form = JobForm.of(await read_form(request))
+    try:
+        found = await run_in_threadpool(jobs.estimated, services, form.request())
+    except GraftError as error:
+        return page(request, "job_estimate.html", found=None, problem=Problem.of(error))
+    return page(request, "job_estimate.html", found=found, problem=None)
+
+
+@router.get("/compare")
+def compare_page(
+    request: Request, services: ServicesDep, job: Annotated[list[str] | None, Query(max_length=MOST_COMPARED)] = None
+) -> Response:
+    runs = [(found, jobs.job_history(services, found.id).data) for found in _each_job(services, job or [])]
+    return page(
+        request,
+        "jobs_compare.html",
+        runs=runs,
+        charts_of_runs=curves.compared(runs),
+        names=dataset_names(services, [found.dataset for found, _ in runs]),
+        differing=curves.differing_values([found for found, _ in runs]),
+        most=MOST_COMPARED,
+    )
+
+
+@router.get("/{job_id}")
+def job_page(request: Request, services: ServicesDep, job_id: PageId) -> Response:
+    return page(request, "job.html", **_watched(services, job_id))
+
+
+@router.get("/{job_id}/live")
+def live_fragment(request: Request, services: ServicesDep, job_id: PageId) -> Response:
+    """What changes while it runs; asked for again after each event."""
+    return page(request, "job_live.html", **_watched(services, job_id))
+
+
+@router.post("/{job_id}/cancel")
+def cancel(request: Request, services: ServicesDep, job_id: PageId) -> Response:
+    jobs.cancel_job(services, job_id)
+    return go_to(request, f"/jobs/{job_id}")
+
+
+@router.post("/{job_id}/stop")
+def stop(request: Request, services: ServicesDep, job_id: PageId) -> Response:
+    jobs.stop_job(services, job_id)
+    return go_to(request, f"/jobs/{job_id}")
+
+
+@router.post("/{job_id}/delete")
+def delete(request: Request, services: ServicesDep, job_id: PageId) -> Response:
+    jobs.delete_job(services, job_id)
+    return go_to(request, "/jobs")
+
+
+def _form_page(request: Request, services: Services, form: JobForm, error: InvalidRequest | None = None) -> Response:
+    ready = datasets.list_datasets(services, limit=200, status="ready").data
+    chosen = form.one("dataset")
+    if chosen and chosen not in {each.id for each in ready}:
+        ready.insert(0, datasets.read_dataset(services, chosen))
+    return page(
+        request,
+        "job_new.html",
+        status_code=422 if error else 200,
+        form=form,
+        datasets=ready,
+        backbones=models.list_backbones(services).data,
+        errors=form.errors(error),
+        problem=Problem.of(error) if error else None,
+    )
+
+
+def _watched(services: Services, job_id: str) -> dict[str, Any]:
+    job = jobs.read_job(services, job_id)
+    with services.database.read() as session:
+        queue.find(session, job_id)
+        happened = [Event.of(row) for row in events.read_before(session, job_id, None, EVENTS_READ)][::-1]
+    epochs = jobs.job_history(services, job_id).data
+    return {
+        "job": job,
+        "dataset": dataset_if_there(services, job.dataset),
+        "epochs": epochs[-EPOCHS_LISTED:],
+        "epochs_left_out": max(0, len(epochs) - EPOCHS_LISTED),
+        "charts_of_job": curves.of_job(epochs, happened),
+        "log": [event for event in happened if event.event in ("log", "status")][-LOG_SHOWN:],
+        "last_event_id": happened[-1].id if happened else "0",
+        "is_over": JobStatus(job.status).is_final,
+    }
+
+
+def _each_job(services: Services, ids: Sequence[str]) -> list[Any]:
+    return [jobs.read_job(services, job_id) for job_id in dict.fromkeys(ids)]

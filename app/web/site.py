@@ -1,0 +1,130 @@
+"""What every page has: its frame, its headers, and failures told to people instead of programs."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Coroutine
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qsl
+
+from fastapi import Path as PathParameter
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+
+from app.access import Scope
+from app.api.deps import read_body
+from app.api.problems import Problem, invalid_fields
+from app.errors import GraftError, InvalidRequest
+from app.web import charts, words
+
+STATIC = Path(__file__).parent / "static"
+
+# Nothing inline and nothing from elsewhere; data: and blob: are heat maps, and pictures not sent yet.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Cache-Control": "no-store",
+    # A form's Origin would be `null` without it, where there is no Sec-Fetch-Site to say whose page it was.
+    "Referrer-Policy": "same-origin",
+}
+
+# Room for 10,000 paths to exclude, as for the body of POST /v1/jobs.
+MAX_FORM_BYTES = 3 * 1024 * 1024
+
+PageId = Annotated[str, PathParameter(max_length=100)]
+
+
+class PageRoute(APIRoute):
+    """A route whose expected failures are pages."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except GraftError as error:
+                return failure(request, Problem.of(error))
+            except RequestValidationError as error:
+                found = invalid_fields({**each, "loc": each["loc"][1:]} for each in error.errors())
+                return failure(request, Problem.of(found))
+
+        return handler
+
+
+def page(request: Request, template: str, *, status_code: int = 200, **context: Any) -> Response:
+    """A whole page, or the fragment of one, from its template."""
+    text = _environment().get_template(template).render(**_frame(request), **context)
+    return HTMLResponse(text, status_code=status_code, headers=HEADERS)
+
+
+def failure(request: Request, problem: Problem) -> Response:
+    """A page that says what went wrong; in place of a fragment, its sentence alone."""
+    template = "failure_note.html" if is_fragment(request) else "failure.html"
+    return page(request, template, status_code=problem.status, problem=problem)
+
+
+def go_to(request: Request, address: str) -> Response:
+    """On to another page after a form; htmx is told by a header, since it would follow a redirect into the fragment."""
+    if is_fragment(request):
+        return Response(headers={"HX-Redirect": address} | HEADERS)
+    return RedirectResponse(address, status_code=303, headers=HEADERS)
+
+
+def is_fragment(request: Request) -> bool:
+    return "hx-request" in request.headers
+
+
+def may_train(request: Request) -> bool:
+    return bool(request.state.caller.may(Scope.train))
+
+
+async def read_form(request: Request) -> list[tuple[str, str]]:
+    """The fields of a form as browsers send it by default, empty ones too. Raises TooLarge, InvalidRequest."""
+    body = await read_body(request, max_bytes=MAX_FORM_BYTES)
+    try:
+        return parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), errors="strict")
+    except ValueError:
+        raise InvalidRequest("The form could not be read; go back, reload the page and send it again.") from None
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("app.web"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= words.FILTERS
+    environment.globals |= {"static": _static_address, "charts": charts, "version": version("graft")}
+    return environment
+
+
+def _frame(request: Request) -> dict[str, Any]:
+    caller = getattr(request.state, "caller", None)
+    return {
+        "path": request.url.path,
+        "may_train": caller is not None and caller.may(Scope.train),
+        "is_signed_in": caller is not None and caller.key_id is not None,
+        "origin": f"{_scheme(request)}://{request.url.netloc}",
+    }
+
+
+def _scheme(request: Request) -> str:
+    return request.headers.get("x-forwarded-proto", request.url.scheme).partition(",")[0]
+
+
+@functools.cache
+def _static_address(name: str) -> str:
+    """With a digest, so that a browser keeps no file of an earlier version."""
+    digest = hashlib.sha256((STATIC / name).read_bytes()).hexdigest()[:12]
+    return f"/static/{name}?{digest}"

@@ -1,0 +1,142 @@
+// Dropping a folder, class folders or an archive: packed here if need be, and sent with its progress shown.
+
+import { downloadZip } from "./vendor/client-zip-2.5.1.js";
+
+const ARCHIVE = /\.(zip|tar|tar\.gz|tgz)$/i;
+const percent = new Intl.NumberFormat("en", { style: "percent" });
+const bytes = (count) => (count < 1e9 ? `${(count / 1e6).toFixed(1)} MB` : `${(count / 1e9).toFixed(2)} GB`);
+
+for (const zone of document.querySelectorAll("[data-upload]")) prepare(zone);
+
+function prepare(zone) {
+  zone.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    zone.classList.add("over");
+  });
+  zone.addEventListener("dragleave", (event) => {
+    if (!zone.contains(event.relatedTarget)) zone.classList.remove("over");
+  });
+  zone.addEventListener("drop", (event) => {
+    event.preventDefault();
+    zone.classList.remove("over");
+    begin(zone, dropped(event.dataTransfer));
+  });
+  zone.querySelector("[data-folder]").addEventListener("change", (event) => {
+    begin(zone, [...event.target.files].map((file) => ({ path: file.webkitRelativePath || file.name, file })));
+  });
+  zone.querySelector("[data-archive]").addEventListener("change", (event) => {
+    begin(zone, [...event.target.files].map((file) => ({ path: file.name, file })));
+  });
+}
+// A drop beside the zone would make the browser open the file and leave the page.
+for (const kind of ["dragover", "drop"]) window.addEventListener(kind, (event) => event.preventDefault());
+
+// The entries have to be asked for before the event ends; what is in the folders may be read later.
+function dropped(transfer) {
+  const items = [...transfer.items].filter((item) => item.kind === "file");
+  const found = items.map((item) => item.webkitGetAsEntry?.() ?? item.getAsFile());
+  return (async () => (await Promise.all(found.filter(Boolean).map(within))).flat())();
+}
+
+async function within(entry) {
+  if (entry instanceof File) return [{ path: entry.name, file: entry }];
+  if (entry.isFile) {
+    const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+    return [{ path: entry.fullPath.replace(/^\//, ""), file }];
+  }
+  const reader = entry.createReader();
+  const found = [];
+  // Chromium gives a hundred at a time, and none at the end.
+  for (;;) {
+    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+    if (!some.length) break;
+    for (const each of some) found.push(...(await within(each)));
+  }
+  return found;
+}
+
+async function begin(zone, gathering) {
+  const sending = zone.querySelector(".sending");
+  const problem = zone.querySelector(".problem");
+  const bar = sending.querySelector("progress");
+  const say = (text) => (sending.querySelector("[role=status]").textContent = text);
+  const stop = new AbortController();
+  sending.querySelector("[data-abort]").onclick = () => stop.abort();
+  const stay = (event) => event.preventDefault();
+  window.addEventListener("beforeunload", stay);
+  problem.hidden = true;
+  sending.hidden = false;
+  zone.setAttribute("aria-busy", "true");
+  try {
+    say("Looking through the folder …");
+    bar.removeAttribute("value");
+    const files = (await gathering).filter(({ path }) => !path.split("/").some((part) => part.startsWith(".")));
+    if (!files.length) throw new Error("There is no file in it.");
+    const { archive, name } = await packed(files, stop.signal, (share) => {
+      bar.value = share;
+      say(`Packing ${files.length} files: ${percent.format(share)}`);
+    });
+    const dataset = await sent(archive, query(zone, name), stop.signal, (done, total) => {
+      bar.value = done / total;
+      say(done < total ? `Sending: ${bytes(done)} of ${bytes(total)}` : "The server looks it through …");
+      if (done === total) bar.removeAttribute("value");
+    });
+    window.removeEventListener("beforeunload", stay);
+    location.assign(`/datasets/${dataset.id}`);
+  } catch (error) {
+    sending.hidden = true;
+    if (!stop.signal.aborted) {
+      problem.textContent = error.message;
+      problem.hidden = false;
+    }
+  } finally {
+    window.removeEventListener("beforeunload", stay);
+    zone.removeAttribute("aria-busy");
+    for (const input of zone.querySelectorAll("input[type=file]")) input.value = "";
+  }
+}
+
+// An archive as it is; everything else as one, which the browser keeps on its disk when it is large.
+async function packed(files, signal, onPacked) {
+  const [first] = files;
+  if (files.length === 1 && ARCHIVE.test(first.path)) {
+    return { archive: first.file, name: first.path.replace(ARCHIVE, "") };
+  }
+  const tops = new Set(files.map(({ path }) => path.split("/")[0]));
+  let count = 0;
+  function* inputs() {
+    for (const { path, file } of files) {
+      signal.throwIfAborted();
+      yield { name: path, input: file, lastModified: file.lastModified };
+      count += 1;
+      onPacked(count / files.length);
+    }
+  }
+  const archive = await downloadZip(inputs()).blob();
+  return { archive, name: tops.size === 1 ? [...tops][0] : "pictures" };
+}
+
+function query(zone, name) {
+  const given = zone.querySelector("[name=name]").value.trim();
+  const asked = new URLSearchParams({ name: given || name });
+  if (zone.querySelector("[name=unlabelled]").checked) asked.set("kind", "unlabelled");
+  return asked;
+}
+
+// XMLHttpRequest, since fetch tells nothing of how much has been sent.
+function sent(archive, asked, signal, onSent) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open("PUT", `/v1/datasets?${asked}`);
+    request.responseType = "json";
+    request.upload.onprogress = (event) => onSent(event.loaded, event.total);
+    request.onload = () => {
+      if (request.status === 201) resolve(request.response);
+      else reject(new Error(request.response?.detail ?? `The server answered ${request.status}.`));
+    };
+    request.onerror = () => reject(new Error("The connection broke. Nothing was kept; send it again."));
+    request.onabort = () => reject(new Error("Stopped."));
+    signal.addEventListener("abort", () => request.abort());
+    request.send(archive);
+  });
+}
