@@ -9,7 +9,7 @@ with Graft("http://localhost:8000") as graft:
     print(model.metrics["val_accuracy"], graft.predict_one("daisy.jpg").label)
 
 client.py        Graft and AsyncGraft
-datasets.py jobs.py models.py predictions.py   the calls, by noun; shared.py has what they do alike
+datasets.py jobs.py models.py predictions.py workspace.py   the calls, by noun; shared.py has what they do alike
 requests.py      what may be asked for besides; answers.py: what comes back
 errors.py        what can go wrong
 uploads.py       archives, folders and pictures → bodies
@@ -21,8 +21,10 @@ from graft_client.answers import (
     Alias,
     Backbone,
     Batch,
+    Change,
     Dataset,
     DatasetImage,
+    Delivery,
     DryRun,
     Epoch,
     Evaluation,
@@ -32,10 +34,13 @@ from graft_client.answers import (
     Job,
     Model,
     ModelFeedback,
+    NewWebhook,
     Page,
     Prediction,
     Predictions,
     StoredPrediction,
+    Usage,
+    Webhook,
 )
 from graft_client.client import DEFAULT_URL, AsyncGraft, Graft
 from graft_client.errors import (
@@ -63,9 +68,11 @@ __all__ = [
     "AsyncGraft",
     "Backbone",
     "Batch",
+    "Change",
     "Conflict",
     "Dataset",
     "DatasetImage",
+    "Delivery",
     "DryRun",
     "Epoch",
     "Evaluation",
@@ -82,6 +89,7 @@ __all__ = [
     "JobOptions",
     "Model",
     "ModelFeedback",
+    "NewWebhook",
     "NotFound",
     "Page",
     "PredictOptions",
@@ -96,5 +104,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "UnexpectedAnswer",
+    "Usage",
     "WaitTimedOut",
+    "Webhook",
 ]

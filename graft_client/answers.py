@@ -78,6 +78,8 @@ class DatasetWarning(Answer):
     code: str
     detail: str
     paths: list[str]
+    groups: list[list[str]]
+    suggested: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +268,15 @@ class Mistake(Answer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReliabilityBin(Answer):
+    low: float
+    high: float
+    images: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitEvaluation(Answer):
     classes: list[str]
     images: int
@@ -279,6 +290,7 @@ class SplitEvaluation(Answer):
     confusion_matrix: list[list[int]]
     per_class: list[ClassQuality]
     mistakes: list[Mistake]
+    reliability: list[ReliabilityBin] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -497,3 +509,66 @@ class Batch(Answer):
     @property
     def is_final(self) -> bool:
         return self.status not in ("queued", "running")
+
+
+# The workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount(Answer):
+    used: int
+    limit: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage(Answer):
+    object: str
+    workspace: str
+    bytes: Amount
+    unfinished_jobs: Amount
+    predictions_today: Amount
+    requests_per_second: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change(Answer):
+    id: str
+    object: str
+    at: datetime
+    key: str | None
+    action: str
+    request_id: str | None
+    changed: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Webhook(Answer):
+    id: str
+    object: str
+    url: str
+    events: list[str]
+    enabled: bool
+    disabled_reason: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewWebhook(Webhook):
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery(Answer):
+    id: str
+    object: str
+    webhook: str
+    event: str
+    status: Literal["pending", "delivered", "failed"]
+    attempts: int
+    next_attempt_at: datetime | None
+    last_attempt_at: datetime | None
+    response_status: int | None
+    error: str | None
+    payload: JsonObject
+    created_at: datetime
+    ended_at: datetime | None

@@ -18,6 +18,7 @@ from graft_client.predictions import Batches, StoredPredictions, predict
 from graft_client.requests import PredictOptions
 from graft_client.uploads import OnProgress, Picture, Pictures
 from graft_client.wire import AsyncWire, BlockingWire, W
+from graft_client.workspace import Webhooks, Workspace
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 MAX_RETRIES = 2
@@ -39,6 +40,8 @@ class _Client(Resource[W]):
         self.aliases: Aliases[W] = Aliases(connection)
         self.predictions: StoredPredictions[W] = StoredPredictions(connection)
         self.batches: Batches[W] = Batches(connection)
+        self.webhooks: Webhooks[W] = Webhooks(connection)
+        self.workspace: Workspace[W] = Workspace(connection)
 
     @call
     async def predict(

@@ -27,6 +27,11 @@ from graft_client.calls import Resource, call, stream
 LEFT_OUT = {
     "POST /v1/datasets": "PUT is the same",
     "POST /v1/batches": "PUT is the same",
+    "OPTIONS /v1/uploads": "for clients of tus",
+    "POST /v1/uploads": "for clients of tus",
+    "GET /v1/uploads/{upload_id}": "for clients of tus",
+    "PATCH /v1/uploads/{upload_id}": "for clients of tus",
+    "DELETE /v1/uploads/{upload_id}": "for clients of tus",
     "POST /v1/files": "for OpenAI's client",
     "GET /v1/files": "for OpenAI's client",
     "GET /v1/files/{file_id}": "for OpenAI's client",
@@ -130,6 +135,23 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "batches.download": lambda graft, folder: graft.batches.download("batch_1", folder / "told.csv", format="csv"),
     "batches.cancel": lambda graft, folder: graft.batches.cancel("batch_1"),
     "batches.delete": lambda graft, folder: graft.batches.delete("batch_1"),
+    "webhooks.create": lambda graft, folder: graft.webhooks.create(
+        "https://example.org/", events=["job.succeeded"], enabled=True
+    ),
+    "webhooks.get": lambda graft, folder: graft.webhooks.get("wh_1"),
+    "webhooks.list": lambda graft, folder: graft.webhooks.list(limit=1, after="wh_1"),
+    "webhooks.all": lambda graft, folder: graft.webhooks.all(),
+    "webhooks.change": lambda graft, folder: graft.webhooks.change(
+        "wh_1", url="https://example.org/", events=["job.failed"], enabled=False
+    ),
+    "webhooks.delete": lambda graft, folder: graft.webhooks.delete("wh_1"),
+    "webhooks.test": lambda graft, folder: graft.webhooks.test("wh_1", wait=1),
+    "webhooks.deliveries": lambda graft, folder: graft.webhooks.deliveries(
+        "wh_1", limit=1, after="evt_1", status="failed"
+    ),
+    "workspace.usage": lambda graft, folder: graft.workspace.usage(),
+    "workspace.changes": lambda graft, folder: graft.workspace.changes(limit=1, after="7"),
+    "workspace.all_changes": lambda graft, folder: graft.workspace.all_changes(),
     "predict": lambda graft, folder: graft.predict(PICTURE, **PREDICT),
     "predict_one": lambda graft, folder: graft.predict_one(PICTURE, model="default"),
     "is_alive": lambda graft, folder: graft.is_alive(),
