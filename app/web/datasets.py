@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from app.api import datasets, jobs
+from app import predictions
+from app.api import dataset_versions, datasets, jobs
 from app.api.deps import After, ServicesDep
 from app.api.schemas import Dataset, DatasetWarning, thumbnail_path
 from app.api.services import Services
@@ -61,11 +62,14 @@ def list_page(request: Request, services: ServicesDep, after: After = None) -> R
 def dataset_page(request: Request, services: ServicesDep, dataset_id: PageId) -> Response:
     dataset = datasets.read_dataset(services, dataset_id)
     made = jobs.list_jobs(services, limit=10, dataset=dataset_id).data
+    with services.database.read() as session:
+        corrected = len(predictions.with_feedback(session, [dataset_id]))
     return page(
         request,
         "dataset.html",
         dataset=dataset,
         jobs=made,
+        corrected=corrected,
         most_classes=CLASSES_LISTED,
         progress=_progress(services, dataset),
         largest_class=max((each.train + each.val + each.test for each in dataset.classes), default=0),
@@ -118,6 +122,12 @@ def images_page(
     )
     template = "dataset_pictures.html" if after else "dataset_images.html"
     return page(request, template, dataset=dataset, listing=found, class_name=class_name or "", split=split or "")
+
+
+@router.post("/{dataset_id}/versions")
+async def make_version(request: Request, services: ServicesDep, dataset_id: PageId) -> Response:
+    made = await dataset_versions.make_version(services, dataset_id)
+    return go_to(request, f"/datasets/{made.headers['location'].rpartition('/')[2]}")
 
 
 @router.post("/{dataset_id}/delete")

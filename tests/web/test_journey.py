@@ -24,6 +24,7 @@ def test_from_a_dropped_folder_to_a_dropped_picture(
         page.get_by_role("link", name="Try it").last.click()
         try_a_picture(page, tmp_path)
         say_what_it_is(page, graft.url)
+        learn_from_that(page)
 
 
 def look_at_the_data_set(page: Page) -> None:
@@ -67,3 +68,10 @@ def say_what_it_is(page: Page, url: str) -> None:
     expect(page.get_by_text("The model had said blue.")).to_be_visible()
     [kept] = httpx.get(f"{url}/v1/predictions").json()["data"]
     assert (kept["label"], kept["feedback"]["label"], kept["filename"]) == ("blue", "red", "blue one.png")
+
+
+def learn_from_that(page: Page) -> None:
+    page.get_by_role("link", name="The model's data set").click()
+    page.get_by_role("link", name="its data set").click()
+    page.get_by_role("button", name="Make the next version").click()
+    expect(page.get_by_text("25 pictures · 2 classes")).to_be_visible()
