@@ -4,6 +4,7 @@
     train.py      train, and how a job is watched
     resources.py  predict, jobs, datasets, models
     demo.py       demo
+    weights.py    weights import
     terminal.py   what all of them print with, and how they fail
 
 Nothing here imports torch or FastAPI: the API and the worker run as programs of their own, so that the command is

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from app.cli import batches, demo, resources, server, train
+from app.cli import batches, demo, resources, server, train, weights
 from app.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREACHABLE, Failure, errors
 from app.client import ServerRefused, ServerUnreachable
 from app.errors import GraftError
@@ -22,6 +22,7 @@ train.add_to(cli)
 resources.add_to(cli)
 batches.add_to(cli)
 demo.add_to(cli)
+weights.add_to(cli)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
