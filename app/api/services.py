@@ -21,8 +21,8 @@ from app.serving.exporter import Exporter
 from app.serving.predictor import Predictor
 from app.settings import Settings
 from app.storage import LocalStorage
+from app.vision.decoding import Decoders
 from app.vision.device import resolve_device
-from app.vision.images import ImageLimits
 from app.vision.weights import WeightStore
 
 # How soon a moved `default` is loaded without anybody having asked for it.
@@ -75,7 +75,7 @@ def open_services(settings: Settings) -> Services:
     predictor = Predictor(
         storage=storage,
         device=resolve_device(settings.device),
-        limits=ImageLimits.from_settings(settings),
+        decoders=Decoders.from_settings(settings),
         max_loaded_bytes=settings.max_loaded_model_bytes,
         max_pending=settings.max_pending_predictions,
         timeout_seconds=settings.predict_timeout_seconds,
