@@ -35,7 +35,7 @@ from app.api.deps import refuse_unknown_query
 from app.api.failures import handle_failures
 from app.api.middleware import MIDDLEWARE
 from app.api.server import make_server
-from app.api.services import follow_aliases, open_services, sweep_storage
+from app.api.services import follow_aliases, keep_ballast, open_services, sweep_storage
 from app.db.engine import Database
 from app.db.migrate import check_is_current
 from app.errors import GraftError
@@ -50,7 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = app.state.services = open_services(settings)
-        tasks = [asyncio.create_task(task(services)) for task in (follow_aliases, sweep_storage)]
+        tasks = [asyncio.create_task(task(services)) for task in (follow_aliases, sweep_storage, keep_ballast)]
         try:
             yield
         finally:

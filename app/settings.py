@@ -84,6 +84,11 @@ class Settings(BaseSettings):
         512 * MEBIBYTE, description="Free disk space below which uploads are refused with 507, in bytes."
     )
 
+    ballast_bytes: Annotated[int, Field(ge=0)] = Field(
+        16 * MEBIBYTE,
+        description="File kept beside an SQLite database, which deleting on a full disk takes for its room, in bytes.",
+    )
+
     # Data sets
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="Share of each class that becomes validation where the archive has no split."

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 import structlog
+from sqlalchemy.orm import Session
 
 from app import logs
 from app.db.engine import Database, wal_is_safe
@@ -24,7 +25,7 @@ from app.db.migrate import check_is_current
 from app.errors import GraftError
 from app.jobs import owner, queue
 from app.jobs.queue import Claim, ClaimLost, Lease, LeaseObserver
-from app.jobs.states import JobKind
+from app.jobs.states import JobKind, JobStatus
 from app.settings import Settings
 from app.storage import LocalStorage
 from worker import endings
@@ -58,7 +59,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     if stop is None:
         stop = Wakeup()
         _set_on_signals(stop)
-    database = Database(settings.resolved_database_url)
+    database = Database(settings.resolved_database_url, ballast_bytes=settings.ballast_bytes)
     try:
         check_is_current(database)
         if not wal_is_safe():
@@ -297,18 +298,20 @@ class Slot:
     def _settle_claim(self, claim: Claim, reason: str) -> bool:
         """Whether there was anything to settle: a child that worked to its end has ended its claim itself."""
         try:
-            with self._database.write() as session:
-                if self._shutdown_deadline is not None:
-                    status = queue.give_back(session, claim)
-                else:
-                    status = queue.crashed(
-                        session, claim, reason, max_crashes=self._settings.max_crashes_without_progress
-                    )
-                endings.settle_dataset(session, claim.job_id, kind=claim.kind, status=status)
+            status = self._database.free(lambda session: self._end_claim(session, claim, reason))
         except ClaimLost:
             return False
         log.warning("job_settled", job_id=claim.job_id, fence=claim.fence, status=status, reason=reason)
         return True
+
+    def _end_claim(self, session: Session, claim: Claim, reason: str) -> JobStatus:
+        if self._shutdown_deadline is not None:
+            status = queue.give_back(session, claim)
+        else:
+            limit = self._settings.max_crashes_without_progress
+            status = queue.crashed(session, claim, reason, max_crashes=limit)
+        endings.settle_dataset(session, claim.job_id, kind=claim.kind, status=status)
+        return status
 
 
 class Watch:

@@ -30,6 +30,8 @@ FOLLOW_INTERVAL_SECONDS = 0.5
 # Between two tries of a default model that cannot be loaded, or of a database that does not answer.
 RETRY_INTERVAL_SECONDS = 5.0
 SWEEP_INTERVAL_SECONDS = 3600.0
+# While the ballast that deleting has taken is not back.
+BALLAST_INTERVAL_SECONDS = 60.0
 # Archives read through at once, at upload; each keeps a core busy.
 PARALLEL_INSPECTIONS = 4
 
@@ -68,7 +70,7 @@ class Services:
 
 
 def open_services(settings: Settings) -> Services:
-    database = Database(settings.resolved_database_url)
+    database = Database(settings.resolved_database_url, ballast_bytes=settings.ballast_bytes)
     storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
     metrics = Metrics(database, storage)
     precedence = Precedence.of(settings)
@@ -138,6 +140,13 @@ async def sweep_storage(services: Services) -> None:
         except (OSError, SQLAlchemyError, GraftError) as error:
             log.error("storage cannot be swept", error=type(error).__name__)
         await asyncio.sleep(SWEEP_INTERVAL_SECONDS)
+
+
+async def keep_ballast(services: Services) -> None:
+    """Has a little of the disk set aside for deleting, at the start and whenever it was taken. Never returns."""
+    while True:
+        await asyncio.to_thread(services.database.keep_ballast)
+        await asyncio.sleep(BALLAST_INTERVAL_SECONDS)
 
 
 def _is_registered(database: Database, model_id: str) -> bool:

@@ -6,15 +6,17 @@ between, whatever the busy timeout.
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import structlog
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from app.db.ballast import Ballast
 from app.errors import Overloaded
 
 # Waiting writers get this long. Shorter than a worker's lease (45 s), so that a lock never costs a lease.
@@ -25,11 +27,20 @@ BUSY_TIMEOUT_SECONDS = 30
 _SQLITE_WAL_FIXES = ((3, 44, 6), (3, 50, 7), (3, 51, 3))
 
 
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
 class Database:
     """One engine with `write()` and `read()` transactions. Close with `dispose()`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, ballast_bytes: int = 0) -> None:
+        """ballast_bytes: that `keep_ballast` puts beside an SQLite database, and deleting on a full disk takes."""
         self._is_sqlite = make_url(url).get_backend_name() == "sqlite"
+        path = make_url(url).database
+        is_file = self._is_sqlite and path and path != ":memory:"
+        self._ballast = Ballast(Path(f"{path}-ballast"), ballast_bytes) if is_file else None
         self.engine = _sqlite_engine(url) if self._is_sqlite else create_engine(url, pool_pre_ping=True)
 
     @contextmanager
@@ -40,6 +51,23 @@ class Database:
         """
         with self._session("BEGIN IMMEDIATE") as session, _locked_means_overloaded(), session.begin():
             yield session
+
+    def free(self, work: Callable[[Session], T]) -> T:
+        """Runs `work`, which makes room or has little to say, in a writing transaction. On a full disk once more, in
+        the room of the ballast. Raises what `write` does."""
+        try:
+            with self.write() as session:
+                return work(session)
+        except OperationalError as error:
+            if not is_full(error) or self._ballast is None or not self._ballast.release():
+                raise
+            log.warning("ballast_released")
+        with self.write() as session:
+            return work(session)
+
+    def keep_ballast(self) -> bool:
+        """Makes the ballast where it is not there. Returns whether it is there, or none is wanted."""
+        return self._ballast is None or self._ballast.keep()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
