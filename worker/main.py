@@ -20,8 +20,9 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app import logs
-from app.db.engine import Database, wal_is_safe
+from app.db.engine import Database
 from app.db.migrate import check_is_current
+from app.db.sqlite import wal_is_safe
 from app.errors import GraftError
 from app.jobs import owner, queue
 from app.jobs.queue import Claim, ClaimLost, Lease, LeaseObserver

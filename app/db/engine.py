@@ -5,7 +5,6 @@ IMMEDIATE: a deferred one that reads before it writes fails with "database is lo
 between, whatever the busy timeout.
 """
 
-import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +16,11 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from app.db.ballast import Ballast
+from app.db.sqlite import sqlite3
 from app.errors import Overloaded
 
 # Waiting writers get this long. Shorter than a worker's lease (45 s), so that a lock never costs a lease.
 BUSY_TIMEOUT_SECONDS = 30
-
-# The WAL-reset bug can corrupt a database that several processes share; fixed in these and later releases.
-# Source: sqlite.org/wal.html, "The WAL-reset bug".
-_SQLITE_WAL_FIXES = ((3, 44, 6), (3, 50, 7), (3, 51, 3))
 
 
 T = TypeVar("T")
@@ -92,7 +88,7 @@ class Database:
                     yield connection
                 return
             # Within a transaction this pragma does nothing, so it goes to the driver before SQLAlchemy begins one.
-            driver_connection = cast(sqlite3.Connection, connection.connection.driver_connection)
+            driver_connection = cast(Any, connection.connection.driver_connection)
             driver_connection.execute("PRAGMA foreign_keys=OFF")
             try:
                 with connection.begin():
@@ -151,21 +147,14 @@ def is_full(error: OperationalError) -> bool:
     return "disk is full" in said or "No space left on device" in said  # SQLite's words, and PostgreSQL's
 
 
-def wal_is_safe(version: tuple[int, int, int] = sqlite3.sqlite_version_info) -> bool:
-    """Whether this SQLite has the fix for the WAL-reset bug, on its release branch or by age."""
-    if version >= _SQLITE_WAL_FIXES[-1]:
-        return True
-    return any(version[:2] == fix[:2] and version >= fix for fix in _SQLITE_WAL_FIXES)
-
-
 def _sqlite_engine(url: str) -> Engine:
     path = make_url(url).database
     if path and path != ":memory:":
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
+    engine = create_engine(url, module=sqlite3, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
 
     @event.listens_for(engine, "connect")
-    def configure(connection: sqlite3.Connection, _record: Any) -> None:
+    def configure(connection: Any, _record: Any) -> None:
         # The driver's own deferred BEGIN is switched off; ours is emitted below.
         connection.isolation_level = None
         for pragma in (
