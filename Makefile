@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+SECONDS ?= 600
 # Two files of tests at a time, or four: many wait for processes of their own. More would need gigabytes for torch.
 # A process of tests that dies ends the run and names its test: another in its place has been seen to wait for ever.
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadfile
@@ -15,7 +16,7 @@ TOOLS := build/tools
 COMPILE = $(TOOLS)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--quiet --custom-compile-command "make lock"
 
-.PHONY: help setup demo test test-slow test-all check docs types lock audit sbom clean
+.PHONY: help setup demo test test-slow test-all fuzz check docs types lock audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -47,6 +48,10 @@ test-slow: setup  ## the tests that take minutes
 
 test-all: setup  ## every test
 	$(PYTEST) $(ARGS)
+
+fuzz: setup  ## fuzz the doors for archives, pictures and /v2 by coverage, SECONDS (600) each; see tests/fuzz/run.py
+	for target in archive picture open_inference; do \
+		nice -n 15 $(BIN)/python tests/fuzz/run.py $$target --seconds $(SECONDS) || exit 1; done
 
 check: setup  ## formatting, lint, types, the Dockerfile, who may import whom, and the packages' versions and licences
 	$(BIN)/ruff format --check .

@@ -9,7 +9,6 @@ What can be made again (features, engines, exports) is left out. Knows tables an
 import hashlib
 import json
 import shutil
-import sqlite3
 import uuid
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from sqlalchemy.orm import Session
 
 from app.db.engine import Database
 from app.db.migrate import upgrade
+from app.db.sqlite import sqlite3
 from app.db.tables import (
     DEFAULT_WORKSPACE,
     Base,

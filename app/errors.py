@@ -8,6 +8,7 @@ problem's `type`; also a failed job's `error.code`), an HTTP `status`, a `title`
     ├── InvalidRequest             422   a field is wrong; `errors` says which and why
     │   ├── InvalidHyperparameter
     │   ├── WeightsUnavailable           no pretrained weights can be had for this backbone
+    │   ├── WeightsRefused               a weight file that is not what its backbone needs
     │   ├── ArchiveRefused               the upload is structurally wrong; `code` says how
     │   └── ImageRefused                 a picture that cannot be read, or is beyond the limits
     ├── Unauthenticated            401
@@ -97,6 +98,11 @@ class InvalidHyperparameter(InvalidRequest):
 class WeightsUnavailable(InvalidRequest):
     code = "weights-unavailable"
     title = "No pretrained weights for this backbone"
+
+
+class WeightsRefused(InvalidRequest):
+    code = "weights-refused"
+    title = "The weight file cannot be used"
 
 
 class ArchiveRefused(InvalidRequest):

@@ -38,7 +38,7 @@ from app.api.deps import refuse_unknown_query
 from app.api.failures import handle_failures
 from app.api.middleware import UNTRACED_PATHS, middleware
 from app.api.server import make_server
-from app.api.services import follow_aliases, open_services, sweep_storage, write_traffic_down
+from app.api.services import follow_aliases, keep_ballast, open_services, sweep_storage, write_traffic_down
 from app.api.upload_endings import complete_uploads, sweep_uploads
 from app.api.webhook_dispatch import forget_deliveries, send_webhooks
 from app.db.engine import Database
@@ -55,6 +55,7 @@ from app.web import models as model_pages
 TASKS = (
     follow_aliases,
     sweep_storage,
+    keep_ballast,
     write_traffic_down,
     complete_uploads,
     sweep_uploads,

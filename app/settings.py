@@ -107,6 +107,11 @@ class Settings(BaseSettings):
         512 * MEBIBYTE, description="Free disk space below which uploads are refused with 507, in bytes."
     )
 
+    ballast_bytes: Annotated[int, Field(ge=0)] = Field(
+        16 * MEBIBYTE,
+        description="File kept beside an SQLite database, which deleting on a full disk takes for its room, in bytes.",
+    )
+
     # Webhooks
     webhooks: bool = Field(
         False,
@@ -137,6 +142,17 @@ class Settings(BaseSettings):
     max_image_side: Annotated[int, Field(ge=1)] = Field(20_000, description="Longest side of a picture, in pixels.")
     max_image_aspect: Annotated[float, Field(ge=1)] = Field(100.0, description="Largest ratio of a picture's sides.")
     max_jpeg_scans: Annotated[int, Field(ge=1)] = Field(100, description="Most scans in a progressive JPEG.")
+    decode_processes: Annotated[int, Field(ge=0, le=256)] | None = Field(
+        None,
+        description="Processes that decode pictures, of the API, and of each job that reads an archive; empty is one "
+        "per core, 0 decodes within the program, for pictures that are trusted.",
+    )
+    decode_memory_bytes: Annotated[int, Field(ge=64 * MEBIBYTE)] = Field(
+        GIBIBYTE, description="Memory that decoding one picture may take before it is refused, in bytes."
+    )
+    decode_cpu_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
+        10.0, description="Processor time that decoding one picture may take before it is refused, in seconds."
+    )
     extra_image_formats: frozenset[Literal["TIFF", "BMP"]] = Field(
         frozenset(), description='Formats accepted besides JPEG, PNG and WebP, as JSON: ["TIFF", "BMP"].'
     )

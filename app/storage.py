@@ -9,6 +9,7 @@ another database by mistake deletes nothing.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -140,6 +141,17 @@ class LocalStorage:
 
     def _announcement(self, key: str) -> Path:
         return self._announced / key.replace("/", "+")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether what went wrong is that a disk, or what a user may have of it, is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if type(error).__name__ == "SafetensorError" and "(os error 28)" in str(error):  # its library speaks in texts
+            return True
+        error = error.__cause__
+    return False
 
 
 def file_sha256(path: Path) -> str:

@@ -38,6 +38,14 @@ def jpeg(seed: int = 0, *, size: tuple[int, int] = (48, 40), tint: tuple[int, in
     return encoded(picture(seed, size=size, tint=tint), "JPEG", quality=90)
 
 
+def slow_jpeg(*, scans: int = 95) -> bytes:
+    """36 Mpx of one colour, gone over again and again: 217 kB and seconds of decoding, within every other limit."""
+    progressive = encoded(Image.new("RGB", (6000, 6000), (40, 90, 200)), "JPEG", progressive=True)
+    end = progressive.rindex(b"\xff\xd9")
+    last_scan = progressive[progressive.rindex(b"\xff\xda") : end]
+    return progressive[:end] + last_scan * (scans - progressive.count(b"\xff\xda")) + b"\xff\xd9"
+
+
 def class_folders(
     per_class: int = 6, *, classes: Sequence[str] = ("cat", "dog"), root: str = "", first_seed: int = 0
 ) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import api_builders
+import disks
 import httpx
 import pytest
 import structlog
@@ -53,6 +54,13 @@ def _logging_stays_as_it_was() -> Iterator[None]:
     for handler in logging.root.handlers[:]:
         if type(handler) is logging.StreamHandler:
             logging.root.removeHandler(handler)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    with disks.mounted(tmp_path / "small", mebibytes=16) as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # What every unit may import besides itself.
-FOUNDATION = frozenset({"app.settings", "app.errors", "app.logs", "app.storage", "app.telemetry"})
+FOUNDATION = frozenset({"app.confinement", "app.settings", "app.errors", "app.logs", "app.storage", "app.telemetry"})
 
 APPLICATION = frozenset(
     {
@@ -34,6 +34,7 @@ APPLICATION = frozenset(
 )
 
 MAY_IMPORT: dict[str, frozenset[str]] = {
+    "app.confinement": frozenset(),
     "app.settings": frozenset(),
     "app.errors": frozenset(),
     "app.logs": frozenset(),

@@ -23,13 +23,13 @@ from sqlalchemy.orm import Session
 
 from app import logs, telemetry
 from app.db.engine import Database
-from app.errors import GraftError, JobFailed, NotFound
+from app.errors import GraftError, JobFailed, NotFound, StorageFull
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim, ClaimLost
 from app.jobs.states import JobKind, JobStatus
 from app.precedence import Precedence
 from app.settings import Settings
-from app.storage import LocalStorage
+from app.storage import LocalStorage, is_disk_full
 from worker import endings
 from worker.reporter import DATABASE_ERRORS, Reporter, ShuttingDown
 from worker.spans import StageSpans
@@ -87,7 +87,8 @@ def main(load_story: Callable[[JobKind], Story]) -> int:
     claim = Claim.from_dict(order["claim"])
     logs.configure(settings)
     structlog.contextvars.bind_contextvars(job_id=claim.job_id, dataset_id=claim.dataset_id, fence=claim.fence)
-    database = Database(settings.resolved_database_url).within(claim.workspace_id)
+    database = Database(settings.resolved_database_url, ballast_bytes=settings.ballast_bytes)
+    database = database.within(claim.workspace_id)
     storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
     telemetry.start(settings, service="graft-worker")
     with (
@@ -128,7 +129,7 @@ def run(
         try:
             story(claim, settings=settings, database=database, storage=storage, reporter=reporter)
         except Cancelled:
-            reporter.transaction(lambda session: queue.finish_cancelled(session, claim))
+            reporter.last_word(lambda session: queue.finish_cancelled(session, claim))
         except ShuttingDown:
             with database.write() as session:
                 queue.give_back(session, claim)
@@ -137,10 +138,10 @@ def run(
         except Exception as error:  # the one door around a job: whatever it raises is its outcome
             record = _as_record(error)
             log.error("job_failed", code=record["code"], exc_info=None if isinstance(error, GraftError) else error)
-            reporter.transaction(lambda session: _fail(session, claim, record))
+            reporter.last_word(lambda session: _fail(session, claim, record))
     except ClaimLost:
         log.warning("claim_lost")
-    except (ShuttingDown, *DATABASE_ERRORS) as error:
+    except (ShuttingDown, StorageFull, *DATABASE_ERRORS) as error:
         log.error("database_unavailable", error=type(error).__name__)
         return EXIT_DATABASE_UNAVAILABLE
     log.info("job_left")
@@ -167,6 +168,11 @@ def _as_record(error: Exception) -> dict[str, Any]:
     """What the job's user gets to read: no path, no text of a library; those are in the log."""
     if isinstance(error, GraftError):
         return error.as_record()
+    if is_disk_full(error):
+        return StorageFull(
+            "The server's disk became full while the job ran, and nothing of it was kept. Delete data sets or models, "
+            "or ask the operator to make room, and submit it again."
+        ).as_record()
     if _is_out_of_memory(error):
         return JobFailed(
             "The job ran out of memory. Use a smaller batch_size, a smaller image_size or a smaller backbone.",

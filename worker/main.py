@@ -20,14 +20,16 @@ from typing import Any
 
 import structlog
 from opentelemetry.trace import Span, SpanKind, StatusCode
+from sqlalchemy.orm import Session
 
 from app import logs, telemetry
-from app.db.engine import Database, wal_is_safe
+from app.db.engine import Database
 from app.db.migrate import check_is_current
+from app.db.sqlite import wal_is_safe
 from app.errors import GraftError
 from app.jobs import owner, queue
 from app.jobs.queue import Claim, ClaimLost, Lease, LeaseObserver
-from app.jobs.states import JobKind
+from app.jobs.states import JobKind, JobStatus
 from app.settings import Settings
 from app.storage import LocalStorage
 from worker import endings
@@ -64,7 +66,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     if stop is None:
         stop = Wakeup()
         _set_on_signals(stop)
-    database = Database(settings.resolved_database_url)
+    database = Database(settings.resolved_database_url, ballast_bytes=settings.ballast_bytes)
     try:
         check_is_current(database)
         if not wal_is_safe():
@@ -313,18 +315,20 @@ class Slot:
     def _settle_claim(self, claim: Claim, reason: str, *, names: Mapping[str, Any]) -> bool:
         """Whether there was anything to settle: a child that worked to its end has ended its claim itself."""
         try:
-            with self._database.write() as session:
-                if self._shutdown_deadline is not None:
-                    status = queue.give_back(session, claim)
-                else:
-                    status = queue.crashed(
-                        session, claim, reason, max_crashes=self._settings.max_crashes_without_progress
-                    )
-                endings.settle_dataset(session, claim.job_id, kind=claim.kind, status=status)
+            status = self._database.free(lambda session: self._end_claim(session, claim, reason))
         except ClaimLost:
             return False
         log.warning("job_settled", status=status, reason=reason, **names)
         return True
+
+    def _end_claim(self, session: Session, claim: Claim, reason: str) -> JobStatus:
+        if self._shutdown_deadline is not None:
+            status = queue.give_back(session, claim)
+        else:
+            limit = self._settings.max_crashes_without_progress
+            status = queue.crashed(session, claim, reason, max_crashes=limit)
+        endings.settle_dataset(session, claim.job_id, kind=claim.kind, status=status)
+        return status
 
 
 class Watch:

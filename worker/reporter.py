@@ -2,7 +2,8 @@
 
 Each call says that the work moves, and may end the work by raising: ClaimLost (somebody else has the job), Cancelled
 (its user wants it ended) or ShuttingDown (its worker does). A database that does not answer never ends the work: what
-can be said again later is left out, the rest is tried until it is stored.
+can be said again later is left out, the rest is tried until it is stored; on a full disk for a minute, and then it
+raises StorageFull.
 """
 
 import time
@@ -13,8 +14,8 @@ import structlog
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from app.db.engine import Database
-from app.errors import Overloaded
+from app.db.engine import Database, is_full
+from app.errors import Overloaded, StorageFull
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim, ClaimLost, Signal
 from worker.wakeup import Wakeup
@@ -26,6 +27,8 @@ WRITE_INTERVAL_SECONDS = 1.0
 # Events stay in the log, so there are fewer of them.
 EVENT_INTERVAL_SECONDS = 2.0
 LONGEST_RETRY_SECONDS = 10.0
+# Somebody may be making room.
+LONGEST_FULL_SECONDS = 60.0
 
 # A database that is locked, or cannot be reached: trying again helps. What our own bug breaks is not among them.
 DATABASE_ERRORS = (Overloaded, OperationalError, InterfaceError)
@@ -161,12 +164,16 @@ class Reporter:
         found = None if metrics is None else dict(metrics)
         self._write(lambda session: queue.record_checkpoint(session, self._claim, step, metrics=found))
 
+    def last_word(self, work: Callable[[Session], T]) -> T:
+        """The same for what ends the job; on a full disk it may take the ballast's room."""
+        return self._until_stored(lambda: self._database.free(work))
+
     def transaction(self, work: Callable[[Session], T]) -> T:
         """Runs `work` in a writing transaction, again from its beginning if the database fails, until it is stored.
 
         For the story's own final transaction, such as register and succeed; ShuttingDown ends the waiting.
         """
-        return self._until_stored(work)
+        return self._until_stored(lambda: self._written(work))
 
     def _furthest(self, fraction: float | None) -> float | None:
         known: float | None = self._progress.get("fraction")
@@ -186,7 +193,7 @@ class Reporter:
             raise ShuttingDown
 
     def _write(self, work: Callable[[Session], Signal]) -> None:
-        self._signal = self._until_stored(work)
+        self._signal = self._until_stored(lambda: self._written(work))
 
     def _write_if_possible(self, work: Callable[[Session], Signal]) -> None:
         try:
@@ -195,14 +202,32 @@ class Reporter:
         except DATABASE_ERRORS as error:
             log.warning("progress_not_stored", error=type(error).__name__)
 
-    def _until_stored(self, work: Callable[[Session], T]) -> T:
+    def _written(self, work: Callable[[Session], T]) -> T:
+        with self._database.write() as session:
+            return work(session)
+
+    def _until_stored(self, store: Callable[[], T]) -> T:
         delay_seconds = 0.5
+        full_since: float | None = None
         while True:
             try:
-                with self._database.write() as session:
-                    return work(session)
+                return store()
             except DATABASE_ERRORS as error:
                 log.warning("database_unavailable", error=type(error).__name__, retry_in_seconds=delay_seconds)
+                full_since = self._full_since(error, full_since)
             if self._shutdown.wait(delay_seconds):
                 raise ShuttingDown
             delay_seconds = min(2 * delay_seconds, LONGEST_RETRY_SECONDS)
+
+    def _full_since(self, error: Exception, earlier: float | None) -> float | None:
+        """When the disk was first found full, in a row. Raises StorageFull once that is long ago: a job that holds
+        memory, and files that others want the room of, does not wait for ever."""
+        if not (isinstance(error, OperationalError) and is_full(error)):
+            return None
+        now = self._monotonic()
+        if earlier is not None and now - earlier >= LONGEST_FULL_SECONDS:
+            raise StorageFull(
+                "The server's disk was full for so long that the job was given up. Submit it again once there is room: "
+                "delete data sets or models, or ask its operator."
+            ) from error
+        return now if earlier is None else earlier

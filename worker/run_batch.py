@@ -26,6 +26,7 @@ from app.serving.offline import OfflineModel
 from app.serving.scores import Scores
 from app.settings import Settings
 from app.storage import LocalStorage
+from app.vision.decoding import Decoders
 from app.vision.device import resolve_device
 from worker.batch_results import Parts, Row, write_results
 from worker.reporter import Reporter, ShuttingDown
@@ -49,11 +50,12 @@ def run_batch(
         model_id = queue.find(session, claim.job_id, kind=claim.kind).model_id
     assert model_id is not None, "a batch names its model"
     limits = IngestLimits.from_settings(settings)
+    decoders = Decoders.from_settings(settings)
     model = OfflineModel.open(
         storage,
         model_id,
         device=resolve_device(settings.device),
-        limits=limits.images,
+        decoders=decoders,
         policy=settings.serving_engine,
     )
     parts = Parts(storage, job_id=claim.job_id, fence=claim.fence)
@@ -68,7 +70,7 @@ def run_batch(
         limits=limits,
         tick=lambda _share: pace.tick(),
     )
-    with closing(predicted):
+    with closing(predicted), decoders:
         _write_all(predicted, parts, pace, reporter)
     reporter.progress("write", fraction=1.0, eta_seconds=0.0)
     _publish(claim, parts, model.tasks, database=database, storage=storage, reporter=reporter)

@@ -14,6 +14,7 @@ from app.jobs import queue
 from app.jobs.queue import Claim
 from app.settings import Settings
 from app.storage import LocalStorage
+from app.vision.decoding import Decoders
 from app.workspaces import Limits
 from worker.closer_look import look_closer
 from worker.reporter import Reporter
@@ -32,19 +33,21 @@ def run_ingest(
     with database.read() as session:
         dataset = catalog.find(session, claim.dataset_id)
     try:
-        report = ingest(
-            storage.path(archive_key(dataset.id)),
-            storage=storage,
-            dataset_id=dataset.id,
-            options=IngestOptions(
-                val_fraction=dataset.options["val_fraction"], seed=dataset.options["seed"], kind=dataset.kind
-            ),
-            limits=IngestLimits.from_settings(settings),
-            tick=lambda fraction: reporter.progress("ingest", fraction=_INGEST_SHARE * fraction),
-            state_size=lambda packed_bytes: reporter.transaction(
-                lambda session: _state_size(session, claim, settings, packed_bytes)
-            ),
-        )
+        with Decoders.from_settings(settings) as decoders:
+            report = ingest(
+                storage.path(archive_key(dataset.id)),
+                storage=storage,
+                dataset_id=dataset.id,
+                options=IngestOptions(
+                    val_fraction=dataset.options["val_fraction"], seed=dataset.options["seed"], kind=dataset.kind
+                ),
+                limits=IngestLimits.from_settings(settings),
+                tick=lambda fraction: reporter.progress("ingest", fraction=_INGEST_SHARE * fraction),
+                decoders=decoders,
+                state_size=lambda packed_bytes: reporter.transaction(
+                    lambda session: _state_size(session, claim, settings, packed_bytes)
+                ),
+            )
         report = replace(report, warnings=merged(dataset.warnings, report.warnings))
         if report.error is None:
             seen = look_closer(

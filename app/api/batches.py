@@ -184,8 +184,7 @@ def cancel_batch(services: ServicesDep, batch_id: BatchId) -> Batch:
     responses=problems(404, 409),
 )
 def delete_batch(services: ServicesDep, batch_id: BatchId) -> Deleted:
-    with services.database.write() as session:
-        queue.delete(session, batch_id, kind=JobKind.prediction)
+    services.database.free(lambda session: queue.delete(session, batch_id, kind=JobKind.prediction))
     services.storage.delete(f"batches/{batch_id}")
     services.storage.delete(f"jobs/{batch_id}")
     return Deleted(id=batch_id, object="batch")

@@ -135,12 +135,14 @@ async def get_dataset(request: Request, services: ServicesDep, dataset_id: Datas
     responses=problems(404, 409),
 )
 def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Deleted:
-    with services.database.write() as session:
+    def delete(session: Session) -> None:
         catalog.find(session, dataset_id)
         if queue.needs_dataset(session, dataset_id):
             raise Conflict("A job that has not ended needs this data set; cancel it, or wait for its end.")
         queue.cancel_ingest(session, dataset_id)
         catalog.delete(session, dataset_id)
+
+    services.database.free(delete)
     services.pictures.forget(dataset_id)
     services.storage.delete(f"datasets/{dataset_id}")
     return Deleted(id=dataset_id, object="dataset")

@@ -183,8 +183,7 @@ def get_picture(services: ServicesDep, prediction_id: PredictionId) -> Response:
     responses=problems(404),
 )
 def delete_prediction(services: ServicesDep, prediction_id: PredictionId) -> Deleted:
-    with services.database.write() as session:
-        predictions.delete(session, prediction_id)
+    services.database.free(lambda session: predictions.delete(session, prediction_id))
     services.storage.delete(picture_key(prediction_id))
     return Deleted(id=prediction_id, object="prediction")
 

@@ -97,8 +97,7 @@ async def get_job(request: Request, services: ServicesDep, job_id: JobId, wait: 
     responses=problems(404, 409),
 )
 def cancel_job(services: ServicesDep, job_id: JobId) -> Job:
-    with services.database.write() as session:
-        return _render(session, queue.request_cancel(session, job_id))
+    return services.database.free(lambda session: _render(session, queue.request_cancel(session, job_id)))
 
 
 @router.post(
@@ -119,8 +118,7 @@ def stop_job(services: ServicesDep, job_id: JobId) -> Job:
     responses=problems(404, 409),
 )
 def delete_job(services: ServicesDep, job_id: JobId) -> Deleted:
-    with services.database.write() as session:
-        queue.delete(session, job_id)
+    services.database.free(lambda session: queue.delete(session, job_id))
     services.storage.delete(f"jobs/{job_id}")
     return Deleted(id=job_id, object="job")
 

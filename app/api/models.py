@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app import registry
@@ -118,8 +119,7 @@ async def roll_back_alias(services: ServicesDep, name: AliasName) -> Alias:
 
 @router.delete("/v1/aliases/{name}", response_model=Deleted, summary="Remove an alias", responses=problems(404))
 def delete_alias(services: ServicesDep, name: AliasName) -> Deleted:
-    with services.database.write() as session:
-        registry.remove_alias(session, name)
+    services.database.free(lambda session: registry.remove_alias(session, name))
     return Deleted(id=name, object="alias")
 
 
@@ -149,13 +149,16 @@ def _point_alias(services: Services, name: str, model_id: str) -> Alias:
 
 
 def _delete_model(services: Services, name: str) -> str:
-    with services.database.write() as session:
+    def delete(session: Session) -> str:
         model_id = registry.find(session, name).id
         if queue.needs_model(session, model_id):
             raise Conflict(
                 "A batch that has not ended asks this model; cancel it, or wait for its end.", code="model-in-use"
             )
         registry.delete(session, model_id)
+        return model_id
+
+    model_id = services.database.free(delete)
     services.storage.delete(f"models/{model_id}")
     services.storage.delete(exports_of(model_id))
     return model_id

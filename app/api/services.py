@@ -26,8 +26,8 @@ from app.serving.exporter import Exporter
 from app.serving.predictor import Predictor
 from app.settings import Settings
 from app.storage import LocalStorage
+from app.vision.decoding import Decoders
 from app.vision.device import resolve_device
-from app.vision.images import ImageLimits
 from app.vision.weights import WeightStore
 from app.workspaces import Limits, Workspace
 
@@ -38,6 +38,8 @@ RETRY_INTERVAL_SECONDS = 5.0
 SWEEP_INTERVAL_SECONDS = 3600.0
 # What a process that is killed forgets of the predictions it counted.
 WRITE_DOWN_INTERVAL_SECONDS = 5.0
+# While the ballast that deleting has taken is not back.
+BALLAST_INTERVAL_SECONDS = 60.0
 # Archives read through at once, at upload; each keeps a core busy.
 PARALLEL_INSPECTIONS = 4
 
@@ -88,14 +90,14 @@ class Services:
 
 
 def open_services(settings: Settings, *, resolve: Resolve) -> Services:
-    database = Database(settings.resolved_database_url)
+    database = Database(settings.resolved_database_url, ballast_bytes=settings.ballast_bytes)
     storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
     metrics = Metrics(database, storage)
     precedence = Precedence.of(settings)
     predictor = Predictor(
         storage=storage,
         device=resolve_device(settings.device),
-        limits=ImageLimits.from_settings(settings),
+        decoders=Decoders.from_settings(settings),
         max_loaded_bytes=settings.max_loaded_model_bytes,
         max_pending=settings.max_pending_predictions,
         timeout_seconds=settings.predict_timeout_seconds,
@@ -172,6 +174,13 @@ async def sweep_storage(services: Services) -> None:
         except (OSError, SQLAlchemyError, GraftError) as error:
             log.error("storage cannot be swept", error=type(error).__name__)
         await asyncio.sleep(SWEEP_INTERVAL_SECONDS)
+
+
+async def keep_ballast(services: Services) -> None:
+    """Has a little of the disk set aside for deleting, at the start and whenever it was taken. Never returns."""
+    while True:
+        await asyncio.to_thread(services.database.keep_ballast)
+        await asyncio.sleep(BALLAST_INTERVAL_SECONDS)
 
 
 def _is_registered(database: Database, model_id: str) -> bool:

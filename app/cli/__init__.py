@@ -8,6 +8,7 @@
     resources.py  jobs, datasets, models
     batches.py    batches
     demo.py       demo
+    weights.py    weights import
     completion.py what the shell offers behind TAB
     terminal.py   what all of them print with, and how they fail
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from app.cli import batches, demo, predict, resources, server, tenants, train
+from app.cli import batches, demo, predict, resources, server, tenants, train, weights
 from app.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREACHABLE, Failure, errors
 from app.errors import GraftError as ServersOwnError
 from graft_client import Forbidden, GraftError, ServerRefused, ServerUnreachable, Unauthenticated
@@ -28,6 +28,7 @@ predict.add_to(cli)
 resources.add_to(cli)
 batches.add_to(cli)
 demo.add_to(cli)
+weights.add_to(cli)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -519,7 +519,8 @@ def _inflated(file: BinaryIO, entry: _Entry, start: int) -> Iterator[bytes]:
             if inflater.eof:
                 raise _corrupt(f"{shown(entry.path)} ends before its bytes do")
             waiting = packed
-            while waiting:
+            # At the end of the stream zlib hands back what is left again and again, and keeps a copy each time.
+            while waiting and not inflater.eof:
                 piece = inflater.decompress(waiting, _CHUNK_BYTES)
                 waiting = inflater.unconsumed_tail
                 yield piece

@@ -23,6 +23,7 @@ from app.datasets.threads import each_file
 from app.errors import ArchiveRefused, ImageRefused, listed
 from app.settings import Settings
 from app.storage import LocalStorage
+from app.vision.decoding import Decoders
 from app.vision.images import ImageLimits, Pixels, decode, decoded_bytes
 
 PACKED_SIDE = 256
@@ -81,11 +82,13 @@ def ingest(
     options: IngestOptions,
     limits: IngestLimits,
     tick: Tick,
+    decoders: Decoders | None = None,
     state_size: Callable[[int], None] = lambda _packed_bytes: None,
 ) -> IngestReport:
     """Publishes the packed pixels and then the manifest; the report is for the data set's row.
 
     tick: called often with the share of the work done; may raise to stop, and then nothing is left behind.
+    decoders: what decodes pictures; without them it is done here, for an archive that is trusted.
     state_size: told, before the first pixel is written, the bytes that the packed folder will have; pictures that turn
     out to be damaged make it smaller.
     A data set that cannot be used after all gives a report with `error`, and publishes nothing. Raises StorageFull
@@ -106,7 +109,9 @@ def ingest(
     state_size(packed_bytes)
     with storage.staging() as staged:
         staged.mkdir()
-        images, unreadable = _pack_all(archive, layout, staged, storage=storage, limits=limits, tick=tick)
+        images, unreadable = _pack_all(
+            archive, layout, staged, storage=storage, limits=limits, decoders=decoders, tick=tick
+        )
         rejected = [*layout.rejected, *unreadable]
         is_labelled = options.kind == "labelled"
         try:
@@ -153,7 +158,8 @@ def ensure_packed(
         with storage.staging() as staged, PackedWriter(staged) as writer:
             images = _decoded(archive, pictures, side=side, limits=limits, tick=tick)
             for appended, image in enumerate(images):
-                # The archive is the one that was ingested, so what could be read then can be read now.
+                # The archive is the one that was ingested, so what could be read then, in a process that could have
+                # been killed, can be read now.
                 assert not isinstance(image, Rejected), image
                 order[place[image.picture.path]] = appended
                 writer.append(image.pixels)
@@ -204,7 +210,14 @@ class _Packed:
 
 
 def _pack_all(
-    archive: Path, layout: Layout, staged: Path, *, storage: LocalStorage, limits: IngestLimits, tick: Tick
+    archive: Path,
+    layout: Layout,
+    staged: Path,
+    *,
+    storage: LocalStorage,
+    limits: IngestLimits,
+    decoders: Decoders | None,
+    tick: Tick,
 ) -> tuple[Sequence[_Packed], Sequence[Rejected]]:
     """Packs every picture that can be read into `staged/packed`, and its thumbnail into `staged/thumbnails`.
 
@@ -219,6 +232,7 @@ def _pack_all(
         pictures,
         side=PACKED_SIDE,
         limits=limits,
+        decoders=decoders,
         tick=lambda read: tick(_INSPECTED + (_DECODED - _INSPECTED) * read),
     )
     with PackedWriter(staged / "packed") as writer, (staged / "thumbnails").open("wb") as thumbnails:
@@ -255,21 +269,33 @@ def _fingerprints(images: Sequence[_Packed], staged: Path) -> Fingerprints:
 
 
 def _decoded(
-    archive: Path, pictures: dict[str, Picture], *, side: int, limits: IngestLimits, tick: Tick
+    archive: Path,
+    pictures: dict[str, Picture],
+    *,
+    side: int,
+    limits: IngestLimits,
+    decoders: Decoders | None = None,
+    tick: Tick,
 ) -> Iterator[_Decoded | Rejected]:
     """Each of the pictures, in the order of the archive."""
+
+    def decoded(encoded: bytes) -> Pixels:
+        if decoders is not None:
+            return decoders.decode(encoded, side=side)
+        return decode(encoded, side=side, limits=limits.images)
+
     return each_file(
         archive,
-        lambda path, encoded: _decode_one(pictures[path], encoded, side, limits.images),
+        lambda path, encoded: _decode_one(pictures[path], encoded, decoded),
         is_wanted=pictures.__contains__,
         limits=limits.archive,
         tick=tick,
     )
 
 
-def _decode_one(picture: Picture, encoded: bytes, side: int, limits: ImageLimits) -> _Decoded | Rejected:
+def _decode_one(picture: Picture, encoded: bytes, decoded: Callable[[bytes], Pixels]) -> _Decoded | Rejected:
     try:
-        pixels = decode(encoded, side=side, limits=limits)
+        pixels = decoded(encoded)
     except ImageRefused as refusal:
         return Rejected(picture.path, refusal.detail)
     return _Decoded(picture, pixels, hashlib.sha256(encoded).hexdigest(), fingerprint(pixels))

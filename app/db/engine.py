@@ -6,25 +6,28 @@ between, whatever the busy timeout.
 """
 
 import copy
-import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
+import structlog
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from app.db.ballast import Ballast
+from app.db.sqlite import sqlite3
 from app.db.tenancy import Actor, TenantSession
 from app.errors import Overloaded
 
 # Waiting writers get this long. Shorter than a worker's lease (45 s), so that a lock never costs a lease.
 BUSY_TIMEOUT_SECONDS = 30
 
-# The WAL-reset bug can corrupt a database that several processes share; fixed in these and later releases.
-# Source: sqlite.org/wal.html, "The WAL-reset bug".
-_SQLITE_WAL_FIXES = ((3, 44, 6), (3, 50, 7), (3, 51, 3))
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 
 class Database:
@@ -33,8 +36,12 @@ class Database:
     As it is made it sees everything, and cannot make what belongs to a workspace; that is for `within`.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, ballast_bytes: int = 0) -> None:
+        """ballast_bytes: that `keep_ballast` puts beside an SQLite database, and deleting on a full disk takes."""
         self._is_sqlite = make_url(url).get_backend_name() == "sqlite"
+        path = make_url(url).database
+        is_file = self._is_sqlite and path and path != ":memory:"
+        self._ballast = Ballast(Path(f"{path}-ballast"), ballast_bytes) if is_file else None
         self.engine = _sqlite_engine(url) if self._is_sqlite else create_engine(url, pool_pre_ping=True)
         self.workspace_id: str | None = None
         self._actor: Actor | None = None
@@ -57,6 +64,23 @@ class Database:
         with self._session("BEGIN IMMEDIATE") as session, _locked_means_overloaded(), session.begin():
             yield session
             session.add_to_audit_log()
+
+    def free(self, work: Callable[[Session], T]) -> T:
+        """Runs `work`, which makes room or has little to say, in a writing transaction. On a full disk once more, in
+        the room of the ballast. Raises what `write` does."""
+        try:
+            with self.write() as session:
+                return work(session)
+        except OperationalError as error:
+            if not is_full(error) or self._ballast is None or not self._ballast.release():
+                raise
+            log.warning("ballast_released")
+        with self.write() as session:
+            return work(session)
+
+    def keep_ballast(self) -> bool:
+        """Makes the ballast where it is not there. Returns whether it is there, or none is wanted."""
+        return self._ballast is None or self._ballast.keep()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -81,7 +105,7 @@ class Database:
                     yield connection
                 return
             # Within a transaction this pragma does nothing, so it goes to the driver before SQLAlchemy begins one.
-            driver_connection = cast(sqlite3.Connection, connection.connection.driver_connection)
+            driver_connection = cast(Any, connection.connection.driver_connection)
             driver_connection.execute("PRAGMA foreign_keys=OFF")
             try:
                 with connection.begin():
@@ -140,21 +164,14 @@ def is_full(error: OperationalError) -> bool:
     return "disk is full" in said or "No space left on device" in said  # SQLite's words, and PostgreSQL's
 
 
-def wal_is_safe(version: tuple[int, int, int] = sqlite3.sqlite_version_info) -> bool:
-    """Whether this SQLite has the fix for the WAL-reset bug, on its release branch or by age."""
-    if version >= _SQLITE_WAL_FIXES[-1]:
-        return True
-    return any(version[:2] == fix[:2] and version >= fix for fix in _SQLITE_WAL_FIXES)
-
-
 def _sqlite_engine(url: str) -> Engine:
     path = make_url(url).database
     if path and path != ":memory:":
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
+    engine = create_engine(url, module=sqlite3, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
 
     @event.listens_for(engine, "connect")
-    def configure(connection: sqlite3.Connection, _record: Any) -> None:
+    def configure(connection: Any, _record: Any) -> None:
         # The driver's own deferred BEGIN is switched off; ours is emitted below.
         connection.isolation_level = None
         for pragma in (

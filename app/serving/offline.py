@@ -13,19 +13,18 @@ from app.serving.loaded import LoadedModel, Network, open_built_engine, read_mod
 from app.serving.scores import Scores
 from app.settings import ServingEngine
 from app.storage import LocalStorage
-from app.vision import images
+from app.vision.decoding import Decoders
 from app.vision.device import pass_batch_size
-from app.vision.images import ImageLimits
 from app.vision.preprocessing import eval_pixels
 
 
 class OfflineModel:
     """A model for one thread that asks it, and any number that prepare pictures."""
 
-    def __init__(self, model: LoadedModel, *, limits: ImageLimits, batch_size: int) -> None:
+    def __init__(self, model: LoadedModel, *, decoders: Decoders, batch_size: int) -> None:
         self.batch_size = batch_size
         self._model = model
-        self._limits = limits
+        self._decoders = decoders
         self._pool = ThreadPoolExecutor(model.engine.passes_at_once, thread_name_prefix="forward")
 
     @classmethod
@@ -35,7 +34,7 @@ class OfflineModel:
         model_id: str,
         *,
         device: torch.device,
-        limits: ImageLimits,
+        decoders: Decoders,
         policy: ServingEngine,
     ) -> "OfflineModel":
         """policy: which of the engines that /predict had built for the network may be taken, where there are any.
@@ -47,7 +46,7 @@ class OfflineModel:
         if device.type == "cpu":
             open_built_engine(storage, network, policy)
         model = LoadedModel(model_id, artifact, network)
-        return cls(model, limits=limits, batch_size=pass_batch_size(device.type))
+        return cls(model, decoders=decoders, batch_size=pass_batch_size(device.type))
 
     @property
     def tasks(self) -> list[str]:
@@ -57,7 +56,7 @@ class OfflineModel:
     def prepare(self, encoded: bytes) -> Tensor:
         """A picture as the network sees it: uint8 (3, S, S). Raises ImageRefused. Safe to call from many threads."""
         preprocessing = self._model.preprocessing
-        return eval_pixels(images.decode(encoded, side=preprocessing.side, limits=self._limits), preprocessing)
+        return eval_pixels(self._decoders.decode(encoded, side=preprocessing.side), preprocessing)
 
     def scores(self, prepared: Sequence[Tensor]) -> list[Scores]:
         """Of each prepared picture; none for none."""

@@ -41,10 +41,10 @@ from app.serving.loaded import (
 from app.serving.scores import Adapted, Scores
 from app.settings import ServingEngine
 from app.storage import LocalStorage
-from app.vision import images
+from app.vision.decoding import Decoders
 from app.vision.device import usable_cores
 from app.vision.heatmaps import drawn
-from app.vision.images import ImageLimits, Pixels
+from app.vision.images import Pixels
 from app.vision.likeness import seen_alike
 from app.vision.outputs import probabilities
 from app.vision.preprocessing import Preprocessing, eval_pixels
@@ -81,7 +81,7 @@ class Predictor:
         *,
         storage: LocalStorage,
         device: torch.device,
-        limits: ImageLimits,
+        decoders: Decoders,
         max_loaded_bytes: int,
         max_pending: int,
         timeout_seconds: float,
@@ -104,7 +104,7 @@ class Predictor:
         """
         self._storage = storage
         self._device = device
-        self._limits = limits
+        self._decoding = decoders
         self._max_loaded_bytes = max_loaded_bytes
         self._max_pending = max_pending
         self._timeout_seconds = timeout_seconds
@@ -303,6 +303,7 @@ class Predictor:
         self._builder.stop()
         for pool in (self._decoders, self._loader, self._build_thread):
             pool.shutdown(wait=True, cancel_futures=True)
+        self._decoding.close()
         self._batcher.close()
         self._side_by_side.close()
 
@@ -347,14 +348,14 @@ class Predictor:
             return refusal
 
     def _pixels(self, picture: bytes, preprocessing: Preprocessing) -> Tensor:
-        return eval_pixels(images.decode(picture, side=preprocessing.side, limits=self._limits), preprocessing)
+        return eval_pixels(self._decoding.decode(picture, side=preprocessing.side), preprocessing)
 
     async def _explain(self, model: LoadedModel, picture: bytes, label: int) -> bytes:
         loop, preprocessing = asyncio.get_running_loop(), model.preprocessing
         side = preprocessing.side
 
         def seen_and_prepared() -> tuple[Pixels, Tensor]:
-            seen = images.decode(picture, side=side, limits=self._limits)
+            seen = self._decoding.decode(picture, side=side)
             return seen, eval_pixels(seen, preprocessing)
 
         async with self._one_by_one():

@@ -134,6 +134,48 @@ def decoded_bytes(encoded: bytes, *, side: int, limits: ImageLimits) -> int:
         raise ImageRefused(f"damaged {_shown(image_format)}") from error
 
 
+# What costs no more than a few milliseconds and megabytes, whatever its bytes are.
+_SIMPLE_PIXELS, _SIMPLE_BYTES, _SIMPLE_SEGMENTS = 4_000_000, 4 * 1024**2, 64
+
+
+def is_simple(encoded: bytes) -> bool:
+    """Whether this is a small JPEG of one pass over one scan, as cameras and `save` make them, by its markers alone.
+
+    What is not exactly that is not simple: several scans, progressive or arithmetic coding, many segments, many pixels.
+    """
+    if len(encoded) > _SIMPLE_BYTES or sniff(encoded[:16]) != "JPEG":
+        return False
+    position, components = 2, 0
+    for _ in range(_SIMPLE_SEGMENTS):
+        if encoded[position : position + 1] != b"\xff" or len(encoded) < position + 4:
+            return False
+        code, length = encoded[position + 1], int.from_bytes(encoded[position + 2 : position + 4], "big")
+        segment = encoded[position + 4 : position + 2 + length]
+        position += 2 + length
+        if code in (0xC0, 0xC1):
+            if components or len(segment) < 6:
+                return False
+            height, width, components = (
+                int.from_bytes(segment[1:3], "big"),
+                int.from_bytes(segment[3:5], "big"),
+                segment[5],
+            )
+            if not 0 < width * height <= _SIMPLE_PIXELS or not 1 <= components <= 4:
+                return False
+        elif code == _SOS:
+            # All components in this scan, and no other behind it.
+            return len(segment) > 0 and components == segment[0] and _next_segment(encoded, position) == _EOI
+        elif not (code in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= code <= 0xEF) or length < 2:
+            return False
+    return False
+
+
+def _next_segment(encoded: bytes, position: int) -> int | None:
+    """The code of the marker that ends a scan's data."""
+    marker = _NEXT_JPEG_MARKER.search(encoded, position)
+    return None if marker is None else encoded[marker.start() + 1]
+
+
 def encode_thumbnail(pixels: Pixels, *, side: int = 160) -> bytes:
     """A JPEG of the picture, its long side at most `side`."""
     image = Image.fromarray(pixels)

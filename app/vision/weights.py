@@ -43,7 +43,7 @@ _REMEDY = (
 )
 
 # DenseNet's published files are older than the rule that a module's name has no dot.
-_OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
+OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class WeightStore:
             state_dict = torch.load(found.path, map_location="cpu", weights_only=True)
         except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
             raise damaged from error
-        return {_OLD_DENSENET_KEY.sub(r"\1\2", key): tensor for key, tensor in state_dict.items()}
+        return {OLD_DENSENET_KEY.sub(r"\1\2", key): tensor for key, tensor in state_dict.items()}
 
     def _download(self, weights: WeightsSpec, part: Path, on_progress: OnProgress | None) -> str:
         """Streams the file to `part`, durably. Returns its sha256."""
@@ -245,13 +245,17 @@ def _where(found: Found) -> Availability:
 
 
 def _whole(tensors: dict[str, Tensor], weights: WeightsSpec) -> dict[str, Tensor]:
-    """Bundled files are half as precise and have no head of 1000 classes, which nobody uses: a third of the size."""
-    if not weights.is_bundled:
+    """Bundled files are half as precise; theirs and imported ones may lack the head of 1000 classes, which nobody uses.
+
+    A file that has a part of the head keeps what it has, and is refused for the rest where it is put to use.
+    """
+    if weights.is_bundled:
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    head = {f"{BACKBONES[weights.backbone].head}.{part}" for part in ("weight", "bias")}
+    if head & tensors.keys():
         return tensors
-    head = BACKBONES[weights.backbone].head
     expected = hollow(weights.backbone).state_dict()
-    zeros = {f"{head}.{name}": torch.zeros(expected[f"{head}.{name}"].shape) for name in ("weight", "bias")}
-    return zeros | {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    return tensors | {name: torch.zeros(expected[name].shape) for name in head}
 
 
 def _oldest(spec: BackboneSpec) -> WeightsSpec:

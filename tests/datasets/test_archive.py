@@ -143,6 +143,20 @@ def test_real_archives_are_read_like_the_standard_library_does(shared_data: Path
     assert {member.path: zlib.crc32(content) for member, content in iterate(path, limits=LIMITS)} == expected
 
 
+# Damaged archives
+
+
+def test_bytes_behind_a_deflated_stream_longer_than_a_piece_are_refused(contents: Contents) -> None:
+    """They were handed back by zlib for ever, in growing memory: 1 kB kept a core busy until the server ended."""
+    member = ZipMember("a.jpg", bytes(1_000_000), 8)
+    honest = raw_zip([member])
+    packed = honest[30 + len("a.jpg") : honest.index(b"PK\x01\x02")] + b"more"
+    longer = ZipMember("a.jpg", packed, 99, size=1_000_000, crc=zlib.crc32(member.content), local_size=1_000_000)
+    assert (
+        code_of(contents, raw_zip([longer]).replace(struct.pack("<H", 99), struct.pack("<H", 8))) == "corrupt-archive"
+    )
+
+
 # Not archives
 
 

@@ -1,7 +1,6 @@
 """The migrations make exactly the tables that the code expects, whole or not at all."""
 
 import re
-import sqlite3
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -31,6 +30,7 @@ from sqlalchemy import (
 from app.db import migrate
 from app.db.engine import Database
 from app.db.migrate import check_is_current, upgrade
+from app.db.sqlite import sqlite3
 from app.db.tables import Base
 from app.errors import DatabaseMismatch
 

@@ -26,6 +26,7 @@ from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.artifact import Artifact
 from app.vision.classifier import Classifier
+from app.vision.decoding import Decoders
 from app.vision.images import ImageLimits
 from app.vision.outputs import Output
 from app.vision.preprocessing import Preprocessing, normalise
@@ -63,7 +64,7 @@ def opened(storage: LocalStorage, **options: Any) -> Predictor:
     return Predictor(
         storage=storage,
         device=torch.device("cpu"),
-        limits=LIMITS,
+        decoders=Decoders.trusting(LIMITS),
         max_loaded_bytes=10**9,
         max_pending=100,
         timeout_seconds=60,
@@ -408,7 +409,7 @@ def test_a_gpu_answers_as_a_cpu_does_and_loading_another_model_disturbs_nobody(
         predictor = Predictor(
             storage=storage,
             device=device,
-            limits=LIMITS,
+            decoders=Decoders.trusting(LIMITS),
             max_loaded_bytes=10**9,
             max_pending=100,
             timeout_seconds=60,

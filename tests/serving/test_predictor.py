@@ -18,6 +18,7 @@ from app.storage import LocalStorage
 from app.vision import artifact, images
 from app.vision.artifact import Artifact
 from app.vision.classifier import Classifier
+from app.vision.decoding import Decoders
 from app.vision.images import ImageLimits
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 
@@ -54,7 +55,7 @@ def with_predictor(models: Path) -> Callable[..., list[int]]:
             predictor = Predictor(
                 storage=LocalStorage(models),
                 device=torch.device("cpu"),
-                limits=LIMITS,
+                decoders=Decoders.trusting(LIMITS),
                 max_loaded_bytes=options.get("max_loaded_bytes", 10**9),
                 max_pending=options.get("max_pending", 100),
                 timeout_seconds=options.get("timeout_seconds", 60.0),

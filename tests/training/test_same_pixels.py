@@ -21,6 +21,7 @@ from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.artifact import Artifact
 from app.vision.classifier import Classifier
+from app.vision.decoding import Decoders
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
 from worker.training.augment import training_transform
 from worker.training.loop import predict_logits
@@ -152,7 +153,7 @@ def served_on(
         predictor = Predictor(
             storage=storage,
             device=CPU,
-            limits=LIMITS.images,
+            decoders=Decoders.trusting(LIMITS.images),
             max_loaded_bytes=10**9,
             max_pending=100,
             timeout_seconds=60,

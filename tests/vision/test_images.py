@@ -18,7 +18,7 @@ from PIL import Image
 
 from app.errors import ImageRefused
 from app.settings import Settings
-from app.vision.images import ImageLimits, Pixels, decode, encode_thumbnail, sniff
+from app.vision.images import ImageLimits, Pixels, decode, encode_thumbnail, is_simple, sniff
 
 LIMITS = ImageLimits.from_settings(Settings(_env_file=None))
 ALL_FORMATS = replace(LIMITS, extra_formats=frozenset({"TIFF", "BMP"}))
@@ -314,6 +314,52 @@ def test_threads_see_the_same() -> None:
     with ThreadPoolExecutor(8) as pool:
         for data, pixels in zip(files, pool.map(seen, files), strict=True):
             np.testing.assert_array_equal(pixels, seen(data))
+
+
+# What is decoded where it is
+
+
+def parted(data: bytes) -> tuple[bytes, bytes]:
+    """A JPEG before and from its start of scan on."""
+    at = data.rindex(b"\xff\xda")
+    return data[:at], data[at:]
+
+
+def test_small_plain_jpegs_are_simple() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey, ink = (Image.fromarray(picture(1)).convert(mode) for mode in ("L", "CMYK"))
+    for plain in (
+        jpeg(),
+        encoded(picture(1), "JPEG", exif=exif.tobytes()),
+        encoded(grey, "JPEG"),
+        encoded(ink, "JPEG"),
+    ):
+        assert is_simple(plain)
+        assert decode(plain, side=64, limits=LIMITS).shape[2] == 3
+
+
+def test_what_may_cost_more_than_its_size_says_is_not_simple() -> None:
+    head, scan = parted(jpeg())
+    frame = head.index(b"\xff\xc0")
+    second_frame = head[frame : frame + 2 + int.from_bytes(head[frame + 2 : frame + 4], "big")]
+    vast = head[: frame + 5] + b"\xff\xff\xff\xff" + head[frame + 9 :]
+    costly = {
+        "other formats": encoded(picture(1)),
+        "progressive": encoded(picture(1), "JPEG", progressive=True),
+        "two scans": head + scan[:-2] + scan,
+        "two frames": head + second_frame + scan,
+        "no frame": head.replace(second_frame, b"") + scan,
+        "arithmetic": head.replace(b"\xff\xc0", b"\xff\xc9") + scan,
+        "many pixels": vast + scan,
+        "many segments": head[:2] + b"\xff\xfe\x00\x02" * 70 + head[2:] + scan,
+        "many bytes": jpeg() + bytes(5 * 1024**2),
+        "one component of three": head + scan[:4] + b"\x01" + scan[5:],
+        "no end": jpeg()[:-2],
+        "only a start": b"\xff\xd8\xff",
+        "nothing": b"",
+    }
+    assert {name: is_simple(content) for name, content in costly.items()} == dict.fromkeys(costly, False)
 
 
 # Thumbnails

@@ -5,6 +5,7 @@ Run as `python stories.py --kind … --ready-fd …`, as the worker runs `python
 
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def work_until_released(claim: Claim, reporter: Reporter, storage: LocalStorage)
     reporter.checkpoint(claim.attempt)
     while not storage.path("release").exists() and not reporter.stop_requested:
         reporter.progress("train", fraction=0.5, epoch=1, epochs=2)
-        time.sleep(0.01)
+        select.select([], [], [], 0.01)  # libfaketime refuses the call that time.sleep makes
     succeed(claim, reporter, storage)
 
 

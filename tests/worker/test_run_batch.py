@@ -22,6 +22,7 @@ from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.artifact import Artifact
 from app.vision.classifier import Classifier
+from app.vision.decoding import Decoders
 from app.vision.images import ImageLimits
 from app.vision.outputs import Output
 from app.vision.preprocessing import Preprocessing
@@ -136,7 +137,7 @@ def test_scores_are_those_of_each_picture_alone(database: Database, storage: Loc
         storage,
         model_id,
         device=torch.device("cpu"),
-        limits=ImageLimits.from_settings(SETTINGS),
+        decoders=Decoders.trusting(ImageLimits.from_settings(SETTINGS)),
         policy="torch",
     )
 

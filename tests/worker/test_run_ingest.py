@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 
 import pytest
-from builders import class_folders, jpeg, written, zip_of
+from builders import class_folders, encoded, jpeg, slow_jpeg, written, zip_of
+from PIL import Image
 from queue_builders import claim_next, find, submit
 
 from app.datasets import catalog
@@ -14,7 +15,7 @@ from app.errors import ArchiveRefused, Conflict
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim, ClaimLost
 from app.jobs.states import JobKind
-from app.settings import Settings
+from app.settings import MEBIBYTE, Settings
 from app.storage import LocalStorage
 from worker.reporter import Reporter
 from worker.run_ingest import run_ingest
@@ -69,6 +70,24 @@ def test_good_archive_makes_data_set_and_job_end_well(database: Database, storag
     assert storage.exists(f"datasets/{row.id}/manifest.jsonl")
     folder = storage.path(f"datasets/{row.id}/packed-256")
     assert row.packed_bytes == sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_picture_that_takes_too_much_is_listed_and_the_rest_goes_on(database: Database, storage: LocalStorage) -> None:
+    vast = encoded(Image.new("RGBA", (6000, 6000), (255, 0, 0, 128)))
+    claim = uploaded(database, storage, class_folders(8) | {"cat/slow.jpg": slow_jpeg(), "dog/vast.png": vast})
+    run_ingest(
+        claim,
+        settings=Settings(_env_file=None, decode_cpu_seconds=0.5, decode_memory_bytes=128 * MEBIBYTE),
+        database=database,
+        storage=storage,
+        reporter=Reporter(database, claim, shutdown=Wakeup()),
+    )
+    row = dataset(database, claim)
+    assert (row.status, row.num_images, job_status(database, claim)) == ("ready", 16, "succeeded")
+    assert row.rejected == [
+        {"path": "cat/slow.jpg", "reason": "takes more than 0.5 s to decode"},
+        {"path": "dog/vast.png", "reason": "takes more memory to decode than this server gives a picture"},
+    ]
 
 
 def test_class_without_readable_pictures_fails_both_and_keeps_the_report(

@@ -1,11 +1,12 @@
 """Real worker processes on a real database and storage."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,12 @@ class Workshop:
         url = self.database.engine.url.render_as_string(hide_password=False)
         return Settings(data_dir=self.folder, database_url=url, **{**FAST, **changes})
 
-    def start_worker(self, *, child_command: Sequence[str] = (), **changes: Any) -> subprocess.Popen[bytes]:
+    def start_worker(
+        self, *, child_command: Sequence[str] = (), environment: Mapping[str, str] | None = None, **changes: Any
+    ) -> subprocess.Popen[bytes]:
         settings = self.settings(**changes).model_dump(mode="json")
-        worker = subprocess.Popen([sys.executable, str(WORKER), json.dumps(settings), *child_command])
+        command = [sys.executable, str(WORKER), json.dumps(settings), *child_command]
+        worker = subprocess.Popen(command, env=os.environ | dict(environment or {}))
         self.workers.append(worker)
         return worker
 

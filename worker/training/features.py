@@ -21,7 +21,7 @@ from torch import Tensor
 
 from app.datasets.manifest import Manifest
 from app.errors import StorageFull
-from app.storage import LocalStorage
+from app.storage import LocalStorage, is_disk_full
 from app.vision.backbones import ALL_LAYERS, weights_digest
 from app.vision.classifier import Classifier
 from app.vision.device import pass_batch_size
@@ -125,12 +125,20 @@ class FeatureCache:
         self._make_room(size)
         with self.storage.staging() as folder:
             folder.mkdir()
-            values = np.memmap(folder / _VALUES, dtype=dtype, mode="w+", shape=tuple(shape))
-            yield values
-            values.flush()
-            record = {"shape": list(shape), "dtype": np.dtype(dtype).name, "channels_last": channels_last}
-            (folder / _SHAPE).write_text(json.dumps(record), "utf-8")
-            self.storage.publish(folder, self._place(key))
+            try:
+                # All of it now: writing to a mapped hole on a full disk ends the process by a signal.
+                with (folder / _VALUES).open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, max(size, 1))
+                values = np.memmap(folder / _VALUES, dtype=dtype, mode="r+", shape=tuple(shape))
+                yield values
+                values.flush()
+                record = {"shape": list(shape), "dtype": np.dtype(dtype).name, "channels_last": channels_last}
+                (folder / _SHAPE).write_text(json.dumps(record), "utf-8")
+                self.storage.publish(folder, self._place(key))
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                raise StorageFull("The disk became full while features were stored.") from error
 
     def _place(self, key: str) -> str:
         return f"datasets/{self.dataset_id}/features/{key}"
