@@ -72,15 +72,13 @@ async function openCamera() {
     page.querySelector("[role=status]").textContent = "There is no camera that this page may use.";
     return;
   }
-  video.srcObject = stream;
-  panel.hidden = false;
-  await video.play();
+  const shoot = panel.querySelector("[data-shoot]");
   const close = () => {
     stream.getTracks().forEach((track) => track.stop());
     panel.hidden = true;
   };
   panel.querySelector("[data-close]").onclick = close;
-  panel.querySelector("[data-shoot]").onclick = () => {
+  shoot.onclick = () => {
     const canvas = document.createElement("canvas");
     canvas.width = video.videoWidth;
     canvas.height = video.videoHeight;
@@ -88,4 +86,9 @@ async function openCamera() {
     canvas.toBlob((blob) => ask([new File([blob], "camera.jpg", { type: "image/jpeg" })]), "image/jpeg", 0.92);
     close();
   };
+  shoot.disabled = true; // until there is something to take
+  video.srcObject = stream;
+  panel.hidden = false;
+  await video.play();
+  shoot.disabled = false;
 }
