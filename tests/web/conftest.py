@@ -11,8 +11,9 @@ from furnishing import Furnished, furnished_graft
 from playwright.sync_api import Browser, sync_playwright
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Ended with each file: as long as it is there, its event loop is in the way of tests that run one of their own."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium_path(playwright), args=ARGUMENTS)
         yield browser
