@@ -59,13 +59,14 @@ def reference(document: Mapping[str, Any]) -> Iterator[str]:
     for tag, operations in by_tag.items():
         yield f"## {tag.capitalize()}\n"
         for method, path, operation in operations:
-            yield from _operation(method, path, operation)
+            yield from _operation(method, path, operation, document["components"]["responses"])
     yield "## Bodies\n"
     for name, schema in sorted(document["components"]["schemas"].items()):
         yield from _schema(name, schema)
 
 
-def _operation(method: str, path: str, operation: JsonSchema) -> Iterator[str]:
+def _operation(method: str, path: str, operation: JsonSchema, shared: Mapping[str, JsonSchema]) -> Iterator[str]:
+    """shared: answers that operations refer to, by their names."""
     yield f"### `{method} {path}`\n"
     scope = needed_scope(method, path)
     yield f"{operation['summary']}. Scope `{scope}`.\n"
@@ -87,7 +88,8 @@ def _operation(method: str, path: str, operation: JsonSchema) -> Iterator[str]:
         kinds = [f"`{kind}`{_named(_type(content.get('schema', {})))}" for kind, content in body["content"].items()]
         yield f"Body: {', '.join(kinds)}. {_escaped(body.get('description', ''))}\n"
     yield "| answer | |\n| --- | --- |"
-    for status, answer in operation["responses"].items():
+    for status, said in operation["responses"].items():
+        answer = shared[said["$ref"].rpartition("/")[2]] if "$ref" in said else said
         kinds = [_type(content.get("schema", {})) for content in answer.get("content", {}).values()]
         yield _row(f"`{status}`", " ".join([_escaped(answer.get("description", "")), *dict.fromkeys(kinds)]))
     yield ""

@@ -105,8 +105,18 @@ def _document(app: FastAPI) -> dict[str, Any]:
                 if "application/json" in responses.get(str(status), {}).get("content", {}):
                     responses.pop(str(status))  # FastAPI's own description of a 422
                 responses.setdefault(str(status), problem)
+            _share_problems(responses, document["components"].setdefault("responses", {}))
             _collect_definitions(operation, schemas)
     return document
+
+
+def _share_problems(responses: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Has every operation refer to one description of each problem, which they would all repeat."""
+    for status, response in responses.items():
+        if int(status) in _MEANINGS and response == problems(int(status))[int(status)]:
+            name = f"Problem{status}"
+            shared[name] = response
+            responses[status] = {"$ref": f"#/components/responses/{name}"}
 
 
 def _collect_definitions(operation: dict[str, Any], schemas: dict[str, Any]) -> None:

@@ -120,7 +120,9 @@ def test_it_has_every_operation_of_this_version(document: dict[str, Any]) -> Non
 def test_every_operation_names_its_problems_and_whether_it_needs_a_key(document: dict[str, Any]) -> None:
     for name, operation in operations(document).items():
         for status in COMMON_STATUSES:
-            assert set(operation["responses"][str(status)]["content"]) == {"application/problem+json"}, name
+            assert operation["responses"][str(status)] == {"$ref": f"#/components/responses/Problem{status}"}, name
+            [media_type] = document["components"]["responses"][f"Problem{status}"]["content"]
+            assert media_type == "application/problem+json"
         is_open = name in ("GET /healthz", "GET /readyz")
         assert operation["security"] == ([] if is_open else [{"key": []}, {}]), name
 
