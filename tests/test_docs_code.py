@@ -40,6 +40,7 @@ ELSEWHERE = {
 }
 # Pages about the server's own database: they get one of their own, so that its keys lock nobody else out.
 OF_OPERATORS = frozenset({"operations.md"})
+MARKS = dict.fromkeys(("tutorial.md", "export.md"), pytest.mark.slow)
 PATIENCE_SECONDS = 240  # for one command
 CLASSES = ("daisy", "rose")
 
@@ -191,7 +192,7 @@ def train_default(http: httpx.Client, folder: Path) -> dict[str, str]:
 
 @needs_curl
 @pytest.mark.timeout(1200)  # the tutorial trains for a minute on two idle cores
-@pytest.mark.parametrize("page", TO_RUN)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=MARKS.get(page, ())) for page in TO_RUN])
 def test_the_code_of_the_page_runs(page: str, reader: Reader, tmp_path: Path) -> None:
     path = f"{reader.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
     data = reader.folder / "data"

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from app import webhooks
 from app.db.engine import Database
+from app.db.tables import DEFAULT_WORKSPACE, WorkspaceRow
 from app.webhooks import CLAIM, Claim
 
 
@@ -14,7 +15,7 @@ def webhook_with(database: Database, deliveries: int) -> str:
     with database.write() as session:
         webhook = webhooks.create(session, url="https://hooks.example/", events=webhooks.EVENTS, is_enabled=True)
         for number in range(deliveries):
-            webhooks.emit(session, "alias.changed", {"number": number})
+            webhooks.emit(session, "alias.changed", {"number": number}, workspace_id=DEFAULT_WORKSPACE)
         return webhook.id
 
 
@@ -59,9 +60,24 @@ def test_oldest_is_taken_first_and_nothing_of_a_webhook_that_is_off(any_database
         assert webhooks.webhooks_with_due(session, now=webhooks.now(), limit=10) == []
 
 
+def test_whoever_makes_a_change_only_webhooks_of_its_workspace_are_told(any_database: Database) -> None:
+    ours = webhook_with(any_database, 0)
+    with any_database.write() as session:
+        session.add(WorkspaceRow(id="ws_theirs", name="theirs"))
+    everybodys = any_database.within(None)  # as the worker sees it
+    theirs = webhook_with(any_database.within("ws_theirs"), 0)
+
+    with everybodys.write() as session:
+        webhooks.emit(session, "alias.changed", {}, workspace_id="ws_theirs")
+
+    with everybodys.read() as session:
+        assert webhooks.webhooks_with_due(session, now=webhooks.now(), limit=10) == [theirs]
+        assert not webhooks.list_deliveries(session, ours, limit=10)
+
+
 def test_senders_at_the_same_time_take_different_deliveries(new_database_url: Callable[[], str]) -> None:
     url = new_database_url()
-    database = Database(url)
+    database = Database(url).within(DEFAULT_WORKSPACE)
     webhook_id = webhook_with(database, 60)
     taken: list[str] = []
 

@@ -10,6 +10,8 @@ from browsing import SIZES, drop, visit
 from furnishing import Furnished, flawed_zip
 from playwright.sync_api import Browser, Page, expect
 
+pytestmark = pytest.mark.slow
+
 
 def uploaded(page: Page, url: str) -> dict[str, object]:
     """The data set that the page went on to, once it is checked."""

@@ -19,8 +19,9 @@ from app.web import site
 MAX_PAGE_BYTES = 300_000
 SHARED = ("graft.css", "page.js", "icon.svg", "vendor/htmx-2.0.11.min.js")
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow  # a minute and a half
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_is_accessible_and_fits_the_screen(browser: Browser, furnished: Furnished, size: str, scheme: str) -> None:

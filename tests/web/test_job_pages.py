@@ -10,6 +10,8 @@ from playwright.sync_api import Browser, Page, expect
 
 from app.jobs.request import Hyperparameters
 
+pytestmark = pytest.mark.slow
+
 
 def job_of(page: Page, url: str, wait: int = 0) -> dict[str, object]:
     page.wait_for_url(re.compile("/jobs/job_"))

@@ -17,6 +17,8 @@ from playwright.sync_api import Browser, Page, expect
 
 from app.vision.reference import Reference
 
+pytestmark = pytest.mark.slow
+
 
 def evaluation_of(furnished: Furnished) -> dict[str, object]:
     found: dict[str, object] = httpx.get(f"{furnished.url}/v1/models/{furnished.models[1]}/evaluation").json()
