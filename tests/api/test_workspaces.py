@@ -131,6 +131,35 @@ def test_a_stranger_finds_at_no_path_what_another_workspace_has(server: RunningS
         assert own.get("/v1/aliases").json()["data"][0]["model"] == ids["model"]
 
 
+PAGES = {
+    "get": (
+        *("/datasets/{dataset_id}", "/datasets/{dataset_id}/cases", "/datasets/{dataset_id}/images"),
+        *("/datasets/{dataset_id}/progress", "/datasets/{dataset_id}/samples", "/jobs/{job_id}", "/jobs/{job_id}/live"),
+        *("/models/{model}", "/models/{model}/cell?row=0&column=1"),
+    ),
+    "post": (
+        *("/datasets/{dataset_id}/delete", "/datasets/{dataset_id}/versions", "/jobs/{job_id}/cancel"),
+        *("/jobs/{job_id}/delete", "/jobs/{job_id}/stop", "/models/{model}/delete", "/models/{model}/promote"),
+        "/try/{prediction_id}/feedback",
+    ),
+}
+
+
+def test_a_stranger_sees_no_page_of_another_workspace(server: RunningServer) -> None:
+    with client_with(server, key_for(server, "default")) as own, client_with(server, key_for(server, "other")) as other:
+        ids = everything(server, own)
+        for method, paths in PAGES.items():
+            for path in paths:
+                answer = other.request(method, path.format(**ids), headers={"Accept": "text/html"})
+                assert answer.status_code in (404, 422), (method, path, answer.status_code)
+                assert "colours" not in answer.text
+        for path in ("/", "/datasets", "/jobs", "/models", "/try", "/jobs/new", f"/jobs/compare?job={ids['job_id']}"):
+            page = other.get(path, headers={"Accept": "text/html"}).text
+            assert not any(value in page for value in ids.values() if re.search("_[0-9a-f]{30}", value)), path
+        for name in ("dataset", "job", "model"):
+            assert own.get(f"/v1/{name}s/{ids.get(f'{name}_id', ids['model'])}").status_code == 200
+
+
 def test_a_stranger_lists_and_names_nothing_of_another_workspace(server: RunningServer) -> None:
     with client_with(server, key_for(server, "default")) as own, client_with(server, key_for(server, "other")) as other:
         ids = everything(server, own)
