@@ -1,6 +1,7 @@
 // Dropping a folder, class folders or an archive: packed here if need be, and sent with its progress shown.
 
 import { downloadZip } from "./vendor/client-zip-2.5.1.js";
+import "./vendor/tus-4.3.1.min.js"; // is `tus` from here on
 
 const ARCHIVE = /\.(zip|tar|tar\.gz|tgz)$/i;
 const percent = new Intl.NumberFormat("en", { style: "percent" });
@@ -76,13 +77,13 @@ async function begin(zone, gathering) {
       bar.value = share;
       say(`Packing ${files.length} files: ${percent.format(share)}`);
     });
-    const dataset = await sent(archive, query(zone, name), stop.signal, (done, total) => {
+    const dataset = await sent(archive, described(zone, name), stop.signal, (done, total) => {
       bar.value = done / total;
       say(done < total ? `Sending: ${bytes(done)} of ${bytes(total)}` : "The server looks it through …");
       if (done === total) bar.removeAttribute("value");
     });
     window.removeEventListener("beforeunload", stay);
-    location.assign(`/datasets/${dataset.id}`);
+    location.assign(`/datasets/${dataset}`);
   } catch (error) {
     sending.hidden = true;
     if (!stop.signal.aborted) {
@@ -116,27 +117,48 @@ async function packed(files, signal, onPacked) {
   return { archive, name: tops.size === 1 ? [...tops][0] : "pictures" };
 }
 
-function query(zone, name) {
+function described(zone, name) {
   const given = zone.querySelector("[name=name]").value.trim();
-  const asked = new URLSearchParams({ name: given || name });
-  if (zone.querySelector("[name=unlabelled]").checked) asked.set("kind", "unlabelled");
-  return asked;
+  const kind = zone.querySelector("[name=unlabelled]").checked ? "unlabelled" : "labelled";
+  return { name: given || name, kind };
 }
 
-// XMLHttpRequest, since fetch tells nothing of how much has been sent.
-function sent(archive, asked, signal, onSent) {
+// In pieces, as far as the line is good; an archive that was begun before, on this page or another day, goes on.
+function sent(archive, metadata, signal, onSent) {
   return new Promise((resolve, reject) => {
-    const request = new XMLHttpRequest();
-    request.open("PUT", `/v1/datasets?${asked}`);
-    request.responseType = "json";
-    request.upload.onprogress = (event) => onSent(event.loaded, event.total);
-    request.onload = () => {
-      if (request.status === 201) resolve(request.response);
-      else reject(new Error(request.response?.detail ?? `The server answered ${request.status}.`));
-    };
-    request.onerror = () => reject(new Error("The connection broke. Nothing was kept; send it again."));
-    request.onabort = () => reject(new Error("Stopped."));
-    signal.addEventListener("abort", () => request.abort());
-    request.send(archive);
+    const isFile = archive instanceof File; // what was packed here has no name and no date to be known by again
+    const upload = new tus.Upload(archive, {
+      endpoint: new URL("/v1/uploads", location).href,
+      metadata,
+      storeFingerprintForResuming: isFile,
+      removeFingerprintOnSuccess: true,
+      retryDelays: [0, 1000, 2000, 4000, 8000, 15000, 30000],
+      onShouldRetry: (error) => [0, 409, 423].includes(status(error)) || status(error) >= 500,
+      onProgress: onSent,
+      onSuccess: ({ lastResponse }) => resolve(lastResponse.getHeader("Graft-Dataset")),
+      onError: (error) => reject(new Error(told(error, isFile))),
+    });
+    signal.addEventListener("abort", () => {
+      upload.abort(true); // the server forgets what it has
+      reject(new Error("Stopped."));
+    });
+    const begun = isFile ? upload.findPreviousUploads() : Promise.resolve([]);
+    begun.then(([last]) => {
+      if (last) upload.resumeFromPreviousUpload(last);
+      upload.start();
+    }, reject);
   });
+}
+
+const status = (error) => error.originalResponse?.getStatus() ?? 0;
+
+function told(error, isFile) {
+  if (!status(error)) {
+    return `The connection broke. ${isFile ? "Drop the same archive again, and it goes on where it was." : "Drop it again."}`;
+  }
+  try {
+    return JSON.parse(error.originalResponse.getBody()).detail;
+  } catch {
+    return `The server answered ${status(error)}.`;
+  }
 }
