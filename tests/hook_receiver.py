@@ -45,7 +45,11 @@ class Receiver:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
+                length = int(self.headers["Content-Length"])
+                body = self.rfile.read(length)
+                if len(body) < length:  # its sender was killed
+                    self.close_connection = True
+                    return
                 outer.requests.append(({name.lower(): value for name, value in self.headers.items()}, body))
                 (outer.answers.pop(0) if outer.answers else status(204))(self)
 

@@ -298,7 +298,7 @@ async def unload_model(request: Request, services: ServicesDep, model: ByName) -
 
 async def _optional_body(request: Request, schema: type[Body]) -> Body:
     body = await read_body(request, max_bytes=MAX_JSON_BYTES)
-    return parse_as(schema, strict_json(body) if body.strip() else {})
+    return parse_as(schema, strict_json(body) if body else {})
 
 
 def _metadata(services: Services, model: Named) -> ModelMetadata:

@@ -19,6 +19,7 @@ from workshop import Workshop, is_running, wait_until
 from app.datasets.ingest import IngestLimits, IngestOptions, archive_key, ingest
 from app.db.engine import Database
 from app.db.migrate import upgrade
+from app.db.tables import DEFAULT_WORKSPACE
 from app.errors import StorageFull
 from app.settings import MEBIBYTE, Settings
 from app.storage import LocalStorage, is_disk_full
@@ -47,7 +48,7 @@ def workshop(disk: Path) -> Iterator[Workshop]:
     """Database and files on that disk."""
     url = f"sqlite:///{disk / 'graft.db'}"
     upgrade(url)
-    database = Database(url)
+    database = Database(url).within(DEFAULT_WORKSPACE)
     workshop = Workshop(disk, database)
     yield workshop
     workshop.close()
