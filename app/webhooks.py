@@ -2,7 +2,8 @@
 
 An outbox: what happens is written down by `emit`, in the transaction of the change itself, once for every webhook that
 wants it; so nothing is told that did not happen, and nothing that happened is forgotten. Sending it is somebody else's,
-who claims a delivery by a guarded update. Its attempt's number is the claim: who lost it can write nothing.
+who claims a delivery by a guarded update. Its attempt's number is the claim: who lost it can write nothing. When one is
+due the wall clock says, which processes on several machines share well enough for that.
 """
 
 import base64
@@ -10,7 +11,7 @@ import json
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal, get_args
 
 from sqlalchemy import delete as sql_delete
@@ -259,11 +260,6 @@ def forget_old(session: Session) -> int:
             execution_options={"synchronize_session": False},
         ).all()
     )
-
-
-def now() -> datetime:
-    """By which deliveries are due: the wall clock, which processes on several machines share well enough for that."""
-    return datetime.now(UTC)
 
 
 def _settle(session: Session, claim: Claim, **values: Any) -> bool:

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from app import webhooks
 from app.db.engine import Database
-from app.db.tables import DEFAULT_WORKSPACE, WorkspaceRow
+from app.db.tables import DEFAULT_WORKSPACE, WorkspaceRow, utc_now
 from app.webhooks import CLAIM, Claim
 
 
@@ -21,7 +21,7 @@ def webhook_with(database: Database, deliveries: int) -> str:
 
 def claim(database: Database, webhook_id: str, *, later: timedelta = timedelta()) -> Claim | None:
     with database.write() as session:
-        return webhooks.claim_next(session, webhook_id, now=webhooks.now() + later)
+        return webhooks.claim_next(session, webhook_id, now=utc_now() + later)
 
 
 def test_claim_is_held_for_its_time_and_then_lost_to_the_next(any_database: Database) -> None:
@@ -38,7 +38,7 @@ def test_claim_is_held_for_its_time_and_then_lost_to_the_next(any_database: Data
     with any_database.write() as session:
         assert not webhooks.settle_delivered(session, first, response_status=200)
         assert not webhooks.settle_failed(session, first, error="x", response_status=None)
-        assert not webhooks.settle_later(session, first, at=webhooks.now(), error="x", response_status=None)
+        assert not webhooks.settle_later(session, first, at=utc_now(), error="x", response_status=None)
         assert webhooks.settle_delivered(session, second, response_status=204)
         assert not webhooks.settle_delivered(session, second, response_status=204)
         [delivery] = webhooks.list_deliveries(session, webhook_id, limit=10)
@@ -49,7 +49,7 @@ def test_oldest_is_taken_first_and_nothing_of_a_webhook_that_is_off(any_database
     webhook_id = webhook_with(any_database, 3)
     with any_database.read() as session:
         ids = [delivery.id for delivery in reversed(webhooks.list_deliveries(session, webhook_id, limit=10))]
-        assert webhooks.webhooks_with_due(session, now=webhooks.now(), limit=10) == [webhook_id]
+        assert webhooks.webhooks_with_due(session, now=utc_now(), limit=10) == [webhook_id]
     assert [taken.delivery_id for _ in range(2) if (taken := claim(any_database, webhook_id))] == ids[:2]
 
     with any_database.write() as session:
@@ -57,7 +57,7 @@ def test_oldest_is_taken_first_and_nothing_of_a_webhook_that_is_off(any_database
 
     assert claim(any_database, webhook_id) is None
     with any_database.read() as session:
-        assert webhooks.webhooks_with_due(session, now=webhooks.now(), limit=10) == []
+        assert webhooks.webhooks_with_due(session, now=utc_now(), limit=10) == []
 
 
 def test_whoever_makes_a_change_only_webhooks_of_its_workspace_are_told(any_database: Database) -> None:
@@ -71,7 +71,7 @@ def test_whoever_makes_a_change_only_webhooks_of_its_workspace_are_told(any_data
         webhooks.emit(session, "alias.changed", {}, workspace_id="ws_theirs")
 
     with everybodys.read() as session:
-        assert webhooks.webhooks_with_due(session, now=webhooks.now(), limit=10) == [theirs]
+        assert webhooks.webhooks_with_due(session, now=utc_now(), limit=10) == [theirs]
         assert not webhooks.list_deliveries(session, ours, limit=10)
 
 

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from app.access import Caller
 from app.api import idempotency
-from app.api.deps import refuse_declared_size
+from app.api.deps import declared_bytes, refuse_declared_size
 from app.api.idempotency import Claim
 from app.api.services import Services
 from app.datasets.upload import MAX_OVERHEAD_BYTES, StagedUpload, receive
@@ -208,7 +208,6 @@ def _refuse_declared_size(request: Request, settings: Settings) -> None:
 
 def _refuse_beyond_quota(request: Request, services: Services) -> None:
     """Before any of the body is read; how much it really is, is asked again when the row is made."""
-    length = request.headers.get("content-length", "")
-    declared = int(length) if length.isascii() and length.isdigit() else 1
+    declared = declared_bytes(request.headers) or 1
     with services.database.read() as session:
         services.workspace.check_room(session, max(declared - MAX_OVERHEAD_BYTES, 1))

@@ -13,6 +13,7 @@ from fastapi.dependencies.utils import get_flat_params
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from app.access import Caller
@@ -151,9 +152,15 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
 
 def refuse_declared_size(request: Request, *, max_bytes: int) -> None:
     """Raises TooLarge where Content-Length says more, before any of the body is asked for."""
-    length = request.headers.get("content-length", "")
-    if length.isascii() and length.isdigit() and int(length) > max_bytes:
+    declared = declared_bytes(request.headers)
+    if declared is not None and declared > max_bytes:
         raise _too_large(max_bytes)
+
+
+def declared_bytes(headers: Headers) -> int | None:
+    """What Content-Length says; None where there is none, or none that can be read."""
+    length = headers.get("content-length", "")
+    return int(length) if length.isascii() and length.isdigit() else None
 
 
 def _too_large(max_bytes: int) -> TooLarge:

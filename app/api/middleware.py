@@ -24,6 +24,7 @@ from app import access, telemetry, workspaces
 from app.access import Caller
 from app.api import tus
 from app.api.cookies import authorization_of
+from app.api.deps import declared_bytes
 from app.api.problems import INTERNAL_ERROR, Problem
 from app.api.services import Services
 from app.db.tables import DEFAULT_WORKSPACE
@@ -195,8 +196,7 @@ class _Body:
 
     def __init__(self, scope: Scope, receive: Receive, *, idle_timeout_seconds: float) -> None:
         headers = Headers(scope=scope)
-        length = headers.get("content-length", "")
-        self.declared_bytes = int(length) if length.isascii() and length.isdigit() else None
+        self.declared_bytes = declared_bytes(headers)
         self.is_complete = not self.declared_bytes and "transfer-encoding" not in headers
         self._receive = receive
         self._idle_timeout_seconds = idle_timeout_seconds

@@ -6,7 +6,6 @@ have not ended, in every API process. Whoever ends one holds its file's lock.
 
 import asyncio
 import contextlib
-import time
 from datetime import UTC, datetime, timedelta
 
 import structlog
@@ -115,10 +114,10 @@ def _remove_if_expired(services: Services, upload: UploadRow) -> bool:
         with services.database.write() as session:
             uploads.delete(session, upload.id)
         return True
-    if expires_at(services, upload) > datetime.fromtimestamp(time.time(), tz=UTC):
+    if expires_at(services, upload) > utc_now():
         return False
     with partial.locked(path):
-        if expires_at(services, upload) > datetime.fromtimestamp(time.time(), tz=UTC):
+        if expires_at(services, upload) > utc_now():
             return False
         with services.database.write() as session:
             uploads.delete(session, upload.id)

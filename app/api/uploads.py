@@ -54,10 +54,10 @@ class Upload(Schema):
 
     @classmethod
     def of(cls, row: UploadRow, *, offset: int, expires_at: datetime) -> Self:
-        status = {"finished": "finished", "refused": "refused"}.get(row.status)
+        while_open = "checking" if offset == row.size_bytes else "uploading"
         return cls(
             id=row.id,
-            status=status or ("checking" if offset == row.size_bytes else "uploading"),
+            status=while_open if row.status == "open" else row.status,
             offset=offset,
             length=row.size_bytes,
             filename=row.filename,

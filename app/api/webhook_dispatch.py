@@ -13,6 +13,7 @@ from standardwebhooks.webhooks import Webhook
 
 from app import webhooks
 from app.api.services import Services
+from app.db.tables import utc_now
 from app.egress import Answer, Refused, Unreachable
 from app.errors import GraftError
 from app.webhooks import Claim
@@ -90,7 +91,7 @@ async def _send_due(services: Services, webhook_id: str) -> None:
 
 
 async def _send(services: Services, claim: Claim) -> None:
-    now = webhooks.now()
+    now = utc_now()
     headers = {
         "Content-Type": "application/json",
         "User-Agent": "Graft",
@@ -112,12 +113,12 @@ async def _send(services: Services, claim: Claim) -> None:
 
 def _due(services: Services) -> list[str]:
     with services.database.read() as session:
-        return list(webhooks.webhooks_with_due(session, now=webhooks.now(), limit=2 * PARALLEL))
+        return list(webhooks.webhooks_with_due(session, now=utc_now(), limit=2 * PARALLEL))
 
 
 def _claim(services: Services, webhook_id: str) -> Claim | None:
     with services.database.write() as session:
-        return webhooks.claim_next(session, webhook_id, now=webhooks.now())
+        return webhooks.claim_next(session, webhook_id, now=utc_now())
 
 
 def _settle(services: Services, claim: Claim, answer: Answer | None, trouble: str) -> None:
@@ -140,7 +141,7 @@ def _settle(services: Services, claim: Claim, answer: Answer | None, trouble: st
             chance=random.SystemRandom(),
         )
         webhooks.settle_later(
-            session, claim, at=webhooks.now() + timedelta(seconds=pause), error=trouble, response_status=status
+            session, claim, at=utc_now() + timedelta(seconds=pause), error=trouble, response_status=status
         )
 
 

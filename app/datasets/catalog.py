@@ -3,7 +3,7 @@
 Bytes are elsewhere: whoever deletes a row removes `datasets/<id>` from the storage after the commit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import delete as sql_delete
@@ -60,6 +60,12 @@ def find(session: Session, dataset_id: str) -> DatasetRow:
 
 def exists(session: Session, dataset_id: str) -> bool:
     return session.scalar(select(DatasetRow.seq).where(DatasetRow.id == dataset_id)) is not None
+
+
+def names(session: Session, dataset_ids: Collection[str]) -> dict[str, str]:
+    """By id, of those that are still there."""
+    rows = session.execute(select(DatasetRow.id, DatasetRow.name).where(DatasetRow.id.in_(dataset_ids)))
+    return {row.id: row.name for row in rows}
 
 
 def list_datasets(

@@ -1,6 +1,6 @@
 """/datasets: what was uploaded, what was found in it, and from there to a job."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,10 +12,9 @@ from app.api import dataset_versions, datasets, jobs
 from app.api.deps import After, ServicesDep
 from app.api.schemas import Dataset, DatasetWarning, thumbnail_path
 from app.api.services import Services
+from app.datasets import catalog
 from app.datasets.manifest import Split
 from app.errors import NotFound
-from app.jobs import queue
-from app.jobs.states import JobKind
 from app.web.site import PageId, PageRoute, go_to, page
 
 PAGE_SIZE = 50
@@ -71,7 +70,6 @@ def dataset_page(request: Request, services: ServicesDep, dataset_id: PageId) ->
         jobs=made,
         corrected=corrected,
         most_classes=CLASSES_LISTED,
-        progress=_progress(services, dataset),
         largest_class=max((each.train + each.val + each.test for each in dataset.classes), default=0),
         has_cases=any(each.code in OF_PICTURES for each in dataset.warnings),
     )
@@ -83,7 +81,7 @@ def progress_fragment(request: Request, services: ServicesDep, dataset_id: PageI
     dataset = datasets.read_dataset(services, dataset_id)
     if dataset.status != "processing":
         return go_to(request, f"/datasets/{dataset_id}")
-    return page(request, "dataset_progress.html", dataset=dataset, progress=_progress(services, dataset))
+    return page(request, "dataset_progress.html", dataset=dataset)
 
 
 @router.get("/{dataset_id}/samples")
@@ -146,17 +144,8 @@ def dataset_if_there(services: Services, dataset_id: str) -> Dataset | None:
 
 def dataset_names(services: Services, ids: Iterable[str]) -> dict[str, str]:
     """Id → name of those that are still there."""
-    found = (dataset_if_there(services, dataset_id) for dataset_id in dict.fromkeys(ids))
-    return {each.id: each.name for each in found if each is not None}
-
-
-def _progress(services: Services, dataset: Dataset) -> Mapping[str, Any]:
-    """What the check of its pictures says of itself; nothing before it begins."""
-    if dataset.status != "processing":
-        return {}
     with services.database.read() as session:
-        found = queue.list_jobs(session, limit=1, dataset=dataset.id, kind=JobKind.ingest)
-        return (found[0].progress or {}) if found else {}
+        return catalog.names(session, set(ids))
 
 
 def _cases(services: Services, dataset: Dataset, warning: DatasetWarning) -> list[Case]:

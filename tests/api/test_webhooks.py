@@ -312,7 +312,7 @@ def test_delivery_of_a_process_that_died_is_sent_by_the_next(
     with server.services.database.write() as session:
         # Claimed before the server looks, by somebody who never comes back.
         delivery = webhooks.emit_test(session, path.rpartition("/")[2])
-        claim = webhooks.claim_next(session, delivery.webhook_id, now=webhooks.now())
+        claim = webhooks.claim_next(session, delivery.webhook_id, now=utc_now())
     assert claim is not None
     assert (claim.attempt, receiver.secret in repr(claim)) == (1, False)
     assert client.get(f"{path}/deliveries").json()["data"][0]["status"] == "pending"

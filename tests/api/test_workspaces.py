@@ -16,11 +16,12 @@ from api_builders import CLASSES, RunningServer, assert_is_problem
 
 from app import access, workspaces
 from app.access import Scope
+from app.api.services import Services
 from app.api.traffic import WRONG_KEYS_PER_MINUTE, Throttle
 from app.db.tables import new_id
 from app.jobs import queue
 from app.jobs.states import JobKind
-from app.workspaces import Limits
+from app.workspaces import Limits, Workspace
 
 NO_LIMITS = Limits()
 TUS = {"Tus-Resumable": "1.0.0"}
@@ -42,6 +43,11 @@ def key_for(server: RunningServer, workspace: str, *, scope: Scope = Scope.admin
             database = services.database.within(workspaces.create(session, workspace, limits).id)
     with database.write() as session:
         return access.create_key(session, scopes=[scope]).token
+
+
+def services_within(server: RunningServer, name: str) -> Services:
+    with server.services.database.read() as session:
+        return server.services_of(Workspace.of(workspaces.find_by_name(session, name), NO_LIMITS))
 
 
 @contextmanager
@@ -197,9 +203,7 @@ def test_two_workspaces_have_aliases_of_one_name(server: RunningServer) -> None:
     other_key = key_for(server, "other")
     services = server.services
     ours = api_builders.register_model(services)
-    with services.database.read() as session:
-        other = workspaces.Workspace.of(workspaces.find_by_name(session, "other"), NO_LIMITS)
-    theirs = api_builders.register_model(server.services_of(other), seed=1)
+    theirs = api_builders.register_model(services_within(server, "other"), seed=1)
 
     with client_with(server, key_for(server, "default")) as own, client_with(server, other_key) as stranger:
         for client, model in ((own, ours), (stranger, theirs), (own, ours)):
@@ -252,9 +256,7 @@ def test_jobs_beyond_the_quota_wait_outside(server: RunningServer) -> None:
     with client_with(server, key_for(server, "small", limits=Limits(max_unfinished_jobs=2))) as client:
         client.post("/v1/datasets", content=api_builders.archive_of_classes())
         dataset = client.get("/v1/datasets").json()["data"][0]["id"]
-        with server.services.database.read() as session:
-            small = workspaces.Workspace.of(workspaces.find_by_name(session, "small"), NO_LIMITS)
-        dataset = api_builders.ready_dataset(server.services_of(small).database)
+        dataset = api_builders.ready_dataset(services_within(server, "small").database)
 
         with ThreadPoolExecutor(8) as pool:
             submitted = list(pool.map(lambda _: client.post("/v1/jobs", json={"dataset": dataset}), range(8)))
