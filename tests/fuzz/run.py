@@ -48,7 +48,9 @@ def main() -> None:
     if dictionary.exists():
         options.append(f"-dict={dictionary}")
     target = TARGETS[arguments.target]
-    atheris.Setup([sys.argv[0], *options, str(learnt), str(HERE / "found" / arguments.target)], target)
+    found = HERE / "found" / arguments.target  # there is none before the first finding
+    corpora = [str(folder) for folder in (learnt, found) if folder.is_dir()]
+    atheris.Setup([sys.argv[0], *options, *corpora], target)
     atheris.Fuzz()
 
 
