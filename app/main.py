@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
 from app import access, egress, logs, telemetry
+from app.allocator import keep_freed_memory
 from app.api import (
     batches,
     classes,
@@ -141,6 +142,7 @@ def create_app(settings: Settings, *, resolve: Resolve = egress.resolve) -> Fast
 
 def main() -> int:
     """Serves until SIGINT or SIGTERM. Returns the exit status."""
+    keep_freed_memory()
     settings = Settings()
     logs.configure(settings)
     database = Database(settings.resolved_database_url)

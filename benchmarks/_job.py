@@ -8,7 +8,6 @@ spends them on a job, with the memory settings that it has; nothing is published
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,10 +17,10 @@ from pathlib import Path
 import torch
 from _setup import Ingested, classifier, fitted, opened
 
+from app.allocator import keep_freed_memory
 from app.jobs.spec import TrainingSpec
 from app.storage import LocalStorage
 from app.vision.device import resolve_device
-from worker.main import KEEPS_MEMORY
 from worker.training import methods
 
 
@@ -38,12 +37,12 @@ def measured(spec: TrainingSpec | None, data: Ingested, *, device: str, threads:
     """Runs a job on random weights in a fresh process. spec: None for one that only imports."""
     text = spec.model_dump_json() if spec else ""
     command = [sys.executable, __file__, str(data.storage.root), data.name, text, device, str(threads)]
-    environment = KEEPS_MEMORY | os.environ
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return Cost(**json.loads(answer.splitlines()[-1]))
 
 
 def main() -> None:
+    keep_freed_memory()
     folder, name, text, device_name, threads = sys.argv[1:]
     device = resolve_device(device_name)
     if int(threads):

@@ -26,7 +26,6 @@ import argparse
 import gc
 import json
 import multiprocessing
-import os
 import resource
 import statistics
 import sys
@@ -58,12 +57,12 @@ from _tutorial import BATCH_SIZE, HEADS, Tutorial, best_workers
 from torch import Tensor
 from torch.nn import functional
 
+from app.allocator import keep_freed_memory
 from app.jobs.request import Recipe
 from app.jobs.spec import TrainingSpec
 from app.storage import LocalStorage
 from app.vision.device import pass_batch_size, resolve_device
 from app.vision.preprocessing import normalise
-from worker.main import KEEPS_MEMORY
 from worker.training import loop, methods
 from worker.training.features import ActivationSource
 from worker.training.graphs import RECORD_AFTER, RecordedPasses
@@ -102,9 +101,7 @@ class Measured:
 
 
 def main() -> None:
-    if not KEEPS_MEMORY.keys() <= os.environ.keys():
-        # Read when a process starts, so this one starts again.
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEPS_MEMORY)
+    keep_freed_memory()  # as the worker's children do
     arguments = _arguments()
     device = resolve_device(arguments.device)
     if arguments.threads:
@@ -197,7 +194,7 @@ def _measure(
 
 
 class _TutorialProcess:
-    """The tutorial in a process with the environment that a user has."""
+    """The tutorial in a process with the memory settings that a user has."""
 
     def __init__(self, pictures: Path, *, backbone: str, method: str, device: torch.device) -> None:
         context = multiprocessing.get_context("spawn")
@@ -206,10 +203,7 @@ class _TutorialProcess:
         self._process = context.Process(
             target=_run_tutorial, args=(theirs, pictures, torch.get_num_threads()), kwargs=options
         )
-        for name in KEEPS_MEMORY:
-            del os.environ[name]
         self._process.start()
-        os.environ.update(KEEPS_MEMORY)
         self.workers: int = self._ours.recv()
 
     def epoch(self, *, with_validation: bool) -> tuple[float, float]:

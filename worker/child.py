@@ -22,6 +22,7 @@ from opentelemetry.trace import Span, StatusCode
 from sqlalchemy.orm import Session
 
 from app import logs, telemetry
+from app.allocator import keep_freed_memory
 from app.db.engine import Database
 from app.errors import GraftError, JobFailed, NotFound, StorageFull
 from app.jobs import queue
@@ -68,6 +69,7 @@ def main(load_story: Callable[[JobKind], Story]) -> int:
     parser.add_argument("--ready-fd", type=int, required=True)
     arguments = parser.parse_args()
     os.nice(NICENESS.get(arguments.kind, 0))
+    keep_freed_memory()
     story = load_story(arguments.kind)
 
     os.write(arguments.ready_fd, b"r")  # stays open: the worker sees this process end by the end of the pipe

@@ -213,6 +213,6 @@ def _shared_memory(size: int) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Without our settings, which may hold passwords, and without what keeps memory for a training."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GRAFT_", "MALLOC_"))}
+    """Without our settings, which may hold passwords."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GRAFT_")}
     return kept | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

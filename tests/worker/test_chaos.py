@@ -20,7 +20,7 @@ from app.db.engine import Database
 from app.db.tables import EventRow, JobRow, ModelRow
 from app.jobs.states import JobStatus
 
-KILLS = 200
+KILLS = int(os.environ.get("GRAFT_TEST_KILLS", "200"))
 WORKERS = 4
 UNFINISHED = 12  # jobs that there are at least while it goes on
 POISON_EVERY = 25  # jobs
@@ -65,7 +65,7 @@ def family(workshop: Workshop) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600 + 3 * KILLS)
 def test_nothing_is_lost_and_nothing_done_twice_under_kills_and_pauses(tmp_path: Path, any_database: Database) -> None:
     chance = random.Random(0)
     workshop = Workshop(tmp_path, any_database)

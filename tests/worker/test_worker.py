@@ -2,10 +2,7 @@
 
 import os
 import signal
-import sys
 import time
-from contextlib import closing
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,7 +15,7 @@ from app.errors import DatabaseMismatch
 from app.jobs import queue
 from app.jobs.states import JobKind
 from app.settings import Settings
-from worker.main import Child, run_worker
+from worker.main import run_worker
 from worker.wakeup import Wakeup
 
 
@@ -303,30 +300,3 @@ def test_children_that_cannot_start_cost_no_job_an_attempt(workshop: Workshop) -
     found = find(workshop.database, job)
     assert (found.status, found.attempt, found.fence) == ("queued", 1, 0)
     assert worker.poll() is None
-
-
-_ASKS_FOR_LARGE_BLOCKS = """
-import pathlib, resource, sys, torch
-torch.set_num_threads(1)
-for _ in range(5): torch.ones(16 * 2**20)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20): torch.ones(16 * 2**20)
-pathlib.Path(sys.argv[1]).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_child_keeps_the_memory_that_its_steps_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 64 MiB, twenty times: given back each time, they would be 16,384 pages of 4 KiB each time."""
-
-    def faults() -> int:
-        command = [sys.executable, "-c", _ASKS_FOR_LARGE_BLOCKS, str(tmp_path / "faults")]
-        with closing(Child(command, JobKind.training)) as child:
-            wait_until(lambda: child.exit_code is not None)
-            assert child.exit_code == 0
-        return int((tmp_path / "faults").read_text())
-
-    assert faults() < 100_000
-    # Whoever sets these has the last word.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
-    assert faults() > 200_000
