@@ -1,6 +1,6 @@
 """What the OpenAPI document says beyond what FastAPI sees: bodies that we parse ourselves, problems, the key."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -56,6 +56,17 @@ def options_of(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
     for name, schema in _schema(model)["properties"].items():
         given = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
         found[name] = (given[0] if len(given) == 1 else {"anyOf": given}) | {"description": schema["description"]}
+    return found
+
+
+def as_form_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The schemas of members that may be left out, as fields of a form: an empty one counts as left out."""
+    empty = {"type": "string", "enum": [""]}
+    found = {}
+    for name, schema in fields.items():
+        described = {key: value for key, value in schema.items() if key == "description"}
+        kind = {key: value for key, value in schema.items() if key != "description"}
+        found[name] = {"anyOf": [kind, empty], **described}
     return found
 
 
