@@ -300,10 +300,14 @@ def _read_directory(file: BinaryIO, size: int, limits: ArchiveLimits) -> tuple[l
         raise TooLarge(f"The archive has more than {limits.max_members} members.")
 
     names = _Names(limits, are_folders_repeatable=False)
-    entries = []
+    entries: list[_Entry] = []
     file.seek(offset)
-    for _ in range(count):
+    # Who packs more than 65,535 members without Zip64, as client-zip in browsers, says 65,535.
+    is_counted = zip64 is not None or count != _FULL16
+    while len(entries) < count or (not is_counted and file.tell() < directory_end):
         entries.append(_read_entry(file, names))
+        if len(entries) > limits.max_members:
+            raise TooLarge(f"The archive has more than {limits.max_members} members.")
     if file.tell() != directory_end:
         raise _corrupt("its directory does not have as many entries as it says")
     # Before anything is unpacked, by what it says of itself; what it really holds is counted later.

@@ -102,6 +102,15 @@ def test_zip_written_to_a_pipe_is_read(contents: Contents) -> None:
     assert contents(bytes(pipe.written)) == FILES
 
 
+def test_zip_of_more_members_than_it_can_count_is_read_to_its_end(contents: Contents) -> None:
+    members = [ZipMember(f"{number}.jpg", content=b"", has_descriptor=True) for number in range(65_540)]
+    archive = raw_zip(members, count=0xFFFF)
+
+    assert len(contents(archive)) == 65_540
+    with pytest.raises(TooLarge, match="more than 65539 members"):
+        contents(archive, limits=replace(LIMITS, max_members=65_539))
+
+
 def test_zip64_is_read(contents: Contents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)

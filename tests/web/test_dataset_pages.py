@@ -1,13 +1,11 @@
 """Uploading, and looking at what was found: every way in, what is refused, and leaving pictures out of the next job."""
 
-import random
 import re
 import zipfile
 from pathlib import Path
 
 import httpx
 import pytest
-import running
 from browsing import SIZES, drop, visit
 from furnishing import Furnished, flawed_zip
 from playwright.sync_api import Browser, Page, expect
@@ -88,29 +86,6 @@ def test_progress_is_shown_and_an_upload_stopped(browser: Browser, furnished: Fu
         expect(page.locator("[data-upload]").get_by_role("alert")).to_be_hidden()
 
     assert len(httpx.get(f"{furnished.url}/v1/datasets?limit=200").json()["data"]) == before
-
-
-def test_an_upload_goes_on_when_the_server_is_back(browser: Browser, tmp_path: Path) -> None:
-    archive = tmp_path / "far away.zip"
-    archive.write_bytes(flawed_zip())
-    with zipfile.ZipFile(archive, "a") as more:  # a file that is listed as rejected
-        more.writestr("train/red/noise.jpg", random.Random(7).randbytes(3_000_000))
-    sent: list[str] = []
-    with running.graft_up(tmp_path, allow_downloads="false") as graft, visit(browser, graft.url) as page:
-        page.on("request", lambda request: sent.append(request.method) if "/v1/uploads" in request.url else None)
-        session = page.context.new_cdp_session(page)
-        session.send("Network.enable")
-        slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 500_000}
-        page.goto("/datasets")
-        session.send("Network.emulateNetworkConditions", slow)
-        drop(page, "[data-upload]", archive)
-        expect(page.locator(".sending [role=status]")).to_contain_text(re.compile(r"Sending: [1-9]"))
-        graft.program("app.main").kill()
-        page.wait_for_url(re.compile("/datasets/ds_"), timeout=90_000)
-        found = uploaded(page, graft.url)
-
-    assert (found["name"], found["size_bytes"]) == ("far away", archive.stat().st_size)
-    assert sent.count("POST") == 1 and sent.count("PATCH") >= 2 and "HEAD" in sent
 
 
 def test_flaws_are_shown_side_by_side_and_left_out_by_a_click(browser: Browser, furnished: Furnished) -> None:
