@@ -135,7 +135,7 @@ def create_app(settings: Settings, *, resolve: Resolve = egress.resolve) -> Fast
         app.include_router(part.router)
     app.mount("/static", StaticFiles(directory=site.STATIC))
     app.mount("/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]))
-    handle_failures(app)
+    handle_failures(app, show=site.failure)
     app.openapi = openapi.describe(app)  # type: ignore[method-assign]
     return app
 

@@ -1,4 +1,10 @@
-"""Where everything that is raised becomes a problem: our own errors, and what the framework finds."""
+"""Where everything that is raised becomes a problem: our own errors, and what the framework finds.
+
+Programs get it as a document; people at a browser as a page, which is made elsewhere.
+"""
+
+import re
+from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,20 +17,40 @@ from app.api.problems import Problem, invalid_fields
 from app.db.engine import is_full
 from app.errors import GraftError, StorageFull
 
+# What answers programs alone, whatever they say to accept.
+OF_PROGRAMS = re.compile(r"/(?:v1|v2|hf|predict|openapi\.json|healthz|readyz|metrics|swagger|static)(?:/|$)")
+
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
-def handle_failures(app: FastAPI) -> None:
-    """Anything else that is raised is our bug, and answered by the outermost middleware."""
+ShowFailure = Callable[[Request, Problem], Response]
+
+
+def handle_failures(app: FastAPI, *, show: ShowFailure) -> None:
+    """Anything else that is raised is our bug, and answered by the outermost middleware. show: makes the page."""
+    app.state.show_failure = show
     app.add_exception_handler(GraftError, _expected_failure)
     app.add_exception_handler(HTTPException, _framework_failure)
     app.add_exception_handler(RequestValidationError, _invalid_parameters)
     app.add_exception_handler(OperationalError, _database_failure)
 
 
+def is_for_a_person(request: Request) -> bool:
+    """Whether a page is wanted, by a browser, or a part of one, by a page's script."""
+    wants_page = "text/html" in request.headers.get("accept", "") or "hx-request" in request.headers
+    return wants_page and OF_PROGRAMS.match(request.url.path) is None
+
+
+def answer(request: Request, problem: Problem) -> Response:
+    if is_for_a_person(request):
+        show: ShowFailure = request.app.state.show_failure
+        return show(request, problem)
+    return problem.response(request_id=request.state.request_id, path=request.url.path)
+
+
 async def _expected_failure(request: Request, error: Exception) -> Response:
     assert isinstance(error, GraftError)
-    return _respond(request, Problem.of(error))
+    return answer(request, Problem.of(error))
 
 
 async def _framework_failure(request: Request, error: Exception) -> Response:
@@ -32,13 +58,13 @@ async def _framework_failure(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed_methods(request))
-    return _respond(request, Problem.of_status(error.status_code, headers=headers))
+    return answer(request, Problem.of_status(error.status_code, headers=headers))
 
 
 async def _invalid_parameters(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # Locations begin with "query", "path" or "header".
-    return _respond(request, Problem.of(invalid_fields({**e, "loc": e["loc"][1:]} for e in error.errors())))
+    return answer(request, Problem.of(invalid_fields({**e, "loc": e["loc"][1:]} for e in error.errors())))
 
 
 async def _database_failure(request: Request, error: Exception) -> Response:
@@ -46,11 +72,7 @@ async def _database_failure(request: Request, error: Exception) -> Response:
     if not is_full(error):
         raise error
     full = StorageFull("The server's disk is full, and nothing was changed; its operator has to make room.")
-    return _respond(request, Problem.of(full))
-
-
-def _respond(request: Request, problem: Problem) -> Response:
-    return problem.response(request_id=request.state.request_id, path=request.url.path)
+    return answer(request, Problem.of(full))
 
 
 def _allowed_methods(request: Request) -> list[str]:

@@ -16,13 +16,13 @@ from urllib.parse import quote
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import access, telemetry, workspaces
 from app.access import Caller
-from app.api import tus
+from app.api import failures, tus
 from app.api.cookies import authorization_of
 from app.api.deps import declared_bytes
 from app.api.problems import INTERNAL_ERROR, Problem
@@ -67,7 +67,6 @@ OVERRIDABLE = frozenset({"PATCH", "DELETE", "HEAD"})
 TUS_HEADERS = {"Tus-Resumable": tus.VERSION, "Tus-Version": tus.VERSION}
 # The page for signing in, and what pages look like.
 OPEN_PAGES = ("/sign-in", "/static/")
-PAGES = re.compile(r"/(?:$|(?:datasets|jobs|models|try|docs)(?:/|$))")
 
 SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
 
@@ -83,8 +82,7 @@ def request_id_of(scope: Scope) -> str:
 
 
 async def answer(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
-    response = problem.response(request_id=request_id_of(scope), path=scope["path"])
-    await response(scope, receive, send)
+    await failures.answer(Request(scope), problem)(scope, receive, send)
 
 
 class RequestContext:
@@ -260,7 +258,8 @@ class AccessGate:
             if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
                 raise InvalidRequest("The address holds a NUL character.")
         except GraftError as error:
-            if isinstance(error, Unauthenticated | Forbidden) and _is_for_a_person(scope, headers):
+            is_page = scope["method"] == "GET" and failures.is_for_a_person(Request(scope))
+            if isinstance(error, Unauthenticated | Forbidden) and is_page and "hx-request" not in headers:
                 place = quote(scope["path"] + ("?" + scope["query_string"].decode("latin-1")).rstrip("?"), safe="")
                 await RedirectResponse(f"/sign-in?next={place}", status_code=303)(scope, receive, send)
             else:
@@ -286,11 +285,6 @@ class AccessGate:
         if scope["path"] in OPERATORS_PATHS and caller.workspace_id != DEFAULT_WORKSPACE:
             raise Forbidden("This tells of the whole server; only keys of the workspace `default` may read it.")
         return admitted
-
-
-def _is_for_a_person(scope: Scope, headers: Headers) -> bool:
-    is_page = scope["method"] == "GET" and PAGES.match(scope["path"]) is not None
-    return is_page and "text/html" in headers.get("accept", "")
 
 
 def needed_scope(method: str, path: str) -> access.Scope:

@@ -87,6 +87,15 @@ class Problem:
         return document
 
     def response(self, *, request_id: str, path: str) -> Response:
+        body = json.dumps(self.document(request_id=request_id, path=path), ensure_ascii=False).encode(
+            "utf-8",
+            "backslashreplace",  # a caller's lone surrogate may be quoted in the detail
+        )
+        return Response(
+            body, status_code=self.status, headers=self.response_headers(path=path), media_type=PROBLEM_JSON
+        )
+
+    def response_headers(self, *, path: str) -> dict[str, str]:
         headers = dict(self.headers)
         if self.retry_after_seconds is not None:
             headers["Retry-After"] = str(self.retry_after_seconds)
@@ -98,11 +107,7 @@ class Problem:
         if _wants_string(path):
             headers["X-Error-Code"] = self.code
             headers["X-Error-Message"] = _header_text(self.detail)
-        body = json.dumps(self.document(request_id=request_id, path=path), ensure_ascii=False).encode(
-            "utf-8",
-            "backslashreplace",  # a caller's lone surrogate may be quoted in the detail
-        )
-        return Response(body, status_code=self.status, headers=headers, media_type=PROBLEM_JSON)
+        return headers
 
     def _error_object(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else _ERROR_KINDS.get(self.status, "invalid_request_error")

@@ -15,7 +15,7 @@ from app.api.services import Services
 from app.datasets import catalog
 from app.datasets.manifest import Split
 from app.errors import NotFound
-from app.web.site import PageId, PageRoute, go_to, page
+from app.web.site import PageId, go_to, page
 
 PAGE_SIZE = 50
 PICTURES_SHOWN = 60
@@ -26,7 +26,7 @@ CLASSES_LISTED = 200
 # Warnings that point at pictures which had better be left out.
 OF_PICTURES = ("duplicate_across_splits", "conflicting_labels", "suspicious_labels")
 
-router = APIRouter(prefix="/datasets", route_class=PageRoute, include_in_schema=False)
+router = APIRouter(prefix="/datasets", include_in_schema=False)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from app.api import datasets, jobs, models
 from app.api.deps import ServicesDep
 from app.api.services import Services
 from app.web.datasets import dataset_names
-from app.web.site import PageRoute, may_train, page
+from app.web.site import may_train, page
 
 SHOWN = 5
 
-router = APIRouter(route_class=PageRoute, include_in_schema=False)
+router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")

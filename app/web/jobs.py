@@ -18,7 +18,7 @@ from app.jobs.states import JobStatus
 from app.web import curves
 from app.web.datasets import dataset_if_there, dataset_names
 from app.web.job_form import JobForm
-from app.web.site import PageId, PageRoute, go_to, page, read_form
+from app.web.site import PageId, go_to, page, read_form
 
 PAGE_SIZE = 50
 EVENTS_READ = 500
@@ -27,7 +27,7 @@ LOG_SHOWN = 200
 EPOCHS_LISTED = 100
 MOST_COMPARED = 6
 
-router = APIRouter(prefix="/jobs", route_class=PageRoute, include_in_schema=False)
+router = APIRouter(prefix="/jobs", include_in_schema=False)
 
 
 @router.get("")

@@ -14,7 +14,7 @@ from app.errors import Conflict, InvalidRequest, ModelUnavailable, NotFound
 from app.registry import DEFAULT_ALIAS
 from app.web import figures
 from app.web.datasets import dataset_names
-from app.web.site import PageId, PageRoute, go_to, page
+from app.web.site import PageId, go_to, page
 
 PAGE_SIZE = 50
 # More cells cannot be read on any screen; the classes most often confused are shown then.
@@ -23,7 +23,7 @@ MISTAKES_SHOWN = 24
 PICTURES_IN_CELL = 60
 CLASSES_LISTED = 200
 
-router = APIRouter(prefix="/models", route_class=PageRoute, include_in_schema=False)
+router = APIRouter(prefix="/models", include_in_schema=False)
 
 
 @dataclass(frozen=True)

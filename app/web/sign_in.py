@@ -12,9 +12,9 @@ from app.api.cookies import authorization_of, cookie_name, is_encrypted
 from app.api.middleware import services_of
 from app.api.services import Services
 from app.errors import GraftError, Unauthenticated
-from app.web.site import HEADERS, PageRoute, page, read_form
+from app.web.site import HEADERS, page, read_form
 
-router = APIRouter(route_class=PageRoute, include_in_schema=False)
+router = APIRouter(include_in_schema=False)
 
 
 @router.get("/sign-in")

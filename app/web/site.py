@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,15 +9,13 @@ from urllib.parse import parse_qsl
 
 from fastapi import Path as PathParameter
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from app.access import Scope
 from app.api.deps import read_body
-from app.api.problems import Problem, invalid_fields
-from app.errors import GraftError, InvalidRequest
+from app.api.problems import Problem
+from app.errors import InvalidRequest
 from app.web import charts, words
 
 STATIC = Path(__file__).parent / "static"
@@ -41,24 +38,6 @@ MAX_FORM_BYTES = 3 * 1024 * 1024
 PageId = Annotated[str, PathParameter(max_length=100)]
 
 
-class PageRoute(APIRoute):
-    """A route whose expected failures are pages."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handler(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except GraftError as error:
-                return failure(request, Problem.of(error))
-            except RequestValidationError as error:
-                found = invalid_fields({**each, "loc": each["loc"][1:]} for each in error.errors())
-                return failure(request, Problem.of(found))
-
-        return handler
-
-
 def page(request: Request, template: str, *, status_code: int = 200, **context: Any) -> Response:
     """A whole page, or the fragment of one, from its template."""
     text = _environment().get_template(template).render(**_frame(request), **context)
@@ -68,7 +47,10 @@ def page(request: Request, template: str, *, status_code: int = 200, **context: 
 def failure(request: Request, problem: Problem) -> Response:
     """A page that says what went wrong; in place of a fragment, its sentence alone."""
     template = "failure_note.html" if is_fragment(request) else "failure.html"
-    return page(request, template, status_code=problem.status, problem=problem)
+    request_id = request.state.request_id if problem.status >= 500 else None
+    response = page(request, template, status_code=problem.status, problem=problem, request_id=request_id)
+    response.headers.update({**problem.response_headers(path=request.url.path), "Vary": "Accept"})
+    return response
 
 
 def go_to(request: Request, address: str) -> Response:

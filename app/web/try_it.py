@@ -15,11 +15,11 @@ from app.api.strict_json import parse_as
 from app.errors import NotFound
 from app.vision.artifact import REFERENCE_FILE
 from app.web.datasets import dataset_names
-from app.web.site import PageId, PageRoute, page, read_form
+from app.web.site import PageId, page, read_form
 
 MODELS_OFFERED = 100
 
-router = APIRouter(prefix="/try", route_class=PageRoute, include_in_schema=False)
+router = APIRouter(prefix="/try", include_in_schema=False)
 
 
 @router.get("")

@@ -1,5 +1,6 @@
 """Figures as people read them: the filters of the templates. Pure."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -79,6 +80,11 @@ def spoken(name: str | None) -> str:
     return DASH if name is None else name.replace("_", " ")
 
 
+def without_api(detail: str) -> str:
+    """A problem's sentence without its last clause, where that says what to ask of the API."""
+    return re.sub(r"; (?:GET /v1/|/docs )[^;]*$", ".", detail)
+
+
 def short(identifier: str) -> str:
     """Enough of an id to tell it from others by eye."""
     return identifier[:12]
@@ -90,5 +96,8 @@ def stem(path: str) -> str:
 
 FILTERS: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (percent, interval, figure, count, plural, size, duration, ago, stamp, spoken, short, stem)
+    for function in (
+        *(percent, interval, figure, count, plural, size, duration, ago, stamp),
+        *(spoken, without_api, short, stem),
+    )
 }

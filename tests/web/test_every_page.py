@@ -6,10 +6,11 @@ import re
 import api_builders
 import httpx
 import pytest
-from api_builders import RunningServer
+from api_builders import RunningServer, assert_is_problem
 from browsing import SIZES, overflow, violations, visit
 from furnishing import Furnished
 from playwright.sync_api import Browser, Response
+from sqlalchemy import text
 
 from app.db.tables import EpochRow
 from app.jobs import events, queue
@@ -90,13 +91,51 @@ def test_the_first_page_is_for_people_and_programs(furnished: Furnished) -> None
     assert of_curl.headers["vary"] == of_person.headers["vary"] == "Accept"
 
 
-def test_failures_are_told_on_a_page_and_mistyped_addresses_refused(furnished: Furnished) -> None:
-    missing = httpx.get(f"{furnished.url}/datasets/ds_none", headers={"Accept": "text/html"})
-    mistyped = httpx.get(f"{furnished.url}/jobs?state=queued", headers={"Accept": "text/html"})
+@pytest.mark.parametrize(
+    ("method", "path", "status", "said"),
+    [
+        ("GET", "/a-page-to-come", 404, "There is nothing at this path."),
+        ("GET", "/datasets/", 404, "There is nothing at this path."),
+        ("GET", "/datasets/ds_none", 404, "There is no such data set."),
+        ("GET", "/jobs/job_none", 404, "There is no job with this id."),
+        ("GET", "/jobs?state=queued", 422, "state"),
+        ("DELETE", "/jobs", 405, "This path does not take this method"),
+        ("POST", "/jobs/new", 415, "Compressed request bodies are not read"),
+    ],
+)
+def test_failures_are_told_people_on_a_page_and_programs_as_a_problem(
+    client: httpx.Client, method: str, path: str, status: int, said: str
+) -> None:
+    headers = {"Content-Encoding": "gzip"} if status == 415 else {}
+    of_person, of_part, of_program = (
+        client.request(method, path, headers={**headers, **more})
+        for more in ({"Accept": "text/html,*/*;q=0.8"}, {"HX-Request": "true"}, {})
+    )
 
-    assert (missing.status_code, mistyped.status_code) == (404, 422)
-    assert "There is no such data set" in missing.text
-    assert "<h1>" in mistyped.text
+    assert said in of_person.text and '<nav aria-label="Main">' in of_person.text
+    assert of_part.text.startswith('<p class="problem" role="alert">') and said in of_part.text
+    assert of_program.json()["status"] == of_person.status_code == of_part.status_code == status
+    assert of_person.headers.get("allow") == of_program.headers.get("allow")
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs/job_none", "/v1/nothing", "/v2/nothing", "/predict/nothing"])
+def test_the_api_answers_browsers_as_it_does_programs(client: httpx.Client, path: str) -> None:
+    of_browser, of_program = client.get(path, headers={"Accept": "text/html"}), client.get(path)
+
+    assert_is_problem(of_browser, 404, of_program.json()["type"].rpartition("/")[2])
+
+
+def test_a_fault_of_ours_is_told_on_a_page_with_what_the_log_calls_it(
+    server: RunningServer, client: httpx.Client
+) -> None:
+    dataset = api_builders.ready_dataset(server.services.database)
+    with server.services.database.write() as session:
+        session.execute(text("DROP TABLE epochs"))
+        job = queue.submit(session, kind=JobKind.training, dataset_id=dataset, spec={}, method="fine_tuning").id
+    shown = client.get(f"/jobs/{job}", headers={"Accept": "text/html", "X-Request-ID": "a-request"})
+
+    assert shown.status_code == 500
+    assert "it has been logged under this request_id" in shown.text and "<code>a-request</code>" in shown.text
 
 
 def test_somebody_can_go_by_keyboard_alone(browser: Browser, furnished: Furnished) -> None:

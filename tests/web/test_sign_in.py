@@ -30,7 +30,9 @@ def cookie_of(response: httpx.Response) -> tuple[str, dict[str, str]]:
     return name, {key: value for key, value in morsel.items() if value}
 
 
-@pytest.mark.parametrize("path", ["/", "/datasets", "/jobs/new?dataset=ds_1", "/models/default", "/docs"])
+@pytest.mark.parametrize(
+    "path", ["/", "/datasets", "/jobs/new?dataset=ds_1", "/models/default", "/docs", "/a-page-to-come"]
+)
 def test_a_person_without_a_key_is_led_to_the_sign_in_page_and_a_program_told(
     server: RunningServer, client: httpx.Client, path: str
 ) -> None:
