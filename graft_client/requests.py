@@ -16,6 +16,7 @@ Method = Literal[
 
 Recipe = Literal["classic", "modern"]
 Promote = Literal["if_better", "always", "never"]
+Adapt = Literal["neighbors", "entropy"]
 
 
 class Hyperparameters(TypedDict, total=False):
@@ -79,7 +80,7 @@ class PredictOptions(TypedDict, total=False):
     explain: bool
     coverage: float
     neighbors: int
-    adapt: Literal["neighbors", "entropy"]
+    adapt: Adapt
     adapt_parameters: Literal["head", "last_stage", "normalisation", "all"]
     adapt_steps: int
     adapt_learning_rate: float

@@ -4,7 +4,7 @@
     tenants.py    keys, workspaces
     train.py      train, from the upload on
     watching.py   how a job is watched
-    predict.py    predict
+    predict.py    predict, feedback
     resources.py  jobs, datasets, models
     batches.py    batches
     demo.py       demo

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
@@ -21,6 +22,16 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@cli.callback()
+def _for_every_command(
+    url: Annotated[str | None, typer.Option(help="Address of the Graft server.", metavar="ADDRESS")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key.")] = None,
+) -> None:
+    """The commands that ask a server look here for what they are not given themselves."""
+
+
 server.add_to(cli)
 tenants.add_to(cli)
 train.add_to(cli)

@@ -23,8 +23,25 @@ EXIT_INTERRUPTED = 130
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
 
-Url = Annotated[str, typer.Option("--url", envvar="GRAFT_URL", help="Address of the Graft server.", metavar="ADDRESS")]
-ApiKey = Annotated[str, typer.Option("--api-key", envvar="GRAFT_API_KEY", help="API key.", show_default=False)]
+
+def _or_in_front(context: typer.Context, parameter: typer.CallbackParam, value: str) -> str:
+    """What was given before the command's name counts where it is not given behind it, and before the environment."""
+    assert parameter.name is not None
+    in_front: str | None = context.find_root().params.get(parameter.name)
+    source = context.get_parameter_source(parameter.name)
+    return value if in_front is None or (source and source.name == "COMMANDLINE") else in_front
+
+
+Url = Annotated[
+    str,
+    typer.Option(
+        "--url", envvar="GRAFT_URL", help="Address of the Graft server.", metavar="ADDRESS", callback=_or_in_front
+    ),
+]
+ApiKey = Annotated[
+    str,
+    typer.Option("--api-key", envvar="GRAFT_API_KEY", help="API key.", show_default=False, callback=_or_in_front),
+]
 Limit = Annotated[int, typer.Option(min=1, max=200, help="How many, newest first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 

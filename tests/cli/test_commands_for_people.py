@@ -266,6 +266,79 @@ def test_predict_prints_a_row_for_each_picture(server: ScriptedServer, graft: Gr
     assert server.requests[0].path == "/predict?model=mdl_1&top_k=2"
 
 
+def test_predict_shows_what_else_was_asked_for(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
+    pictures = [tmp_path / folder / "1.jpg" for folder in ("a", "b")]
+    for picture in pictures:
+        picture.parent.mkdir()
+        picture.write_bytes(b"1")
+    asked = {
+        "label": "cat",
+        "score": 0.9,
+        "top": [{"label": "cat", "score": 0.9}],
+        "in_distribution": True,
+        "prediction_set": ["cat", "dog"],
+        "neighbors": [{"id": "img_1", "path": "cat/7.jpg", "label": "cat", "similarity": 0.981, "thumbnail": None}],
+        "adaptation": {
+            "method": "neighbors", "parameters": "head", "steps": 5, "learning_rate": 0.1, "share": 0.5,
+            "before": {"label": "dog", "score": 0.6}, "seconds": 0.2,
+        },
+        "explanation": "data:image/png;base64,UE5H",
+        "id": "prd_1",
+    }  # fmt: skip
+    answer = {
+        "model": "mdl_1",
+        "coverage": {"asked": 0.99, "images": 40, "largest": 0.976},
+        "predictions": [{"filename": "1.jpg", **asked}, {"filename": "1.jpg", **asked, "id": "prd_2"}],
+    }
+    server.answers["POST", "/predict"] = (200, answer)
+    maps = tmp_path / "maps" / "today"
+    options = f"--coverage 0.99 --neighbors 1 --adapt neighbors --store --explain {maps}".split()
+
+    result = graft("predict", *map(str, pictures), *options)
+
+    assert result.exit_code == 0
+    assert result.output.splitlines()[3:10] == [
+        "",
+        str(pictures[0]),
+        "  in 0.99 of cases one of: cat, dog",
+        "  most similar: cat 0.98 (cat/7.jpg)",
+        "  before tuning: dog 60.0%",
+        f"  heat map: {maps / '1.heat.png'}",
+        "  kept: `graft feedback prd_1 LABEL` says what it is",
+    ]
+    assert f"  heat map: {maps / '1-2.heat.png'}" in result.output.splitlines()
+    assert result.errors == "40 validation pictures promise 0.976 at most; beyond it every class is in.\n"
+    assert {path.name: path.read_bytes() for path in maps.iterdir()} == {"1.heat.png": b"PNG", "1-2.heat.png": b"PNG"}
+    assert server.requests[0].path == (
+        "/predict?top_k=3&coverage=0.99&neighbors=1&explain=true&adapt=neighbors&store=true"
+    )
+    assert json.loads(graft("predict", *map(str, pictures), *options, "--json").output) == answer
+
+
+@pytest.mark.parametrize(
+    ("label", "said"), [("cat", "as the model had said"), ("dog", "the model had said cat")], ids=["right", "wrong"]
+)
+def test_feedback_says_what_the_model_had_said(server: ScriptedServer, graft: Graft, label: str, said: str) -> None:
+    kept = {
+        "id": "prd_1",
+        "object": "prediction",
+        "model": "mdl_1",
+        "label": "cat",
+        "score": 0.9,
+        "top": [{"label": "cat", "score": 0.9}],
+        "picture": "/v1/predictions/prd_1/picture",
+        "size_bytes": 1,
+        "feedback": {"label": label, "tasks": None, "created_at": "2026-11-01T10:00:00Z"},
+        "created_at": "2026-11-01T10:00:00Z",
+    }
+    server.answers["POST", "/v1/predictions/prd_1/feedback"] = (200, kept)
+
+    result = graft("feedback", "prd_1", label, "--new-class")
+
+    assert (result.exit_code, result.output) == (0, f"Kept: prd_1 is {label}; {said}.\n")
+    assert server.requests[0].json() == {"label": label, "task": None, "new_class": True}
+
+
 def predicted(*names: str) -> dict[str, Any]:
     top = [{"label": "cat", "score": 1.0}]
     entries = [{"filename": name, "label": "cat", "score": 1.0, "top": top} for name in names]
@@ -330,6 +403,20 @@ def test_a_missing_key_is_explained(server: ScriptedServer, graft: Graft) -> Non
         "Send your API key.\n"
         "Set GRAFT_API_KEY to a key of this server; there, `graft keys create --scope train` makes one.\n"
     )
+
+
+@pytest.mark.parametrize("place", ["in front", "behind", "both"])
+def test_server_and_key_are_named_in_front_of_the_command_or_behind_it(
+    server: ScriptedServer, graft: Graft, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("GRAFT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("GRAFT_API_KEY", "ft_of_the_environment")
+    server.answers["GET", "/v1/models"] = (200, {"data": []})
+    named, wrong = ["--url", server.url, "--api-key", "ft_1"], ["--url", "http://127.0.0.1:2", "--api-key", "ft_2"]
+    in_front, behind = {"in front": (named, []), "behind": ([], named), "both": (wrong, named)}[place]
+
+    assert graft(*in_front, "models", "list", *behind).exit_code == 0
+    assert server.requests[0].headers["Authorization"] == "Bearer ft_1"
 
 
 def test_the_key_comes_from_the_environment(
