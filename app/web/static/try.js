@@ -51,6 +51,7 @@ async function ask(pictures) {
     for (const shown of answers.querySelectorAll("[data-preview]")) {
       shown.src = URL.createObjectURL(pictures[shown.dataset.preview]);
       shown.onload = () => URL.revokeObjectURL(shown.src);
+      shown.onerror = () => shown.remove(); // what the server could not read either, most likely
     }
     window.htmx.process(answers);
     const labels = [...answers.querySelectorAll(".told h2")].map((heading) => heading.textContent.trim());
