@@ -102,6 +102,22 @@ def test_what_nobody_expected_is_a_problem_without_its_cause(
     assert "secret: /home/someone" in printed.getvalue()
 
 
+def test_people_are_told_of_it_on_a_page_with_what_the_log_calls_it(
+    server: RunningServer, client: httpx.Client, printed: io.StringIO
+) -> None:
+    async def broken() -> None:
+        raise RuntimeError("secret: /home/someone")
+
+    server.app.add_api_route("/broken", broken)
+
+    response = client.get("/broken", headers={"Accept": "text/html", "X-Request-ID": "a-request"})
+
+    assert response.status_code == 500
+    assert "it has been logged under this request_id" in response.text and "<code>a-request</code>" in response.text
+    assert "secret" not in response.text
+    assert "a-request" in printed.getvalue()
+
+
 def test_compressed_bodies_are_refused(client: httpx.Client) -> None:
     response = client.post("/v1/jobs", content=b"{}", headers={"Content-Encoding": "gzip"})
 

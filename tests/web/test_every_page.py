@@ -10,7 +10,6 @@ from api_builders import RunningServer, assert_is_problem
 from browsing import SIZES, overflow, violations, visit
 from furnishing import Furnished
 from playwright.sync_api import Browser, Response
-from sqlalchemy import text
 
 from app.db.tables import EpochRow
 from app.jobs import events, queue
@@ -123,19 +122,6 @@ def test_the_api_answers_browsers_as_it_does_programs(client: httpx.Client, path
     of_browser, of_program = client.get(path, headers={"Accept": "text/html"}), client.get(path)
 
     assert_is_problem(of_browser, 404, of_program.json()["type"].rpartition("/")[2])
-
-
-def test_a_fault_of_ours_is_told_on_a_page_with_what_the_log_calls_it(
-    server: RunningServer, client: httpx.Client
-) -> None:
-    dataset = api_builders.ready_dataset(server.services.database)
-    with server.services.database.write() as session:
-        session.execute(text("DROP TABLE epochs"))
-        job = queue.submit(session, kind=JobKind.training, dataset_id=dataset, spec={}, method="fine_tuning").id
-    shown = client.get(f"/jobs/{job}", headers={"Accept": "text/html", "X-Request-ID": "a-request"})
-
-    assert shown.status_code == 500
-    assert "it has been logged under this request_id" in shown.text and "<code>a-request</code>" in shown.text
 
 
 def test_somebody_can_go_by_keyboard_alone(browser: Browser, furnished: Furnished) -> None:
