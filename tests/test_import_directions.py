@@ -11,7 +11,17 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # What every unit may import besides itself.
-FOUNDATION = frozenset({"app.confinement", "app.settings", "app.errors", "app.logs", "app.storage", "app.telemetry"})
+FOUNDATION = frozenset(
+    {
+        "app.allocator",
+        "app.confinement",
+        "app.settings",
+        "app.errors",
+        "app.logs",
+        "app.storage",
+        "app.telemetry",
+    }
+)
 
 APPLICATION = frozenset(
     {
@@ -34,6 +44,7 @@ APPLICATION = frozenset(
 )
 
 MAY_IMPORT: dict[str, frozenset[str]] = {
+    "app.allocator": frozenset(),
     "app.confinement": frozenset(),
     "app.settings": frozenset(),
     "app.errors": frozenset(),
