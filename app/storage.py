@@ -42,7 +42,7 @@ class LocalStorage:
         self._staging = root / "staging"
         self._announced = root / "announced"
         for folder in (self._staging, self._announced):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         self._min_free_bytes = min_free_bytes
 
     @contextmanager
@@ -241,6 +241,14 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it that are missing; their names outlast a power cut."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 def sync_tree(path: Path) -> None:

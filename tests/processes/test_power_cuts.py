@@ -197,6 +197,28 @@ def test_key_outlasts_a_power_cut_as_it_is_shown(tmp_path: Path) -> None:
     assert key_id.removeprefix("key_") in line
 
 
+def test_folders_of_a_first_start_outlast_a_power_cut(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    program = f"""
+from pathlib import Path
+from app.db.engine import Database
+from app.storage import LocalStorage
+LocalStorage(Path({str(data)!r}) / "new" / "storage")
+with Database({f"sqlite:///{data}/other/graft.db"!r}).write() as session:
+    session.connection().exec_driver_sql("CREATE TABLE kept (number)")
+print("stored", flush=True)
+"""
+
+    [(_, found)] = look_at_each_line(
+        [sys.executable, "-c", program],
+        data,
+        lambda left: {path.relative_to(left.folder).as_posix() for path in left.folder.glob("*/*")},
+    )
+
+    assert {"new/storage", "other/graft.db", "other/graft.db-wal"} <= found
+
+
 # The test of the test: what is not synced is found to be lost.
 
 DURABLE = """
