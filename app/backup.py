@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import uuid
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,16 +104,18 @@ def restore(folder: Path, database_url: str, storage: LocalStorage) -> Contents:
         source, target = Database(f"sqlite:///{staged / DATABASE_FILE}"), Database(database_url)
         try:
             _refuse_rows(target)
-            _put_files(folder, contents, storage)
-            with source.read() as rows, target.write() as session:
-                _copy_rows(rows.connection(), session.connection())
-                _count_on(session)
-                _give_back(session)
+            keys = _top_keys(contents)
+            # A job's files are swept without that, if no unfinished job speaks of them.
+            announced = [key for key in keys if not key.startswith("jobs/")]
+            with storage.announced(*announced, is_wanted=lambda: _has_rows(target)):
+                _put_files(folder, keys, contents, storage)
+                with source.read() as rows, target.write() as session:
+                    _copy_rows(rows.connection(), session.connection())
+                    _count_on(session)
+                    _give_back(session)
         finally:
             source.dispose()
             target.dispose()
-    for key in _top_keys(contents):
-        storage.settle(key, is_wanted=True)
     return contents
 
 
@@ -247,9 +250,13 @@ def _checked(folder: Path) -> Contents:
 
 
 def _refuse_rows(database: Database) -> None:
+    if _has_rows(database):
+        raise Conflict("The database has data in it; restore into an empty one (a new GRAFT_DATA_DIR).")
+
+
+def _has_rows(database: Database) -> bool:
     with database.read() as session:
-        if any(session.execute(_made(table).limit(1)).first() for table in Base.metadata.sorted_tables):
-            raise Conflict("The database has data in it; restore into an empty one (a new GRAFT_DATA_DIR).")
+        return any(session.execute(_made(table).limit(1)).first() for table in Base.metadata.sorted_tables)
 
 
 def _made(table: Table) -> Select[Any]:
@@ -258,13 +265,10 @@ def _made(table: Table) -> Select[Any]:
     return rows.where(WorkspaceRow.id != DEFAULT_WORKSPACE) if table is WorkspaceRow.__table__ else rows
 
 
-def _put_files(folder: Path, contents: Contents, storage: LocalStorage) -> None:
-    """Announced, since their rows come after them: should they never come, the worker's sweep removes the files."""
+def _put_files(folder: Path, keys: Sequence[str], contents: Contents, storage: LocalStorage) -> None:
     storage.check_room(contents.size_bytes)
     try:
-        for key in _top_keys(contents):
-            if not key.startswith("jobs/"):
-                storage.announce(key)
+        for key in keys:
             with storage.staging() as staged:
                 source = folder / FILES_FOLDER / key
                 shutil.copytree(source, staged) if source.is_dir() else shutil.copyfile(source, staged)

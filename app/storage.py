@@ -4,28 +4,33 @@ What is published appears whole or not at all, and survives a power cut: it is w
 the folders are synced. A failed sync is an error, never a warning. What is left in staging by a crash is swept.
 
 Files come before the database row that speaks of them, and a crash may come between. So such a key is announced first,
-and settled once it is known whether the row is there. Only announced keys are ever swept: a server that was pointed at
-another database by mistake deletes nothing.
+until it is known whether the row is there. Only announced keys are ever swept: a server that was pointed at another
+database by mistake deletes nothing.
+
+Whoever stages or announces something holds a lock on a file beside it, which the kernel frees with the process: so a
+sweep knows what is still being worked on, in other containers too, whatever any clock says.
 """
 
 import contextlib
 import errno
+import fcntl
 import hashlib
+import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from app.errors import StorageFull
 
-# Above this age nothing in staging can belong to a living request or job: uploads have body timeouts, and a worker
-# stages only what it is about to publish.
+# Of what nobody holds in staging: it was being deleted, or an earlier version, which held nothing, may be at it.
 STAGING_MAX_AGE_SECONDS = 24 * 3600
-# Between announcing and settling lie one rename and one transaction; above this age nobody is at it any more.
+# A database server may still be committing what a process that has just died asked it to.
 ANNOUNCEMENT_MAX_AGE_SECONDS = 3600
+_HELD = ".held"
 
 
 class LocalStorage:
@@ -37,17 +42,20 @@ class LocalStorage:
         self._staging = root / "staging"
         self._announced = root / "announced"
         for folder in (self._staging, self._announced):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         self._min_free_bytes = min_free_bytes
 
     @contextmanager
     def staging(self, suffix: str = "") -> Iterator[Path]:
         """A fresh path that does not exist yet, for a file or folder; whatever is left there at the end is removed."""
         path = self._staging / f"{uuid.uuid4().hex}{suffix}"
-        try:
-            yield path
-        finally:
-            remove(path)
+        lock = _lock_of(path)
+        with _held(lock):
+            try:
+                yield path
+            finally:
+                remove(path)
+                lock.unlink(missing_ok=True)
 
     def publish(self, staged: Path, key: str) -> None:
         """Moves a staged file or folder to `key`, durably, replacing what was there before.
@@ -79,22 +87,40 @@ class LocalStorage:
         except OSError:  # a file system without such names
             shutil.copyfile(self.path(key), staged)
 
-    def announce(self, key: str) -> None:
-        """Notes that `key` is about to be published, and is worth nothing until a row speaks of it."""
-        self._announcement(key).touch()
-        sync(self._announced)
+    @contextmanager
+    def announced(self, *keys: str, is_wanted: Callable[[], bool]) -> Iterator[None]:
+        """Notes that `keys` are about to be published, and are worth nothing until a row speaks of them.
 
-    def settle(self, key: str, *, is_wanted: bool) -> None:
-        """Ends an announcement: the key stays, or is deleted."""
-        if not is_wanted:
-            self.delete(key)
-        self._announcement(key).unlink(missing_ok=True)
+        is_wanted: whether one does, asked at the end whatever happened: of the database, and not concluded from an
+        exception, since a commit may succeed and its answer get lost. If none does, the keys are deleted. If that
+        cannot be told, or the process dies, a sweep comes to it.
+        """
+        announcement = self._announced / f"{uuid.uuid4().hex}.json"
+        with _held(announcement) as descriptor:
+            try:
+                os.write(descriptor, json.dumps(keys).encode())
+                os.fsync(descriptor)
+                sync(self._announced)
+                yield
+            finally:
+                if not is_wanted():
+                    for key in keys:
+                        self.delete(key)
+                announcement.unlink()
 
-    def announced(self, *, older_than_seconds: float = ANNOUNCEMENT_MAX_AGE_SECONDS) -> list[str]:
-        """Keys whose publisher never came to settle them."""
+    def sweep_announced(
+        self, is_wanted: Callable[[str], bool], *, older_than_seconds: float = ANNOUNCEMENT_MAX_AGE_SECONDS
+    ) -> None:
+        """Ends announcements whose process has died. is_wanted: whether a row speaks of a key."""
         deadline = time.time() - older_than_seconds
-        stale = [path for path in self._announced.iterdir() if path.stat().st_mtime < deadline]
-        return sorted(path.name.replace("+", "/") for path in stale)
+        for announcement in sorted(self._announced.iterdir()):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):  # settled meanwhile, or being worked on
+                if announcement.stat().st_mtime < deadline:
+                    with _held(announcement, is_new=False):
+                        for key in _announced_keys(announcement):
+                            if not is_wanted(key):
+                                self.delete(key)
+                        announcement.unlink()
 
     def path(self, key: str) -> Path:
         """The local path of a key. Keys are made of our own ids, never of a caller's text."""
@@ -116,9 +142,11 @@ class LocalStorage:
         """Removes a key, and what lies below it; open files and memory maps of it stay readable."""
         path = self.path(key)
         if path.exists():
-            # Renamed first, so that nobody sees it half deleted.
-            with self.staging() as doomed, contextlib.suppress(FileNotFoundError):
+            # Renamed first, so that nobody sees it half deleted. Held by nobody: a full disk may have no room for that.
+            doomed = self._staging / uuid.uuid4().hex
+            with contextlib.suppress(FileNotFoundError):
                 path.rename(doomed)
+                remove(doomed)
 
     def check_room(self, incoming_bytes: int = 0) -> None:
         """Raises StorageFull if storing this many bytes would leave less than the reserve free."""
@@ -132,15 +160,62 @@ class LocalStorage:
         return shutil.disk_usage(self.root).free - self._min_free_bytes
 
     def sweep(self, *, older_than_seconds: float = STAGING_MAX_AGE_SECONDS) -> int:
-        """Removes what crashes have left in staging. Returns how many entries were removed."""
-        deadline = time.time() - older_than_seconds
-        stale = [path for path in self._staging.iterdir() if path.lstat().st_mtime < deadline]
-        for path in stale:
-            remove(path)
-        return len(stale)
+        """Removes what crashes have left in staging. Returns how many entries were removed.
 
-    def _announcement(self, key: str) -> Path:
-        return self._announced / key.replace("/", "+")
+        older_than_seconds: of entries without a lock; what a dead process held goes whatever its age.
+        """
+        removed = 0
+        for lock in self._staging.glob(f"*{_HELD}"):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):  # ended meanwhile, or being worked on
+                with _held(lock, is_new=False):
+                    remove(lock.with_name(lock.name.removesuffix(_HELD)))
+                    lock.unlink()
+                removed += 1
+        deadline = time.time() - older_than_seconds
+        for path in self._staging.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                is_held = path.suffix == _HELD or _lock_of(path).exists()
+                if not is_held and path.lstat().st_mtime < deadline:
+                    remove(path)
+                    removed += 1
+        return removed
+
+
+def _lock_of(staged: Path) -> Path:
+    return staged.with_name(f"{staged.name}{_HELD}")
+
+
+@contextmanager
+def _held(path: Path, *, is_new: bool = True) -> Iterator[int]:
+    """Descriptor of a file that this process holds, until it lets go or dies. is_new: it is made.
+
+    Raises BlockingIOError if a process that lives holds it, FileNotFoundError.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if is_new else 0), 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if is_new else fcntl.LOCK_NB))
+            # A sweep may have come between the two and removed it.
+            if is_new and not _is_at(path, descriptor):
+                continue
+            yield descriptor
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _announced_keys(announcement: Path) -> list[str]:
+    try:
+        return list(json.loads(announcement.read_bytes()))
+    except ValueError:
+        return []  # cut off, and so before anything was published
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -166,6 +241,14 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it that are missing; their names outlast a power cut."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 def sync_tree(path: Path) -> None:

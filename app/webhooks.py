@@ -3,7 +3,8 @@
 An outbox: what happens is written down by `emit`, in the transaction of the change itself, once for every webhook that
 wants it; so nothing is told that did not happen, and nothing that happened is forgotten. Sending it is somebody else's,
 who claims a delivery by a guarded update. Its attempt's number is the claim: who lost it can write nothing. When one is
-due the wall clock says, which processes on several machines share well enough for that.
+due the wall clock says, which processes on several machines share well enough for that; where it is set back, one waits
+for LONGEST_WAIT at most.
 """
 
 import base64
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal, get_args
 
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import exists as exists_row
-from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from app.db.tables import DeliveryRow, WebhookRow, new_id, utc_now
@@ -45,6 +46,8 @@ SECRET_BYTES = 32
 # A sender that died gives its delivery back after this; longer than any attempt takes.
 CLAIM = timedelta(seconds=60)
 KEPT_FOR = timedelta(days=30)
+# No delivery waits for longer; what is due later than that was put there by a clock that has been set back since.
+LONGEST_WAIT = timedelta(hours=8)
 
 
 @dataclass(frozen=True)
@@ -191,8 +194,7 @@ def list_deliveries(
 
 def webhooks_with_due(session: Session, *, now: datetime, limit: int) -> Sequence[str]:
     """Ids of webhooks that have something to be sent now."""
-    is_due = (DeliveryRow.status == "pending") & (DeliveryRow.next_attempt_at <= now)
-    some_due = exists_row().where(DeliveryRow.webhook_id == WebhookRow.id, is_due)
+    some_due = exists_row().where(DeliveryRow.webhook_id == WebhookRow.id, _is_due(now))
     return session.scalars(
         select(WebhookRow.id).where(WebhookRow.is_enabled, some_due).order_by(WebhookRow.seq).limit(limit)
     ).all()
@@ -208,8 +210,7 @@ def claim_next(session: Session, webhook_id: str, *, now: datetime) -> Claim | N
         .join(WebhookRow, WebhookRow.id == DeliveryRow.webhook_id)
         .where(
             DeliveryRow.webhook_id == webhook_id,
-            DeliveryRow.status == "pending",
-            DeliveryRow.next_attempt_at <= now,
+            _is_due(now),
             WebhookRow.is_enabled,
         )
         .order_by(DeliveryRow.seq)
@@ -219,7 +220,7 @@ def claim_next(session: Session, webhook_id: str, *, now: datetime) -> Claim | N
     )
     taken = session.execute(
         update(DeliveryRow)
-        .where(DeliveryRow.id == oldest, DeliveryRow.status == "pending", DeliveryRow.next_attempt_at <= now)
+        .where(DeliveryRow.id == oldest, _is_due(now))
         .values(attempts=DeliveryRow.attempts + 1, next_attempt_at=now + CLAIM)
         .returning(DeliveryRow.id, DeliveryRow.attempts, DeliveryRow.body),
         execution_options={"synchronize_session": False},
@@ -252,14 +253,19 @@ def turn_off(session: Session, webhook_id: str, reason: str) -> None:
     )
 
 
-def forget_old(session: Session) -> int:
+def forget_before(session: Session, moment: datetime) -> int:
     """Removes deliveries of long ago, whatever became of them. Returns how many."""
     return len(
         session.scalars(
-            sql_delete(DeliveryRow).where(DeliveryRow.created_at < utc_now() - KEPT_FOR).returning(DeliveryRow.seq),
+            sql_delete(DeliveryRow).where(DeliveryRow.created_at < moment).returning(DeliveryRow.seq),
             execution_options={"synchronize_session": False},
         ).all()
     )
+
+
+def _is_due(now: datetime) -> ColumnElement[bool]:
+    is_time = (DeliveryRow.next_attempt_at <= now) | (DeliveryRow.next_attempt_at > now + LONGEST_WAIT)
+    return (DeliveryRow.status == "pending") & is_time
 
 
 def _settle(session: Session, claim: Claim, **values: Any) -> bool:

@@ -10,12 +10,12 @@ import pytest
 
 
 @contextmanager
-def mounted(folder: Path, *, mebibytes: int) -> Iterator[Path]:
-    """The test is skipped where none may be mounted."""
+def mounted(folder: Path, *, mebibytes: int, files: int = 0) -> Iterator[Path]:
+    """files: that it takes, folders included; 0 for any number. The test is skipped where none may be mounted."""
     if shutil.which("mount") is None:
         pytest.skip("needs mount")
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m,nr_inodes={files}", "tmpfs", str(folder)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode != 0:
         pytest.skip(f"needs to mount a small file system: {ran.stderr.strip()}")

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -97,11 +97,14 @@ def environment_for(data_dir: Path, **settings: str) -> dict[str, str]:
 
 
 @contextmanager
-def graft_up(folder: Path, *, port: int = 0, **settings: str) -> Iterator[RunningGraft]:
-    """Runs `graft up` in `folder`, with its log in graft.log there; what is left at the end is killed."""
+def graft_up(folder: Path, *, port: int = 0, under: Sequence[str] = (), **settings: str) -> Iterator[RunningGraft]:
+    """Runs `graft up` in `folder`, with its log in graft.log there; what is left at the end is killed.
+
+    under: a command that runs it, and whose only child it is.
+    """
     with (folder / "graft.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "app.cli", "up", "--port", str(port)],
+            [*under, sys.executable, "-m", "app.cli", "up", "--port", str(port)],
             cwd=folder,
             env=environment_for(folder / "data", **settings),
             stdin=subprocess.DEVNULL,

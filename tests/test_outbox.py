@@ -45,6 +45,20 @@ def test_claim_is_held_for_its_time_and_then_lost_to_the_next(any_database: Data
         assert (delivery.status, delivery.response_status) == ("delivered", 204)
 
 
+def test_where_the_clock_is_set_back_what_waits_is_due_within_hours(any_database: Database) -> None:
+    webhook_id = webhook_with(any_database, 2)
+    first = claim(any_database, webhook_id)
+    assert first is not None
+    with any_database.write() as session:
+        webhooks.settle_later(session, first, at=utc_now() + timedelta(hours=6), error="x", response_status=None)
+    assert claim(any_database, webhook_id, later=timedelta(hours=-1)) is None, "it may have been meant so"
+
+    taken = claim(any_database, webhook_id, later=timedelta(days=-2))
+
+    assert taken is not None
+    assert (taken.delivery_id, taken.attempt) == (first.delivery_id, 2)
+
+
 def test_oldest_is_taken_first_and_nothing_of_a_webhook_that_is_off(any_database: Database) -> None:
     webhook_id = webhook_with(any_database, 3)
     with any_database.read() as session:

@@ -1,7 +1,12 @@
 """Bytes appear whole or not at all, and what crashes leave behind is found."""
 
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,6 +30,18 @@ def written(folder: Path, **files: str) -> Path:
 def make_older(path: Path, *, seconds: float) -> None:
     then = time.time() - seconds
     os.utime(path, (then, then))
+
+
+def run_and_kill(storage: LocalStorage, *lines: str) -> None:
+    """Runs a program that has `storage`, and `die`, which kills it."""
+    start = (
+        "import os, signal, pathlib",
+        "from app.storage import LocalStorage",
+        "die = lambda: os.kill(os.getpid(), signal.SIGKILL)",
+        f"storage = LocalStorage(pathlib.Path({str(storage.root)!r}))",
+    )
+    program = subprocess.run([sys.executable, "-c", "\n".join([*start, *lines])], check=False)
+    assert program.returncode == -signal.SIGKILL
 
 
 def test_published_folder_is_at_its_key_and_no_longer_in_staging(storage: LocalStorage) -> None:
@@ -67,13 +84,52 @@ def test_key_cannot_lead_out_of_the_storage(storage: LocalStorage) -> None:
         storage.path("../outside")
 
 
-def test_sweep_removes_what_is_old_and_leaves_what_is_young(storage: LocalStorage) -> None:
+def test_sweep_of_what_nobody_holds_removes_what_is_old_and_leaves_what_is_young(storage: LocalStorage) -> None:
     old = written(storage.path("staging/old"), a="1")
     young = written(storage.path("staging/young"), a="1")
     make_older(old, seconds=25 * HOUR)
 
     assert storage.sweep() == 1
     assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_what_is_being_staged_is_never_swept_however_old_it_looks(storage: LocalStorage) -> None:
+    with storage.staging(".zip") as staged:
+        staged.write_bytes(b"half")
+        for path in storage.path("staging").iterdir():
+            make_older(path, seconds=1000 * HOUR)
+
+        assert LocalStorage(storage.root).sweep() == 0
+        assert staged.read_bytes() == b"half"
+
+
+def test_what_a_dead_process_staged_is_swept_at_once(storage: LocalStorage) -> None:
+    run_and_kill(storage, "with storage.staging() as staged: staged.write_text('half'); die()")
+    [_, _] = storage.path("staging").iterdir()  # it, and its lock
+
+    assert storage.sweep() == 1
+    assert list(storage.path("staging").iterdir()) == []
+
+
+def test_staging_goes_on_beside_sweeps(storage: LocalStorage) -> None:
+    """A sweep may come between the making of a lock and its holding."""
+    stop = threading.Event()
+
+    def sweep() -> None:
+        while not stop.is_set():
+            LocalStorage(storage.root).sweep()
+
+    with ThreadPoolExecutor() as pool:
+        sweeping = [pool.submit(sweep) for _ in range(2)]
+        try:
+            for number in range(100):
+                with storage.staging() as staged:
+                    staged.write_text(str(number))
+                    assert staged.read_text() == str(number)
+        finally:
+            stop.set()
+        assert [each.result() for each in sweeping] == [None, None]
+    assert list(storage.path("staging").iterdir()) == []
 
 
 def test_room_beyond_the_reserve_is_needed(tmp_path: Path) -> None:
@@ -87,10 +143,13 @@ def test_room_beyond_the_reserve_is_needed(tmp_path: Path) -> None:
 def test_files_whose_publisher_died_stay_only_with_a_row(
     database: Database, storage: LocalStorage, has_row: bool
 ) -> None:
-    storage.announce("datasets/ds_1")
-    with storage.staging() as staged:
-        staged.write_text("archive")
-        storage.publish(staged, "datasets/ds_1/archive")
+    run_and_kill(
+        storage,
+        "with storage.announced('datasets/ds_1', is_wanted=die), storage.staging() as staged:",
+        "    staged.write_text('archive')",
+        "    storage.publish(staged, 'datasets/ds_1/archive')",
+        "    die()",
+    )
     if has_row:
         with database.write() as session:
             session.add(DatasetRow(id="ds_1", name="n", size_bytes=1, sha256="0", splits={}))
@@ -101,9 +160,38 @@ def test_files_whose_publisher_died_stay_only_with_a_row(
     make_older(announcement, seconds=2 * HOUR)
     sweep_files(database, storage)
 
-    assert is_there_at_first, "its publisher may still be at it"
+    assert is_there_at_first, "a database server may still be at it"
     assert storage.exists("datasets/ds_1") is has_row
-    assert storage.announced(older_than_seconds=0) == []
+    assert list(storage.path("announced").iterdir()) == []
+
+
+def test_files_whose_publisher_lives_are_never_swept_however_old_they_look(
+    database: Database, storage: LocalStorage
+) -> None:
+    with storage.announced("datasets/ds_1", is_wanted=lambda: True):
+        with storage.staging() as staged:
+            staged.write_text("archive")
+            storage.publish(staged, "datasets/ds_1/archive")
+        [announcement] = storage.path("announced").iterdir()
+        make_older(announcement, seconds=1000 * HOUR)
+
+        sweep_files(database, storage)
+
+        assert storage.exists("datasets/ds_1/archive")
+    assert list(storage.path("announced").iterdir()) == []
+
+
+def test_announcement_that_a_power_cut_left_empty_deletes_nothing(database: Database, storage: LocalStorage) -> None:
+    with storage.staging() as staged:
+        storage.publish(written(staged, a="1"), "models/mdl_1")
+    for name, text in {"1.json": "", "2.json": '["models/md', "3.json": "\0" * 20}.items():
+        (storage.path("announced") / name).write_text(text)
+        make_older(storage.path("announced") / name, seconds=2 * HOUR)
+
+    sweep_files(database, storage)
+
+    assert storage.exists("models/mdl_1")
+    assert list(storage.path("announced").iterdir()) == []
 
 
 def test_files_that_were_never_announced_are_never_swept(database: Database, storage: LocalStorage) -> None:

@@ -60,8 +60,10 @@ def _sweep_announced(database: Database, storage: LocalStorage) -> None:
         "exports": registry.exists,
         "uploads": uploads.exists,
     }
-    for key in storage.announced():
+
+    def has_row(key: str) -> bool:
         kind, _, row_id = key.partition("/")
         with database.read() as session:
-            wanted = is_wanted[kind](session, row_id)
-        storage.settle(key, is_wanted=wanted)
+            return is_wanted[kind](session, row_id)
+
+    storage.sweep_announced(has_row)

@@ -18,7 +18,7 @@ from app.jobs.spec import TrainingSpec
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision import artifact
-from app.vision.artifact import Artifact
+from app.vision.artifact import Artifact, Saved
 from app.vision.reference import Reference
 from worker import promotion
 from worker.promotion import Candidate, Decision
@@ -83,15 +83,17 @@ class Publisher:
             },
         )
         probe = self.find("probe") if role == "final" else None
-        # Before the files, since a default that is run takes longer than an announcement is meant to last.
+        # Before the files, which are worth nothing without it: the default may have to be run.
         decision = self._decide(conclusion, spec, training, probe=probe)
-        with storage.staging() as folder:
-            saved = artifact.save(folder, result)
-            (folder / "evaluation.json").write_text(json.dumps(conclusion.evaluation, ensure_ascii=False), "utf-8")
-            storage.announce(key)
-            storage.publish(folder, key)
 
-        def register(session: Session, decision: Decision) -> bool:
+        def save() -> Saved:
+            with storage.staging() as folder:
+                saved = artifact.save(folder, result)
+                (folder / "evaluation.json").write_text(json.dumps(conclusion.evaluation, ensure_ascii=False), "utf-8")
+                storage.publish(folder, key)
+                return saved
+
+        def register(session: Session, saved: Saved, decision: Decision) -> bool:
             """False, with nothing written, if the default is no longer the one that was decided beside."""
             if registry.lock_default(session) != decision.incumbent:
                 return False
@@ -125,14 +127,14 @@ class Publisher:
                 )
             return True
 
-        try:
-            while not reporter.transaction(partial(register, decision=decision)):
-                decision = self._decide(conclusion, spec, training, probe=probe)
-        finally:
-            # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
+        def is_registered() -> bool:
             with database.read() as session:
-                is_registered = registry.exists(session, model_id)
-            storage.settle(key, is_wanted=is_registered)
+                return registry.exists(session, model_id)
+
+        with storage.announced(key, is_wanted=is_registered):
+            saved = save()
+            while not reporter.transaction(partial(register, saved=saved, decision=decision)):
+                decision = self._decide(conclusion, spec, training, probe=probe)
 
     def _decide(self, conclusion: Conclusion, spec: TrainingSpec, training: Training, *, probe: str | None) -> Decision:
         if not conclusion.tasks:

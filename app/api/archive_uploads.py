@@ -76,7 +76,9 @@ async def receive_once(
     await run_in_threadpool(_refuse_beyond_quota, request, services)
     key = idempotency.parse_key(idempotency_key)
     scope = f"{caller.key_id} {request.method} {request.url.path}"
-    claim = None if key is None else await run_in_threadpool(idempotency.begin, services.database, scope=scope, key=key)
+    claim = None
+    if key is not None:
+        claim = await run_in_threadpool(idempotency.begin, services.database, services.clock, scope=scope, key=key)
     try:
         answer = await _receive(request, services, claim, use)
     except BaseException:
@@ -125,18 +127,15 @@ def publish_and_create(
 ) -> Answer:
     """Publishes the archive, then makes the row that it belongs to and its answer in one transaction; or leaves
     neither."""
-    folder = key.rpartition("/")[0]
-    services.storage.announce(folder)
-    try:
+
+    def is_kept() -> bool:
+        with services.database.read() as session:
+            return exists(session)
+
+    with services.storage.announced(key.rpartition("/")[0], is_wanted=is_kept):
         services.storage.publish(archive, key)
         with services.database.write() as session:
-            answer = create(session)
-    finally:
-        # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
-        with services.database.read() as session:
-            is_kept = exists(session)
-        services.storage.settle(folder, is_wanted=is_kept)
-    return answer
+            return create(session)
 
 
 def stop_tick(services: Services) -> Tick:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from safetensors import SafetensorError
@@ -31,12 +32,16 @@ def publish(
 
     Raises StorageFull where the disk does not take it.
     """
-    storage = services.storage
     model_id = new_id("mdl")
     key = f"models/{model_id}"
-    try:
-        made = _described(derived, model_id, parent_id=parent.id, shots=shots)
-        saved = _stored(storage, key, made, derived.evaluation)
+    made = _described(derived, model_id, parent_id=parent.id, shots=shots)
+
+    def is_kept() -> bool:
+        with services.database.read() as session:
+            return registry.exists(session, model_id)
+
+    with _storing(), services.storage.announced(key, is_wanted=is_kept):
+        saved = _stored(services.storage, key, made, derived.evaluation)
         with services.database.write() as session:
             row = registry.register(
                 session,
@@ -53,11 +58,6 @@ def publish(
                 parent_id=parent.id,
             )
             return Model.of(row, aliases=[])
-    finally:
-        # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
-        with services.database.read() as session:
-            is_kept = registry.exists(session, model_id)
-        storage.settle(key, is_wanted=is_kept)
 
 
 def open_parent(services: Services, parent: ModelRow) -> Artifact:
@@ -83,16 +83,20 @@ def encoded_pictures(body: PictureBody, *, most: int) -> list[bytes]:
     return [picture.encoded for picture in body.pictures if isinstance(picture.encoded, bytes)]
 
 
-def _stored(storage: LocalStorage, key: str, made: Artifact, evaluation: Mapping[str, Any]) -> Saved:
+@contextmanager
+def _storing() -> Iterator[None]:
     try:
-        storage.announce(key)
-        with storage.staging() as folder:
-            saved = artifact.save(folder, made)
-            (folder / "evaluation.json").write_text(json.dumps(evaluation, ensure_ascii=False), "utf-8")
-            storage.publish(folder, key)
-            return saved
+        yield
     except (OSError, SafetensorError) as error:
         raise StorageFull("The server could not store the model: its disk is full or failing.") from error
+
+
+def _stored(storage: LocalStorage, key: str, made: Artifact, evaluation: Mapping[str, Any]) -> Saved:
+    with storage.staging() as folder:
+        saved = artifact.save(folder, made)
+        (folder / "evaluation.json").write_text(json.dumps(evaluation, ensure_ascii=False), "utf-8")
+        storage.publish(folder, key)
+        return saved
 
 
 def _described(derived: Derived, model_id: str, *, parent_id: str, shots: Sequence[bytes]) -> Artifact:

@@ -16,6 +16,7 @@ from starlette.routing import Match
 from app.api.problems import Problem, invalid_fields
 from app.db.engine import is_full
 from app.errors import GraftError, StorageFull
+from app.storage import is_disk_full
 
 # What answers programs alone, whatever they say to accept.
 OF_PROGRAMS = re.compile(r"/(?:v1|v2|hf|predict|openapi\.json|healthz|readyz|metrics|swagger|static)(?:/|$)")
@@ -32,7 +33,8 @@ def handle_failures(app: FastAPI, *, show: ShowFailure) -> None:
     app.add_exception_handler(GraftError, _expected_failure)
     app.add_exception_handler(HTTPException, _framework_failure)
     app.add_exception_handler(RequestValidationError, _invalid_parameters)
-    app.add_exception_handler(OperationalError, _database_failure)
+    app.add_exception_handler(OperationalError, _full_disk)
+    app.add_exception_handler(OSError, _full_disk)
 
 
 def is_for_a_person(request: Request) -> bool:
@@ -67,9 +69,8 @@ async def _invalid_parameters(request: Request, error: Exception) -> Response:
     return answer(request, Problem.of(invalid_fields({**e, "loc": e["loc"][1:]} for e in error.errors())))
 
 
-async def _database_failure(request: Request, error: Exception) -> Response:
-    assert isinstance(error, OperationalError)
-    if not is_full(error):
+async def _full_disk(request: Request, error: Exception) -> Response:
+    if not (is_full(error) if isinstance(error, OperationalError) else is_disk_full(error)):
         raise error
     full = StorageFull("The server's disk is full, and nothing was changed; its operator has to make room.")
     return answer(request, Problem.of(full))

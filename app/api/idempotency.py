@@ -1,7 +1,8 @@
 """Requests that may be sent twice: `Idempotency-Key`, kept for 24 hours in the database, across restarts.
 
 A request first claims its key; what it makes and the end of the claim are one transaction. So a key is either free,
-being worked on by one process, or has exactly one resource, whenever a process is killed.
+being worked on by one process, or has exactly one resource, whenever a process is killed. What a process that lives is
+working on is never forgotten, whatever the clock says.
 """
 
 import hashlib
@@ -11,14 +12,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import delete, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from app.clock import PatientClock
 from app.db.engine import Database
-from app.db.tables import IdempotencyRow, utc_now
+from app.db.tables import IdempotencyRow
 from app.errors import Conflict, InvalidRequest
-from app.jobs.owner import current_process, is_gone
+from app.jobs.owner import current_process, is_alive, is_gone
 
 KEPT_FOR = timedelta(hours=24)
 
@@ -61,7 +63,7 @@ def parse_key(header: str | None) -> str | None:
     return key
 
 
-def begin(database: Database, *, scope: str, key: str) -> Claim:
+def begin(database: Database, clock: PatientClock, *, scope: str, key: str) -> Claim:
     """Claims the key, or finds what was answered under it.
 
     scope: what keys are unique within: API key, method and path.
@@ -69,10 +71,10 @@ def begin(database: Database, *, scope: str, key: str) -> Claim:
     """
     try:
         with database.write() as session:
-            session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < utc_now() - KEPT_FOR))
+            _forget_old(session, clock)
             row = session.get(IdempotencyRow, (scope, key), with_for_update=True)
             if row is None:
-                session.add(IdempotencyRow(scope=scope, key=key, owner=current_process()))
+                session.add(IdempotencyRow(scope=scope, key=key, owner=current_process(), created_at=clock.date()))
             elif row.response is not None:
                 return Claim(scope, key, answered=row.response, fingerprint=row.fingerprint)
             elif is_gone(row.owner):
@@ -117,6 +119,15 @@ def release(database: Database, claim: Claim) -> None:
                 IdempotencyRow.resource_id.is_(None),
             )
         )
+
+
+def _forget_old(session: Session, clock: PatientClock) -> None:
+    is_old = IdempotencyRow.created_at < clock.before(KEPT_FOR)
+    session.execute(delete(IdempotencyRow).where(is_old, IdempotencyRow.resource_id.is_not(None)))
+    for row in session.scalars(select(IdempotencyRow).where(is_old)):
+        if not is_alive(row.owner):
+            session.delete(row)
+    session.flush()
 
 
 def _in_progress() -> Conflict:

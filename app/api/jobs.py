@@ -190,7 +190,7 @@ def submit_once(
     scope: what keys are unique within: API key, method and path.
     """
     print_of_request = idempotency.fingerprint(request.model_dump(mode="json"))
-    claim = None if key is None else idempotency.begin(services.database, scope=scope, key=key)
+    claim = None if key is None else idempotency.begin(services.database, services.clock, scope=scope, key=key)
     if claim is not None and claim.answered is not None:
         idempotency.check_same(claim, print_of_request)
         return claim.answered, True

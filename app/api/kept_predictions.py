@@ -11,8 +11,9 @@ from sqlalchemy.orm import Session
 
 from app import predictions
 from app.api.schemas import Prediction
+from app.clock import PatientClock
 from app.db.engine import Database
-from app.db.tables import new_id, utc_now
+from app.db.tables import new_id
 from app.errors import FieldError, Forbidden, TooLarge
 from app.predictions import Kept, picture_key
 from app.settings import Settings
@@ -26,6 +27,7 @@ class Shelf:
     database: Database
     storage: LocalStorage
     settings: Settings
+    clock: PatientClock
 
     def check_is_open(self) -> None:
         """Raises Forbidden where the operator keeps nothing."""
@@ -48,10 +50,12 @@ class Shelf:
         self.storage.check_room(size_bytes)
         kept = [_kept(picture, prediction) for picture, prediction in answered]
         keys = [picture_key(one.id) for one in kept]
-        gone: list[str] = []
-        for key in keys:
-            self.storage.announce(key)
-        try:
+
+        def are_kept() -> bool:
+            with self.database.read() as session:
+                return bool(kept) and predictions.exists(session, kept[0].id)
+
+        with self.storage.announced(*keys, is_wanted=are_kept):
             for key, (picture, _) in zip(keys, answered, strict=True):
                 with self.storage.staging() as staged:
                     staged.write_bytes(picture)
@@ -59,12 +63,6 @@ class Shelf:
             with self.database.write() as session:
                 predictions.add(session, kept, model_id=model_id, alias=alias)
                 gone = self._forget_old(session)
-        finally:
-            # Asked of the database and not concluded from an exception: a commit may succeed and its answer get lost.
-            with self.database.read() as session:
-                is_kept = bool(kept) and predictions.exists(session, kept[0].id)
-            for key in keys:
-                self.storage.settle(key, is_wanted=is_kept)
         self._delete_pictures(gone)
         return [
             prediction.model_copy(update={"id": one.id}) for one, (_, prediction) in zip(kept, answered, strict=True)
@@ -77,7 +75,7 @@ class Shelf:
         self._delete_pictures(gone)
 
     def _forget_old(self, session: Session) -> list[str]:
-        before = utc_now() - timedelta(days=self.settings.max_stored_prediction_days)
+        before = self.clock.before(timedelta(days=self.settings.max_stored_prediction_days))
         return predictions.expire(session, max_bytes=self.settings.max_stored_prediction_bytes, before=before)
 
     def _delete_pictures(self, prediction_ids: Sequence[str]) -> None:

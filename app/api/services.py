@@ -16,8 +16,9 @@ from app.api.metrics import Metrics
 from app.api.pictures import Pictures
 from app.api.remembered import Remembered
 from app.api.traffic import Traffic
+from app.clock import PatientClock
 from app.db.engine import Database
-from app.db.tables import DEFAULT_WORKSPACE, FIRST_WORKSPACE_NAME, utc_now
+from app.db.tables import DEFAULT_WORKSPACE, FIRST_WORKSPACE_NAME
 from app.db.tenancy import Actor
 from app.egress import Egress, Resolve
 from app.errors import GraftError
@@ -64,6 +65,7 @@ class Services:
     egress: Egress
     # Keeps threads free for everybody else while large archives are read through.
     inspections: anyio.CapacityLimiter
+    clock: PatientClock = field(default_factory=PatientClock)
     # Set when the server begins to shut down: streams and waits end then instead of holding it up.
     stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -74,7 +76,7 @@ class Services:
     @property
     def shelf(self) -> Shelf:
         # What is kept is in no audit log: it may be every picture.
-        return Shelf(self.database.within(self.database.workspace_id), self.storage, self.settings)
+        return Shelf(self.database.within(self.database.workspace_id), self.storage, self.settings, self.clock)
 
     def stop(self) -> None:
         """Ends what would hold up the server's end; in the event loop's thread."""
@@ -196,4 +198,4 @@ def _aliases(services: Services) -> dict[tuple[str, str], str]:
 
 def _forget_old_changes(services: Services) -> None:
     with services.database.write() as session:
-        audit.forget_before(session, utc_now() - timedelta(days=services.settings.audit_days))
+        audit.forget_before(session, services.clock.before(timedelta(days=services.settings.audit_days)))

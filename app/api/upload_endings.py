@@ -19,7 +19,7 @@ from app.api.datasets import archive_use
 from app.api.services import Services
 from app.datasets import partial, uploads
 from app.datasets.upload import StagedUpload
-from app.db.tables import UploadRow, utc_now
+from app.db.tables import UploadRow
 from app.db.tenancy import Actor
 from app.errors import ArchiveRefused, GraftError, Locked, NotFound
 from app.storage import file_sha256
@@ -89,7 +89,11 @@ def expires_at(services: Services, upload: UploadRow) -> datetime:
     if last is None:
         path = services.storage.path(uploads.archive_key(upload.id))
         last = datetime.fromtimestamp(path.stat().st_mtime, tz=UTC)
-    return last + timedelta(hours=services.settings.upload_expiry_hours)
+    return last + _expiry(services)
+
+
+def _expiry(services: Services) -> timedelta:
+    return timedelta(hours=services.settings.upload_expiry_hours)
 
 
 def sweep(services: Services) -> int:
@@ -103,7 +107,7 @@ def sweep(services: Services) -> int:
     for upload in ended:
         services.storage.delete(uploads.folder_key(upload.id))  # a process may have died before it came to that
     with services.database.write() as session:
-        uploads.forget_ended(session, before=utc_now() - timedelta(hours=services.settings.upload_expiry_hours))
+        uploads.forget_ended(session, before=services.clock.before(_expiry(services)))
     return removed
 
 
@@ -114,15 +118,19 @@ def _remove_if_expired(services: Services, upload: UploadRow) -> bool:
         with services.database.write() as session:
             uploads.delete(session, upload.id)
         return True
-    if expires_at(services, upload) > utc_now():
+    if not _is_expired(services, upload):
         return False
     with partial.locked(path):
-        if expires_at(services, upload) > utc_now():
+        if not _is_expired(services, upload):
             return False
         with services.database.write() as session:
             uploads.delete(session, upload.id)
         services.storage.delete(uploads.folder_key(upload.id))
     return True
+
+
+def _is_expired(services: Services, upload: UploadRow) -> bool:
+    return expires_at(services, upload) <= services.clock.before(timedelta())
 
 
 def _whole(services: Services) -> list[UploadRow]:

@@ -147,4 +147,4 @@ def _settle(services: Services, claim: Claim, answer: Answer | None, trouble: st
 
 def _forget(services: Services) -> int:
     with services.database.write() as session:
-        return webhooks.forget_old(session)
+        return webhooks.forget_before(session, services.clock.before(webhooks.KEPT_FOR))

@@ -20,6 +20,7 @@ from app.db.ballast import Ballast
 from app.db.sqlite import sqlite3
 from app.db.tenancy import Actor, TenantSession
 from app.errors import Overloaded
+from app.storage import make_folder
 
 # Waiting writers get this long. Shorter than a worker's lease (45 s), so that a lock never costs a lease.
 BUSY_TIMEOUT_SECONDS = 30
@@ -167,7 +168,7 @@ def is_full(error: OperationalError) -> bool:
 def _sqlite_engine(url: str) -> Engine:
     path = make_url(url).database
     if path and path != ":memory:":
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(path).parent)
     engine = create_engine(url, module=sqlite3, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
 
     @event.listens_for(engine, "connect")

@@ -30,16 +30,26 @@ def owner_of(pid: int) -> dict[str, Any]:
 
 def is_gone(owner: dict[str, Any] | None) -> bool:
     """Whether the owner has certainly ended. False if it lives, and also if that cannot be told from here."""
+    return _lives(owner) is False
+
+
+def is_alive(owner: dict[str, Any] | None) -> bool:
+    """Whether the owner certainly lives. False if it has ended, and also if that cannot be told from here."""
+    return _lives(owner) is True
+
+
+def _lives(owner: dict[str, Any] | None) -> bool | None:
+    """None if that cannot be told from here."""
     if owner is None or any(owner.get(key) != value for key, value in _here().items()):
-        return False
+        return None
     pid = owner["pid"]
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return True
+        return False
     except PermissionError:
-        return False  # another user's process: it exists, and its start time may be hidden
-    return bool(_start_time(pid) != owner["started"])
+        return None  # another user's process: it exists, and its start time may be hidden
+    return bool(_start_time(pid) == owner["started"])
 
 
 def _here() -> dict[str, Any]:

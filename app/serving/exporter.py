@@ -171,16 +171,10 @@ class Exporter:
             log.error("export refused", model_id=model_id, file_format=file_format, **report)
             raise (ModelUnavailable if report["code"] == ModelUnavailable.code else ExportUnavailable)(report["detail"])
         (folder / PICTURES_FILE).unlink(missing_ok=True)
-        files = exports_of(model_id)
-        is_kept = False
         # The model may be deleted at any time; no file of it must come to be after that.
-        self._storage.announce(files)
-        try:
+        with self._storage.announced(exports_of(model_id), is_wanted=lambda: self._is_registered(model_id)):
             self._storage.publish(folder, _key(model_id, file_format))
-            is_kept = self._is_registered(model_id)
-        finally:
-            self._storage.settle(files, is_wanted=is_kept)
-        exported = self.find(model_id, file_format) if is_kept else None
+        exported = self.find(model_id, file_format)
         if exported is None:
             raise _deleted()
         return exported

@@ -4,6 +4,8 @@ Knows files and one web address; not networks. Nothing is used whose digest was 
 name: the operator's own `<backbone>.safetensors`, and the file that comes with Graft, which is trusted as its code is.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import httpx
 import safetensors.torch
@@ -147,13 +149,15 @@ class WeightStore:
         target = self._download_dir / weights.file
         part = self._download_dir / f"{weights.file}.{uuid.uuid4().hex}.part"
         try:
-            digest = self._download(weights, part, on_progress)
-            if not digest.startswith(_expected_digest(weights.file)):
-                raise WeightsUnavailable(
-                    f"What was downloaded as {weights.file} is not that file: its digest is wrong. Check "
-                    f"GRAFT_WEIGHTS_URL and any proxy in between. {_REMEDY}"
-                )
-            part.replace(target)
+            with part.open("xb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # until this process is done with it, or dead
+                digest = self._download(weights, file, on_progress)
+                if not digest.startswith(_expected_digest(weights.file)):
+                    raise WeightsUnavailable(
+                        f"What was downloaded as {weights.file} is not that file: its digest is wrong. Check "
+                        f"GRAFT_WEIGHTS_URL and any proxy in between. {_REMEDY}"
+                    )
+                part.replace(target)
         finally:
             part.unlink(missing_ok=True)
         return target
@@ -179,7 +183,7 @@ class WeightStore:
             raise damaged from error
         return {OLD_DENSENET_KEY.sub(r"\1\2", key): tensor for key, tensor in state_dict.items()}
 
-    def _download(self, weights: WeightsSpec, part: Path, on_progress: OnProgress | None) -> str:
+    def _download(self, weights: WeightsSpec, part: BinaryIO, on_progress: OnProgress | None) -> str:
         """Streams the file to `part`, durably. Returns its sha256."""
         digest = hashlib.sha256()
         done = 0
@@ -196,15 +200,14 @@ class WeightStore:
             response.raise_for_status()
             length = response.headers.get("Content-Length", "")
             total = int(length) if length.isdigit() else None
-            with part.open("xb") as file:
-                for chunk in response.iter_bytes(_CHUNK_BYTES):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    done += len(chunk)
-                    if on_progress is not None:
-                        on_progress(done, total)
-                file.flush()
-                os.fsync(file.fileno())
+            for chunk in response.iter_bytes(_CHUNK_BYTES):
+                part.write(chunk)
+                digest.update(chunk)
+                done += len(chunk)
+                if on_progress is not None:
+                    on_progress(done, total)
+            part.flush()
+            os.fsync(part.fileno())
         return digest.hexdigest()
 
     @contextmanager
@@ -233,8 +236,10 @@ class WeightStore:
     def _sweep(self) -> None:
         deadline = time.time() - _STALE_PART_SECONDS
         for part in self._download_dir.glob("*.part"):
-            if part.stat().st_mtime < deadline:
-                part.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), part.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if part.stat().st_mtime < deadline:
+                    part.unlink()
 
 
 _WHOLE_LIST = "*"

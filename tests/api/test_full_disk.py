@@ -1,9 +1,11 @@
 """A disk without a byte left: who reads is answered, who writes is told, and nothing is half done."""
 
+import shutil
 from pathlib import Path
 
 import api_builders
 import builders
+import disks
 import pytest
 from api_builders import CLASSES, assert_is_problem, wait_for
 from disks import fill
@@ -102,3 +104,26 @@ def test_ballast_is_made_only_where_there_is_plenty_of_room(small_disk: Path) ->
     with api_builders.running(settings) as server:
         assert not server.services.database.keep_ballast()
         assert list(settings.data_dir.glob("*ballast*")) == []
+
+
+def test_disk_that_takes_no_more_files_is_told_and_deleting_works(tmp_path: Path) -> None:
+    archive = api_builders.archive_of_classes()
+    with (
+        disks.mounted(tmp_path / "disk", mebibytes=256, files=200) as disk,
+        api_builders.running(api_builders.settings_for(disk)) as server,
+        api_builders.client_of(server) as client,
+    ):
+        ready = api_builders.ready_dataset(server.services.database)
+        fillers = disk / "fillers"
+        fillers.mkdir()
+        with pytest.raises(OSError, match="No space left"):
+            for number in range(200):
+                (fillers / str(number)).touch()
+
+        assert_is_problem(client.put("/v1/datasets", content=archive), 507, "storage-full")
+        assert_is_problem(client.post("/v1/uploads", headers={**TUS, "Upload-Length": "1000"}), 507, "storage-full")
+        assert [dataset["id"] for dataset in client.get("/v1/datasets").json()["data"]] == [ready]
+        assert client.delete(f"/v1/datasets/{ready}").status_code == 200
+
+        shutil.rmtree(fillers)
+        assert client.put("/v1/datasets", content=archive).status_code == 201

@@ -4,11 +4,14 @@ import base64
 import fcntl
 import hashlib
 import io
+import itertools
 import os
 import socket
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from tusclient.exceptions import TusCommunicationError, TusUploadFailed
 
 from app.access import Scope
 from app.api import upload_endings
+from app.clock import PatientClock, wall_clock
 from app.datasets import uploads
 from app.db.tables import UploadRow
 
@@ -421,6 +425,20 @@ def test_what_nobody_goes_on_with_expires(tmp_path: Path) -> None:
     with api_builders.RunningServer(hasty) as server, api_builders.client_of(server) as client:
         api_builders.wait_for(lambda: {client.get(path).status_code for path in (held, fresh, ended)} == {404})
         assert [path for path in stored_files(server) if "uploads" in path.parts] == []
+
+
+@pytest.mark.parametrize("jump", [timedelta(days=30), timedelta(days=-30)])
+def test_no_upload_expires_because_the_clock_jumps(
+    server: RunningServer, client: httpx.Client, jump: timedelta
+) -> None:
+    path, ended = begin(client, len(ARCHIVE)), begin(client, len(ARCHIVE))
+    send(client, ended, 0, ARCHIVE)
+    moments = iter([wall_clock(), *itertools.repeat(wall_clock() + jump)])
+    jumping = replace(server.services, clock=PatientClock(lambda: next(moments)))
+
+    assert upload_endings.sweep(jumping) == 0
+
+    assert [client.get(each).status_code for each in (path, ended)] == [200, 200]
 
 
 def test_upload_without_its_file_is_gone(server: RunningServer, client: httpx.Client) -> None:

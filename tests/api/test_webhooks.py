@@ -411,7 +411,7 @@ def test_old_deliveries_are_forgotten(server: RunningServer, client: httpx.Clien
         newest = deliveries(client, path)[0]["id"]
         session.execute(update(DeliveryRow).where(DeliveryRow.id != newest).values(created_at=old))
     with server.services.database.write() as session:
-        assert webhooks.forget_old(session) == 1
+        assert webhooks.forget_before(session, utc_now() - webhooks.KEPT_FOR) == 1
     assert [each["id"] for each in deliveries(client, path)] == [newest]
 
 

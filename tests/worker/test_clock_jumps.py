@@ -1,45 +1,19 @@
-"""The wall clock jumps by hours, days and decades, for workers at work: no healthy job pays for it.
-
-libfaketime gives real processes another clock; monotonic time stays the machine's, as it does when a clock is set.
-"""
+"""The wall clock jumps by hours, days and decades, for workers at work: no healthy job pays for it."""
 
 import random
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from other_clock import LIBRARIES, Clock
 from queue_builders import event_log, find
 from workshop import Workshop, wait_until
 
 from app.db.tables import utc_now
 
-LIBRARIES = [*Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), *Path("/usr/lib/faketime").glob("libfaketime.so.1")]
 JUMPS = ("+3600", "-3600", "+30d", "-10y", "+0", "+10y", "-86400", "+90000")
 
 pytestmark = pytest.mark.skipif(not LIBRARIES, reason="needs libfaketime (apt-get install libfaketime)")
-
-
-class Clock:
-    """The wall clock of processes that are started with its environment."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.set("+0")
-
-    def set(self, offset: str) -> None:
-        part = self._path.with_suffix(".part")
-        part.write_text(f"{offset}\n")
-        part.replace(self._path)
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        return {
-            "LD_PRELOAD": str(LIBRARIES[0]),
-            "FAKETIME_TIMESTAMP_FILE": str(self._path),
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
 
 
 def test_jobs_at_work_are_neither_stolen_nor_called_poison(workshop: Workshop, tmp_path: Path) -> None:
