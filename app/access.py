@@ -18,12 +18,14 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app.db.tables import DEFAULT_WORKSPACE, ApiKeyRow, new_id, utc_now
-from app.errors import NotFound, Unauthenticated
+from app.errors import Misdirected, NotFound, Unauthenticated
 
 # A write per request would cost a disk sync each; a minute is exact enough to see which keys are still in use.
 LAST_USED_RESOLUTION = timedelta(minutes=1)
 
 _TOKEN = re.compile(r"ft_([0-9a-f]{30})_([0-9a-f]{64})_([0-9a-f]{8})", re.ASCII)
+# RFC 9110, 7.2: a name or an address, of IPv6 in brackets, and perhaps a port.
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([0-9a-z._-]+))(?::[0-9]*)?", re.ASCII)
 
 
 class Scope(StrEnum):
@@ -147,7 +149,7 @@ def note_use(session: Session, caller: Caller) -> None:
 
 def check_listen_address(host: str, *, has_keys: bool) -> None:
     """Raises ValueError where the server would be open to other machines without asking for a key."""
-    if has_keys or _is_loopback(host):
+    if has_keys or is_loopback(host):
         return
     raise ValueError(
         f"Graft does not listen on {host or 'every address'} without an API key, since anybody could then use it. "
@@ -155,7 +157,40 @@ def check_listen_address(host: str, *, has_keys: bool) -> None:
     )
 
 
-def _is_loopback(host: str) -> bool:
+def check_called_by_its_name(host: str, *, allowed: Collection[str]) -> None:
+    """Raises Misdirected where a server that asks for no key is called by a name that may be anybody's.
+
+    Whoever has a name can let it lead to this machine, and their page then reads what our own pages may (DNS
+    rebinding). What a request says of its name a browser fills in, and lets no page choose.
+
+    host: the header, with or without a port. allowed: names, in lower case, that lead here for a good reason.
+    """
+    name = _without_port(host)
+    # Nobody can be given an address as a name, nor one without a dot; browsers look those below localhost up nowhere.
+    if name in allowed or _is_address(name) or name.endswith(".localhost") or (name and "." not in name):
+        return
+    raise Misdirected(
+        "Without an API key this server is for its own machine, by names such as localhost. If this name is meant to "
+        "lead here, add it to GRAFT_ALLOWED_HOSTS, or make a key with `graft keys create --scope admin`."
+    )
+
+
+def _without_port(host: str) -> str:
+    """The name or address in a Host header, in lower case; "" of what is none."""
+    found = _HOST.fullmatch(host.lower())
+    return (found[1] or found[2]).removesuffix(".") if found else ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or name, can be nothing but this machine itself."""
     if host.lower() == "localhost":
         return True
     try:

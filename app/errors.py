@@ -19,6 +19,7 @@ problem's `type`; also a failed job's `error.code`), an HTTP `status`, a `title`
     ├── PreconditionFailed         412   the client speaks another version of a protocol
     ├── TooLarge                   413
     ├── UnsupportedMediaType       415
+    ├── Misdirected                421   the server is not called by a name of its own
     ├── Locked                     423   somebody else is at it; waiting helps
     ├── TooManyRequests            429
     ├── Overloaded                 503   waiting helps: `retry_after_seconds`
@@ -163,6 +164,12 @@ class UnsupportedMediaType(GraftError):
     status = 415
     code = "unsupported-media-type"
     title = "Unsupported media type"
+
+
+class Misdirected(GraftError):
+    status = 421
+    code = "unknown-host"
+    title = "Not a name of this server"
 
 
 class Locked(GraftError):

@@ -7,13 +7,15 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024**2
 GIBIBYTE = 1024**3
 
 ServingEngine = Literal["auto", "fp32", "torch"]
+# As it is compared: a name alone, without scheme and port.
+HostName = Annotated[str, StringConstraints(to_lower=True, pattern=r"^[0-9A-Za-z._-]+$")]
 
 
 class Settings(BaseSettings):
@@ -39,6 +41,11 @@ class Settings(BaseSettings):
     # API
     host: str = Field("127.0.0.1", description="Address the API listens on; beyond loopback only with an API key.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port the API listens on; 0 picks one.")
+    allowed_hosts: frozenset[HostName] = Field(
+        frozenset(),
+        description="Names of the internet by which a server without an API key may be called, as a proxy on the same "
+        'machine passes them on, as JSON: ["graft.example.com"].',
+    )
     max_upload_bytes: Annotated[int, Field(ge=1)] = Field(
         10 * GIBIBYTE, description="Largest upload of a data set, in bytes."
     )

@@ -150,7 +150,8 @@ class Subject:
             self.training.classifier, list(classes), self.training.preprocessing, reference=self.reference
         )
         start = time.perf_counter()
-        made = personalise(parent, Labelled(shifted[mine], labels[mine]), Labelled(clean, labels, [None] * len(labels)))
+        known = Labelled(clean, labels.reshape(-1, 1), [None] * len(labels))
+        made = personalise(parent, Labelled(shifted[mine], labels[mine].reshape(-1, 1)), known)
         seconds = time.perf_counter() - start
         after = made.artifact.classifier.head
         found: dict[str, Any] = {"seconds": seconds, "asked": len(others)}

@@ -1,7 +1,7 @@
 """`/v1/models`, `/v1/aliases`, `/v1/backbones`: what was trained, what names point at, and what can be started from."""
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,15 +93,18 @@ class Models(Resource[W]):
         return decode(Model, await self._connection.json(request))
 
     @call
-    async def personalise(self, model: str, pictures: Sequence[tuple[str, Picture]]) -> Model:
-        """A new model that learnt a few pictures more. pictures: each with its class before it."""
+    async def personalise(self, model: str, pictures: Sequence[tuple[str | Mapping[str, str], Picture]]) -> Model:
+        """A new model that learnt a few pictures more. pictures: each with its class before it, or its classes by task
+        where the model tells several things; those that are not known may be missing."""
         files: list[tuple[str, Any]] = []
-        said = None
+        said: dict[str, str] = {}
         for label, picture in pictures:
-            if label != said:
-                files.append(("label", (None, label)))
+            named = {"label": label} if isinstance(label, str) else {f"label:{task}": label[task] for task in label}
+            # What is said of a picture holds for the next one, too, until something else is, or nothing.
+            changed = [name for name in {**said, **named} if named.get(name) != said.get(name)]
+            files += [(name, (None, named.get(name, ""))) for name in changed]
             files.append(form_part(await self._connection.wire.in_thread(named_picture, picture)))
-            said = label
+            said = named
         request = Request(method="POST", path=path_of(MODEL + "/personalise", model), files=files)
         return decode(Model, await self._connection.json(request))
 

@@ -6,9 +6,15 @@ from typing import Any
 
 import builders
 import httpx
+import numpy as np
 import pytest
+import torch
 from api_builders import RunningServer, assert_is_problem
 from test_pretraining_journey import train, upload
+
+import graft_client
+from app.vision import artifact
+from app.vision.artifact import Artifact
 
 SMALL: dict[str, Any] = {"image_size": 96}
 # Of a colour between the classes', so that a model says something of them, and its owner something else.
@@ -144,13 +150,120 @@ def test_model_without_its_data_set_cannot_be_measured_and_says_so(client: httpx
     assert_is_problem(answer, 409, "no-validation-pictures")
 
 
-def test_model_of_several_tasks_is_refused(server: RunningServer, client: httpx.Client) -> None:
-    dataset = upload(server, client, builders.two_tasks(40), val_fraction="0.3")
-    job = train(server, client, dataset=dataset["id"], method="feature_extraction", hyperparameters=SMALL)
+@pytest.fixture
+def two_things(server: RunningServer, client: httpx.Client) -> str:
+    """A model that tells colour and light; of its pictures some lack a label of one."""
+    files = builders.two_tasks(40, without={3: "colour", 8: "light", 9: "light"})
+    dataset = upload(server, client, files, val_fraction="0.3")
+    job = train(
+        server, client, dataset=dataset["id"], promote="always", method="feature_extraction", hyperparameters=SMALL
+    )
+    return str(job["model"])
 
-    answer = client.post(f"/v1/models/{job['model']}/personalise", files=form("red", MINE))
 
-    assert_is_problem(answer, 409, "several-tasks")
+def evaluation(client: httpx.Client, model: str) -> list[list[dict[str, Any]]]:
+    """Of each thing, its classes."""
+    found = client.get(f"/v1/models/{model}/evaluation").json()
+    return [task["per_class"] for task in found["tasks"].values()]
+
+
+def loaded(server: RunningServer, model: str) -> Artifact:
+    return artifact.load(server.services.storage.path(f"models/{model}"))
+
+
+def test_of_several_things_those_with_labels_are_learnt_and_the_others_stay_to_the_bit(
+    server: RunningServer, client: httpx.Client, two_things: str
+) -> None:
+    before = client.get(f"/v1/models/{two_things}").json()
+    said = ask(client, two_things, MINE[0])["tasks"]
+    wanted = "dark" if said["light"]["label"] == "bright" else "bright"
+
+    made = client.post(
+        f"/v1/models/{two_things}/personalise",
+        files=[("label:light", (None, wanted)), *(("file", (f"{i}.jpg", each)) for i, each in enumerate(MINE))],
+    )
+
+    assert made.status_code == 201, made.text
+    model = made.json()
+    assert (model["tasks"], model["classes"]) == (before["tasks"], before["classes"])
+    now = ask(client, model["id"], MINE[0])["tasks"]
+    assert (now["light"]["label"], now["colour"]) == (wanted, said["colour"])
+    # What is told of the validation pictures, too: a label that is missing there is asked of nobody.
+    evaluations = [client.get(f"/v1/models/{each}/evaluation").json() for each in (two_things, model["id"])]
+    supports = [
+        {task: sum(map(sum, found["confusion_matrix"])) for task, found in evaluation["tasks"].items()}
+        for evaluation in evaluations
+    ]
+    assert supports[0] == supports[1]
+    personal = model["metrics"]["personal"]
+    assert list(personal["tasks"]) == ["light"]
+    assert personal["tasks"]["light"] == {name: value for name, value in personal.items() if name != "tasks"}
+    assert (personal["images"], personal["accuracy"]) == (6, 1.0)
+    assert personal["accuracy_before"] < 1.0
+    figures = [found["metrics"]["tasks"]["colour"] for found in (before, model)]
+    assert figures[0]["val_accuracy"] == figures[1]["val_accuracy"]
+    assert figures[0]["val_loss"] == pytest.approx(figures[1]["val_loss"], rel=1e-3)
+
+    parent, copy = (loaded(server, each) for each in (two_things, model["id"]))
+    assert torch.equal(copy.classifier.head.weight[:2], parent.classifier.head.weight[:2])
+    assert not torch.equal(copy.classifier.head.weight[2:], parent.classifier.head.weight[2:])
+    assert (copy.tasks[0], copy.temperature) == (parent.tasks[0], parent.temperature)
+    assert parent.reference is not None
+    assert copy.reference is not None
+    assert np.array_equal(copy.reference.errors[0], parent.reference.errors[0])
+    assert copy.reference.labels[-6:].tolist() == [[-1, copy.tasks[1].classes.index(wanted)]] * 6
+    assert "learnt a few labelled pictures more" in client.get(f"/v1/models/{model['id']}/card").text
+    sets = client.post(f"/predict?model={model['id']}&coverage=0.5&neighbors=1", content=MINE[0]).json()["predictions"]
+    assert set(sets[0]["tasks"]["colour"]["prediction_set"]) <= {"blue", "red"}
+    assert sets[0]["neighbors"][0]["tasks"] == {"colour": None, "light": wanted}
+
+
+def test_pictures_may_have_labels_of_all_things_or_of_some(
+    server: RunningServer, client: httpx.Client, two_things: str
+) -> None:
+    labels: list[Any] = [{"colour": "red", "light": "dark"}, {"light": "bright"}, "blue", {"colour": "blue"}]
+    images = [
+        {"b64": base64.b64encode(each).decode(), "label": label} for each, label in zip(MINE, labels, strict=False)
+    ]
+
+    as_json = client.post(f"/v1/models/{two_things}/personalise", json={"images": images})
+    with graft_client.Graft(str(client.base_url)) as graft:
+        by_client = graft.models.personalise(two_things, list(zip(labels, MINE, strict=False)))
+
+    assert as_json.status_code == 201, as_json.text
+    personal = as_json.json()["metrics"]["personal"]
+    assert by_client.metrics["personal"] == personal
+    assert personal["images"] == 4
+    assert {task: found["images"] for task, found in personal["tasks"].items()} == {"colour": 3, "light": 2}
+    # As the default it is what the next model is held against, by its answers about everything.
+    assert client.put("/v1/aliases/default", json={"model": by_client.id}).status_code == 200
+    job = train(server, client, dataset=by_client.dataset, method="feature_extraction", hyperparameters=SMALL, seed=1)
+    promotion = client.get(f"/v1/models/{job['model']}").json()["promotion"]
+    assert (promotion["incumbent"], promotion["promoted"]) == (by_client.id, False)
+    labels_of_validation = sum(found["support"] for task in evaluation(client, by_client.id) for found in task)
+    assert promotion["images"] == labels_of_validation
+
+
+def test_what_a_model_does_not_tell_cannot_be_learnt(client: httpx.Client, two_things: str) -> None:
+    for fields, pointer in [
+        ({"label:size": "red"}, "#/images/0/label/size"),
+        ({"label:colour": "dark"}, "#/images/0/label/colour"),
+        ({"label:colour": ""}, "#/images/0/label"),
+        ({"label": "dark"}, "#/images/0/label"),
+    ]:
+        picture = {"file": ("a.jpg", MINE[0], "image/jpeg")}
+        answer = client.post(f"/v1/models/{two_things}/personalise", data=fields, files=picture)
+        problem = assert_is_problem(answer, 422, "invalid-request")
+        assert [error["pointer"] for error in problem["errors"]] == [pointer]
+        assert "colour: blue, red; light: bright, dark" in problem["detail"]
+
+
+def test_a_model_of_one_thing_knows_no_names_of_things(client: httpx.Client, model: str) -> None:
+    files = [("label:colour", (None, "cat")), ("file", ("a.jpg", MINE[0]))]
+
+    answer = client.post(f"/v1/models/{model}/personalise", files=files)
+
+    assert [error["pointer"] for error in answer.json()["errors"]] == ["#/images/0/label/colour"]
 
 
 def test_unknown_model_is_404(client: httpx.Client) -> None:

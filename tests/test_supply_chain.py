@@ -2,7 +2,13 @@
 
 import importlib.metadata
 import re
+import socket
+import subprocess
+import threading
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -81,3 +87,54 @@ def licences_of(name: str) -> list[str]:
     classifiers = [each for each in metadata.get_all("Classifier") or [] if each.startswith("License ::")]
     stated = [metadata.get("License-Expression"), *classifiers, (metadata.get("License") or "").split("\n")[0]]
     return [text for text in stated if text] or [IN_THEIR_FILES[name]]
+
+
+@contextmanager
+def advisories(answer: bytes) -> Iterator[str]:
+    """A service at which every version has the same vulnerabilities."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as service:
+        thread = threading.Thread(target=service.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{service.server_port}/v1/query"
+        service.shutdown()
+        thread.join()
+
+
+def audited(tools: Path, *, advisories: str, pip_audit: str = "exit 0") -> subprocess.CompletedProcess[str]:
+    """How `make check` ends, with another pip-audit, which is not among the packages of development."""
+    (tools / "bin").mkdir(parents=True)
+    (tools / "bin" / "pip-audit").write_text(f'#!/bin/sh\necho "$@"\n{pip_audit}\n')
+    (tools / "bin" / "pip-audit").chmod(0o755)
+    (tools / ".installed").touch()
+    command = ["make", "-s", "audit-online", f"TOOLS={tools}", f"ADVISORIES={advisories}"]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("pip_audit", "passes"), [("exit 0", True), ("exit 1", False)])
+def test_check_fails_by_a_known_vulnerability(tmp_path: Path, pip_audit: str, passes: bool) -> None:
+    with advisories(b'{"vulns": [{"id": "PYSEC-2022-10"}]}') as address:
+        ran = audited(tmp_path / "tools", advisories=address, pip_audit=pip_audit)
+
+    assert (ran.returncode == 0) is passes
+    assert ran.stdout.strip().endswith(f"--osv-url {address} -r requirements.lock")
+
+
+def test_check_passes_where_nobody_or_nobody_who_knows_can_be_asked(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closing:
+        nobody = f"http://127.0.0.1:{closing.getsockname()[1]}"
+    with advisories(b"{}") as mirror:
+        found = [audited(tmp_path / str(i), advisories=each) for i, each in enumerate((nobody, mirror))]
+
+    assert [ran.returncode for ran in found] == [0, 0]
+    assert [ran.stdout.startswith("make audit is skipped: ") for ran in found] == [True, True]

@@ -51,6 +51,7 @@ def publish(
                 method=parent.method,
                 backbone=parent.backbone,
                 classes=made.classes,
+                tasks=parent.tasks,
                 metrics=derived.metrics,
                 size_bytes=saved.size_bytes,
                 sha256=saved.sha256,

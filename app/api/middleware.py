@@ -10,7 +10,7 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 from urllib.parse import quote
 
@@ -279,12 +279,22 @@ class AccessGate:
                 services.traffic.take_wrong_key((scope.get("client") or ("",))[0])
             raise
         caller, _ = admitted
+        if caller.key_id is None:
+            _check_host(scope, services.settings.allowed_hosts)
         needed = needed_scope(scope["method"], scope["path"])
         if not caller.may(needed):
             raise Forbidden(f"This needs a key with the scope `{needed}`; yours has not got it.")
         if scope["path"] in OPERATORS_PATHS and caller.workspace_id != DEFAULT_WORKSPACE:
             raise Forbidden("This tells of the whole server; only keys of the workspace `default` may read it.")
         return admitted
+
+
+def _check_host(scope: Scope, allowed: Collection[str]) -> None:
+    """Raises Misdirected. Clients without a name, of HTTP/1.0, are no browsers; a server that no connection of loopback
+    came to is inside of a program."""
+    host = Headers(scope=scope).get("host")
+    if host is not None and access.is_loopback((scope.get("server") or ("",))[0]):
+        access.check_called_by_its_name(host, allowed=allowed)
 
 
 def needed_scope(method: str, path: str) -> access.Scope:

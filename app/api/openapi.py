@@ -24,6 +24,7 @@ _MEANINGS = {
     413: "Too large.",
     415: "The body is compressed.",
     416: "Range asks for a part behind the end.",
+    421: "The server is called by a name that is not known to be its own.",
     422: "The request is not valid; `errors` points at each wrong field.",
     423: "Another request is at it; Retry-After says when to come back.",
     429: "Too many requests, or a quota is spent; Retry-After says when to come back, if waiting helps.",
@@ -34,7 +35,7 @@ _MEANINGS = {
 }
 
 # Any path may answer these.
-COMMON_STATUSES = (401, 403, 415, 422, 429, 500, 503)
+COMMON_STATUSES = (401, 403, 415, 421, 422, 429, 500, 503)
 
 Responses = dict[int | str, dict[str, Any]]
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Path, Request
+from numpy.typing import NDArray
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
@@ -16,11 +17,12 @@ from app.api.deps import ServicesDep, unless_disconnected
 from app.api.derived_models import encoded_pictures, open_parent, publish
 from app.api.openapi import problems
 from app.api.picture_bodies import Picture, form_or_json, read_pictures
+from app.api.problems import pointer_to
 from app.api.schemas import Model, PersonaliseRequest
 from app.api.services import Services
 from app.db.tables import ModelRow
 from app.errors import Conflict, FieldError, InvalidRequest, listed
-from app.serving.personal import Labelled, personalise
+from app.serving.personal import NO_LABEL, Labelled, personalise
 
 router = APIRouter(tags=["models"])
 
@@ -33,10 +35,11 @@ router = APIRouter(tags=["models"])
     description="A copy of the model's head learns the pictures and rehearses what it knew; measured on the same "
     "validation images, 1,000 of them at most, and on the pictures themselves by parts left out "
     "(`metrics.personal`). The model itself stays as it is, and aliases stay where they point. In a form a `label` is "
-    "that of the files behind it.",
+    "that of the files behind it. Of a model that tells several things a picture may have a label of each, "
+    "`label:colour` and so on in a form; what no picture has a label of is answered as before.",
     responses=problems(404, 408, 409, 413, 507),
     openapi_extra=form_or_json(
-        PersonaliseRequest, {"label": {"type": "array", "items": {"type": "string"}}}, required=["label"]
+        PersonaliseRequest, {"label": {"type": "array", "items": {"type": "string"}}}, required=[]
     ),
 )
 async def personalise_model(
@@ -48,7 +51,7 @@ async def personalise_model(
     body = await read_pictures(request, schema=PersonaliseRequest, max_bytes=settings.max_predict_bytes)
     pictures = encoded_pictures(body, most=settings.max_predict_images)
     parent = await run_in_threadpool(_open, services, model)
-    labels = _labels(body.pictures, parent.row.classes)
+    labels = _labels(body.pictures, parent.row)
     predictor, model_id = services.predictor, parent.row.id
     mine = await unless_disconnected(request, predictor.features(model_id, pictures))
     known = await unless_disconnected(request, predictor.features_of(model_id, parent.validation.pictures))
@@ -63,11 +66,6 @@ class _Parent:
 
 def _open(services: Services, model: str) -> _Parent:
     row = find_classifier(services, model)
-    if row.tasks:
-        raise Conflict(
-            "This model tells several things at once, and only one that tells one thing can be personalised.",
-            code="several-tasks",
-        )
     validation = validation_of(row.id, services.storage)
     if validation is None:
         raise Conflict(
@@ -78,24 +76,42 @@ def _open(services: Services, model: str) -> _Parent:
 
 
 def _publish(services: Services, parent: _Parent, pictures: Sequence[bytes], mine: Labelled, known: Tensor) -> Model:
-    validation = Labelled(known, parent.validation.labels, parent.validation.images)
+    labels = parent.validation.labels.reshape(len(known), -1)
+    validation = Labelled(known, labels, parent.validation.images)
     derived = personalise(open_parent(services, parent.row), mine, validation)
     return publish(services, derived, parent.row, role="personalised", shots=pictures)
 
 
-def _labels(pictures: Sequence[Picture], classes: Sequence[str]) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-    """Places among the classes. Raises InvalidRequest, which points at each picture without one."""
-    places = {name: place for place, name in enumerate(classes)}
-    found = [places.get(unicodedata.normalize("NFC", picture.label or "").strip()) for picture in pictures]
-    unknown = [
-        FieldError(f"#/images/{i}/label", "is required" if not picture.label else "is no class of the model")
-        for i, (picture, place) in enumerate(zip(pictures, found, strict=True))
-        if place is None
-    ]
-    if unknown:
-        raise InvalidRequest(
-            f"Each picture needs a label that is a class of the model: {listed(classes)}. "
-            "In a form, `-F label=NAME` comes before its files.",
-            errors=unknown,
+def _labels(pictures: Sequence[Picture], model: ModelRow) -> NDArray[np.int64]:
+    """Places among the classes of each task, (N, T), -1 where a picture has no label of one.
+
+    Raises InvalidRequest, which points at each label that the model does not know, and each picture without any.
+    """
+    tasks = {task["name"]: task["classes"] for task in model.each_task}
+    first = next(iter(tasks))
+    found = np.full((len(pictures), len(tasks)), NO_LABEL, dtype=np.int64)
+    wrong = []
+    for i, picture in enumerate(pictures):
+        if not picture.labels:
+            wrong.append(FieldError(f"#/images/{i}/label", "is required"))
+        for task, label in picture.labels.items():
+            name = task or first
+            pointer = pointer_to("images", i, "label", *([task] if task else []))
+            label = unicodedata.normalize("NFC", label).strip()
+            if name not in tasks:
+                wrong.append(FieldError(pointer, "is nothing that the model tells"))
+            elif label not in tasks[name]:
+                wrong.append(FieldError(pointer, "is no class of the model"))
+            else:
+                found[i, list(tasks).index(name)] = tasks[name].index(label)
+    if wrong:
+        of_each = "; ".join(
+            f"{name}: {listed(classes)}" if name else listed(classes) for name, classes in tasks.items()
         )
-    return np.array(found, dtype=np.int64)
+        of_task = f":{first}" if first else ""
+        raise InvalidRequest(
+            f"Each picture needs a label that is a class of the model: {of_each}. "
+            f"In a form, `-F label{of_task}=NAME` comes before its files.",
+            errors=wrong,
+        )
+    return found

@@ -1,6 +1,7 @@
 """Pictures in a request's body: as a form, as raw bytes, or as JSON in base64, told apart by their first bytes."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -29,11 +30,12 @@ _HOW_TO = (
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as it came. encoded: its bytes, or why there are none. label: where the body may say what it is."""
+    """A picture as it came. encoded: its bytes, or why there are none. labels: where the body may say what it is: by
+    task, "" where it names none; none that are empty."""
 
     filename: str | None
     encoded: bytes | ImageRefused
-    label: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class PictureBody:
 
 async def read_pictures(request: Request, *, schema: type[PicturesRequest], max_bytes: int) -> PictureBody:
     """schema: of the JSON form; its members besides `images` are the fields that a form may have. Where the schema's
-    pictures have a label, a form has one for the files behind it.
+    pictures have a label, a form has one for the files behind it, `label:TASK` of each task; an empty one ends it.
 
     Raises InvalidRequest and TooLarge. A picture whose base64 is none is there as the reason for that.
     """
@@ -54,8 +56,8 @@ async def read_pictures(request: Request, *, schema: type[PicturesRequest], max_
     if media_type == "multipart/form-data":
         known = set(schema.model_fields) - {"images"}
         (of_picture,) = get_args(schema.model_fields["images"].annotation)
-        labels = {"label"} & of_picture.model_fields.keys()
-        return await _read_form(request, known=known | labels, has_labels=bool(labels), max_bytes=max_bytes)
+        has_labels = "label" in of_picture.model_fields
+        return await _read_form(request, known=known, has_labels=has_labels, max_bytes=max_bytes)
     body = await read_body(request, max_bytes=max_bytes)
     if not body:
         raise InvalidRequest(f"The request has no body. {_HOW_TO}")
@@ -87,6 +89,7 @@ async def _read_form(request: Request, *, known: set[str], has_labels: bool, max
     counted = Request(request.scope, _counting(request.receive, max_bytes))
     pictures: list[Picture] = []
     fields: dict[str, Any] = {}
+    labels: dict[str, str] = {}
     try:
         # The whole body is bounded, so a part need not be; large parts go to a temporary file, not into memory.
         # A label for each picture, where there are labels.
@@ -94,14 +97,17 @@ async def _read_form(request: Request, *, known: set[str], has_labels: bool, max
         async with counted.form(max_files=MAX_FORM_FILES, max_fields=max_fields) as form:
             for name, part in form.multi_items():
                 if isinstance(part, UploadFile):
-                    label = fields.get("label") if has_labels else None
-                    pictures.append(Picture(_base_name(part.filename), await part.read(), label))
+                    of_picture = {task: label for task, label in labels.items() if label}
+                    pictures.append(Picture(_base_name(part.filename), await part.read(), of_picture))
+                elif has_labels and (name == "label" or name.startswith("label:")):
+                    labels[name.removeprefix("label").removeprefix(":")] = part
                 else:
                     fields[name] = part
     except HTTPException as error:
         raise InvalidRequest(f"The form cannot be read: {error.detail} {_HOW_TO}") from None
     unknown = fields.keys() - known
     if unknown:
+        known = known | ({"label"} if has_labels else set())
         raise InvalidRequest(
             f"There is no field {', '.join(sorted(unknown))} here; known are: {', '.join(['file', *sorted(known)])}. A "
             "picture's part needs a file name, as `-F file=@cat.jpg` gives it.",
@@ -135,10 +141,14 @@ def _read_json(body: bytes, schema: type[PicturesRequest]) -> PictureBody:
     content = strict_json(body)
     asked = parse_as(schema, content)
     pictures = [
-        Picture(_base_name(image.filename), _decoded(image.b64, index), getattr(image, "label", None))
+        Picture(_base_name(image.filename), _decoded(image.b64, index), _labels(getattr(image, "label", {})))
         for index, image in enumerate(asked.images)
     ]
     return PictureBody(pictures, {name: getattr(asked, name) for name in asked.model_fields_set - {"images"}})
+
+
+def _labels(label: str | Mapping[str, str]) -> Mapping[str, str]:
+    return {"": label} if isinstance(label, str) else label
 
 
 def _decoded(text: str, index: int) -> bytes | ImageRefused:

@@ -133,9 +133,9 @@ def invalid_fields(errors: Iterable[Mapping[str, Any]]) -> InvalidRequest:
     return kind(detail, errors=found)
 
 
-def pointer_to(name: str) -> str:
-    """RFC 6901 pointer to a top-level field."""
-    return _pointer((name,))
+def pointer_to(*names: str | int) -> str:
+    """RFC 6901 pointer to a field of the body: its name, or the names and places on the way to it."""
+    return _pointer(names)
 
 
 def _pointer(location: Iterable[str | int]) -> str:

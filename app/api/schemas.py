@@ -569,8 +569,17 @@ class ClassRequest(PicturesRequest):
     name: Annotated[str, Field(min_length=1, max_length=255, description="Of the new class.")]
 
 
+_ClassName = Annotated[str, Field(min_length=1, max_length=255)]
+
+
 class LabelledPicture(EncodedPicture):
-    label: Annotated[str, Field(min_length=1, max_length=255, description="One of the model's classes.")]
+    label: Annotated[
+        _ClassName | Annotated[dict[Annotated[str, Field(max_length=255)], _ClassName], Field(min_length=1)],
+        Field(
+            description="One of the model's classes; where the model tells several things, one of the first, or an "
+            'object of those that are known: `{"colour": "red", "shape": "round"}`.'
+        ),
+    ]
 
 
 class PersonaliseRequest(PicturesRequest):

@@ -6,8 +6,9 @@ validation pictures, and on the new ones by parts left out. Knows artifacts and 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from app.serving.adaptation import Head, tuned_head
 from app.serving.extension import Derived
 from app.vision import evaluate
 from app.vision.artifact import Artifact
-from app.vision.outputs import Output
+from app.vision.outputs import Output, of_outputs
 
 # Of the loss, the new pictures' part; training pictures have the rest. With more the new ones are learnt by heart, at
 # the cost of what was known: docs/adaptation.md.
@@ -29,56 +30,121 @@ MOST_REHEARSED = 400
 # Parts of the new pictures that are left out in turn; each picture is a part where there are fewer.
 PARTS = 5
 _STEPS, _LEARNING_RATE = 100, 10.0
+# In place of a label that a picture has not got.
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """features: float32 (N, D), what the head sees. labels: int64 (N,). images: id and path of each where they have."""
+    """features: float32 (N, D), what the head sees. labels: int64 (N, T), of each task. images: id and path of each,
+    where they have."""
 
     features: Tensor
     labels: NDArray[np.int64]
     images: Sequence[tuple[str, str] | None] = ()
 
+    def of(self, task: int) -> "_OfTask":
+        given = np.flatnonzero(self.labels[:, task] != NO_LABEL).tolist()
+        return _OfTask(self.features[given], self.labels[given, task], [self.images[i] for i in given if self.images])
+
+
+@dataclass(frozen=True)
+class _OfTask:
+    """Those that have a label of one task: labels int64 (N,)."""
+
+    features: Tensor
+    labels: NDArray[np.int64]
+    images: Sequence[tuple[str, str] | None]
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """One task of the new model. found: None where validation has no label of it; is_right: of one's own pictures, by
+    when they were asked; empty where the task has learnt nothing."""
+
+    head: Head
+    output: Output
+    found: evaluate.Evaluation | None
+    record: dict[str, Any]
+    is_right: dict[str, Tensor]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return {} if self.found is None else self.found.metrics("val") | {"temperature": self.output.temperature}
+
 
 def personalise(parent: Artifact, mine: Labelled, validation: Labelled) -> Derived:
-    """A copy of a model of one task that knows one's own pictures too.
+    """A copy of a model that knows one's own pictures too. What they have no label of it answers as before, to the bit.
 
     mine: one or more, of the model's classes; validation: what the model was validated on, one or more.
     """
+    rehearsed = _rehearsed(parent, parent.classifier.head.in_features)
+    weights = of_outputs(parent.classifier.head.weight.detach().T, parent.outputs)
+    biases = of_outputs(parent.classifier.head.bias.detach().unsqueeze(0), parent.outputs)
+    tasks = [
+        _task(Head(weight, bias[0]), output, mine.of(place), validation.of(place), rehearsed)
+        for place, (weight, bias, output) in enumerate(zip(weights, biases, parent.outputs, strict=True))
+    ]
     classifier = copy.deepcopy(parent.classifier)
-    head = Head(parent.classifier.head.weight.detach().T, parent.classifier.head.bias.detach())
-    rehearsed = _rehearsed(parent, head.weight.shape[0])
-    outputs = parent.outputs
-    tuned = _learnt(head, mine, rehearsed, outputs)
     with torch.no_grad():
-        classifier.head.load_state_dict({"weight": tuned.weight.T, "bias": tuned.bias})
-    logits = tuned.logits(validation.features)
-    temperature = evaluate.fit_temperature(logits, validation.labels)
-    found = evaluate.evaluate(logits, validation.labels, parent.classes, temperature=temperature)
-    metrics = found.metrics("val") | {
-        "temperature": temperature,
-        "personal": _on_mine(head, tuned, mine, rehearsed, outputs),
-    }
-    made = replace(parent, classifier=classifier.eval(), temperature=temperature)
+        classifier.head.load_state_dict(
+            {
+                "weight": torch.cat([task.head.weight for task in tasks], dim=1).T,
+                "bias": torch.cat([task.head.bias for task in tasks]),
+            }
+        )
+    made = replace(
+        parent,
+        classifier=classifier.eval(),
+        temperature=tasks[0].output.temperature,
+        tasks=[task.output for task in tasks] if parent.tasks else (),
+    )
     made.reference = parent.reference and parent.reference.extended(
         mine.features.numpy(),
-        mine.labels.reshape(-1, 1),
-        probability_of_true=[found.probability_of_true],
+        mine.labels,
+        probability_of_true=[
+            task.found.probability_of_true if task.found and task.is_right else None for task in tasks
+        ],
     )
-    return Derived(made, metrics, evaluate.as_record(found, validation.images))
+    metrics, record = _figures(tasks, images=len(mine.labels))
+    return Derived(made, metrics, record)
 
 
-def _learnt(head: Head, mine: Labelled, rehearsed: Tensor, outputs: Sequence[Output]) -> Head:
+def _figures(tasks: Sequence[_Learnt], *, images: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics and evaluation as a job's model has them: of several tasks the first one's, and those of all."""
+    learnt = {task.output.name: task.is_right for task in tasks if task.is_right}
+    metrics, record = tasks[0].metrics, dict(tasks[0].record)
+    personal = _on_mine(list(learnt.values()), images)
+    if len(tasks) > 1:
+        metrics["tasks"] = {task.output.name: task.metrics for task in tasks}
+        record["tasks"] = {task.output.name: task.record for task in tasks}
+        personal["tasks"] = {name: _on_mine([is_right], len(is_right["now"])) for name, is_right in learnt.items()}
+    return metrics | {"personal": personal}, record
+
+
+def _task(head: Head, output: Output, mine: _OfTask, validation: _OfTask, rehearsed: Tensor) -> _Learnt:
+    tuned = _learnt(head, mine, rehearsed, output) if len(mine.labels) else head
+    found, record = None, {}
+    if len(validation.labels):
+        logits = tuned.logits(validation.features)
+        if tuned is not head:
+            output = replace(output, temperature=evaluate.fit_temperature(logits, validation.labels))
+        found = evaluate.evaluate(logits, validation.labels, list(output.classes), temperature=output.temperature)
+        record = evaluate.as_record(found, validation.images)
+    is_right = {} if tuned is head else _is_right(head, tuned, mine, rehearsed, output)
+    return _Learnt(tuned, output, found, record, is_right)
+
+
+def _learnt(head: Head, mine: _OfTask, rehearsed: Tensor, output: Output) -> Head:
     """rehearsed: float32 (R, D), R >= 0."""
-    classes = head.weight.shape[1]
-    wanted = functional.one_hot(torch.from_numpy(mine.labels), classes).float()
+    wanted = functional.one_hot(torch.from_numpy(mine.labels), len(output.classes)).float()
     share = NEW_SHARE if len(rehearsed) else 1.0
     weights = [torch.full((len(mine.labels),), share / len(mine.labels))]
     if len(rehearsed):
         weights.append(torch.full((len(rehearsed),), (1 - share) / len(rehearsed)))
     examples = torch.cat([mine.features, rehearsed])
     targets = torch.cat([wanted, head.logits(rehearsed).softmax(1)])
-    return tuned_head(head, examples, targets, torch.cat(weights), outputs, steps=_STEPS, learning_rate=_LEARNING_RATE)
+    return tuned_head(head, examples, targets, torch.cat(weights), [output], steps=_STEPS, learning_rate=_LEARNING_RATE)
 
 
 def _rehearsed(parent: Artifact, width: int) -> Tensor:
@@ -91,27 +157,34 @@ def _rehearsed(parent: Artifact, width: int) -> Tensor:
     return torch.from_numpy(reference.raw(places.tolist()))
 
 
-def _on_mine(
-    head: Head, tuned: Head, mine: Labelled, rehearsed: Tensor, outputs: Sequence[Output]
-) -> dict[str, int | float | None]:
-    """How many of one's own pictures are right: before, now, and each by a copy that has not seen it."""
+def _is_right(head: Head, tuned: Head, mine: _OfTask, rehearsed: Tensor, output: Output) -> dict[str, Tensor]:
+    """Whether one's own pictures are: before, now, and left_out, each by a copy that has not seen it. bool (N,)."""
     truth, count = torch.from_numpy(mine.labels), len(mine.labels)
-
-    def accuracy(logits: Tensor) -> float:
-        return float((logits.argmax(1) == truth).float().mean())
-
-    left_out = None
+    found = {
+        "before": head.logits(mine.features).argmax(1) == truth,
+        "now": tuned.logits(mine.features).argmax(1) == truth,
+    }
     if count > 1:
-        logits = torch.empty(count, head.weight.shape[1])
+        logits = torch.empty(count, len(output.classes))
         parts = np.arange(count) % min(PARTS, count)
         for part in range(parts.max() + 1):
             others, these = np.flatnonzero(parts != part), np.flatnonzero(parts == part)
-            without = _learnt(head, Labelled(mine.features[others], mine.labels[others]), rehearsed, outputs)
+            without = _learnt(head, _OfTask(mine.features[others], mine.labels[others], ()), rehearsed, output)
             logits[these] = without.logits(mine.features[these])
-        left_out = accuracy(logits)
+        found["left_out"] = logits.argmax(1) == truth
+    return found
+
+
+def _on_mine(tasks: Sequence[Mapping[str, Tensor]], images: int) -> dict[str, Any]:
+    """How many of one's own pictures are right; of several tasks, how many of their labels."""
+
+    def accuracy(when: str) -> float | None:
+        asked = [is_right[when] for is_right in tasks if when in is_right]
+        return float(torch.cat(asked).float().mean()) if asked else None
+
     return {
-        "images": count,
-        "accuracy_before": accuracy(head.logits(mine.features)),
-        "accuracy": accuracy(tuned.logits(mine.features)),
-        "accuracy_left_out": left_out,
+        "images": images,
+        "accuracy_before": accuracy("before"),
+        "accuracy": accuracy("now"),
+        "accuracy_left_out": accuracy("left_out"),
     }

@@ -152,12 +152,13 @@ class Reference:
         features: NDArray[np.floating],
         labels: NDArray[np.int64],
         *,
-        probability_of_true: Sequence[NDArray[np.floating]],
+        probability_of_true: Sequence[NDArray[np.floating] | None],
     ) -> Self:
         """With pictures beside the others that are in no data set, (K, D) and (K, T), for a model that knows them now.
 
-        labels: may be of a class that is new; -1 for none. probability_of_true: as in `fit`, by that model. What
-        counts as known is left where it was: held-out pictures are no further from more pictures than from fewer.
+        labels: may be of a class that is new; -1 for none. probability_of_true: as in `fit`, by that model; None for a
+        task that it answers as before. What counts as known is left where it was: held-out pictures are no further
+        from more pictures than from fewer.
         """
         every_label = np.concatenate([self.labels, labels])
         kept = choose(every_label[:, 0], class_count=int(every_label[:, 0].max()) + 1, seed=0)
@@ -168,7 +169,10 @@ class Reference:
             codes=np.concatenate([self.codes, coded(features)])[kept],
             labels=every_label[kept],
             images=[images[i] for i in kept.tolist()],
-            errors=[errors_of(each) for each in probability_of_true],
+            errors=[
+                before if found is None else errors_of(found)
+                for before, found in zip(self.errors, probability_of_true, strict=True)
+            ],
             lengths=lengths,
         )
 

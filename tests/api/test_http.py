@@ -9,7 +9,7 @@ import httpx
 import pytest
 from api_builders import RunningServer
 
-GOOD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+GOOD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 CLOSING = GOOD + b"Connection: close\r\n\r\n"
 
 
@@ -21,7 +21,7 @@ def problem_in(answer: bytes) -> str:
 def test_headers_that_trickle_are_ended_with_408(tmp_path: Path) -> None:
     settings = api_builders.settings_for(tmp_path, header_timeout_seconds=0.2)
     with api_builders.running(settings) as server:
-        answer = api_builders.raw_exchange(server, b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow:")
+        answer = api_builders.raw_exchange(server, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow:")
 
     assert answer.startswith(b"HTTP/1.1 408 ")
 
@@ -45,13 +45,13 @@ def test_headers_without_an_end_are_refused(server: RunningServer, endless: byte
     "head",
     [
         b"GET /healthz HTTP/1.1\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc",
-        b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: y\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
         b"GET /healthz HTTP/1.1\r\nHost : x\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Folded: a\r\n b\r\n\r\n",
-        "GET /h\u00e9 HTTP/1.1\r\nHost: x\r\n\r\n".encode(),
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Folded: a\r\n b\r\n\r\n",
+        "GET /h\u00e9 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(),
     ],
     ids=["no host", "two hosts", "two lengths", "length and chunks", "negative", "space", "folded", "not ascii"],
 )
@@ -67,7 +67,9 @@ def test_an_old_client_needs_no_host(server: RunningServer) -> None:
 
 
 def test_requests_sent_in_one_go_are_answered_in_order(server: RunningServer) -> None:
-    answer = api_builders.raw_exchange(server, GOOD + b"\r\n" + b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n" + CLOSING)
+    answer = api_builders.raw_exchange(
+        server, GOOD + b"\r\n" + b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n" + CLOSING
+    )
 
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"404", b"200"]
 
@@ -83,7 +85,7 @@ def test_a_head_that_trickles_behind_a_request_does_not_cut_its_answer_off(tmp_p
     settings = api_builders.settings_for(tmp_path, header_timeout_seconds=0.2)
     with api_builders.running(settings) as server, api_builders.client_of(server) as client:
         job = client.post("/v1/datasets", content=api_builders.archive_of_classes()).json()
-        slow = f"GET /v1/datasets/{job['id']}?wait=1 HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        slow = f"GET /v1/datasets/{job['id']}?wait=1 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         answer = api_builders.raw_exchange(server, slow + b"GET /healthz HT")
 
     assert answer.startswith(b"HTTP/1.1 200 ")
@@ -91,7 +93,7 @@ def test_a_head_that_trickles_behind_a_request_does_not_cut_its_answer_off(tmp_p
 
 
 def test_a_body_that_breaks_is_answered_once(server: RunningServer) -> None:
-    head = b"PUT /v1/datasets HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"PUT /v1/datasets HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
     answer = api_builders.raw_exchange(server, head + b"4\r\nPK..\r\nno number\r\n")
 

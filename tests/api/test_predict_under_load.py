@@ -45,7 +45,7 @@ def test_client_that_leaves_takes_its_pictures_along(
     server: RunningServer, client: httpx.Client, held: tuple[threading.Event, threading.Event]
 ) -> None:
     (taken, released), predictor = held, server.services.predictor
-    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PICTURE)}\r\n\r\n".encode()
+    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(PICTURE)}\r\n\r\n".encode()
     connections = []
     for count in (1, 2):
         connections.append(socket.create_connection(server.address))

@@ -266,7 +266,7 @@ def test_last_piece_sent_again_is_answered_the_same(server: RunningServer, clien
 def half_a_piece(server: RunningServer, path: str, piece: bytes, sent: int) -> socket.socket:
     """A PATCH whose body stops in the middle."""
     connection = socket.create_connection(server.address, timeout=30)
-    head = f"PATCH {path} HTTP/1.1\r\nHost: x\r\nTus-Resumable: 1.0.0\r\nUpload-Offset: 0\r\n"
+    head = f"PATCH {path} HTTP/1.1\r\nHost: localhost\r\nTus-Resumable: 1.0.0\r\nUpload-Offset: 0\r\n"
     head += f"Content-Type: application/offset+octet-stream\r\nContent-Length: {len(piece)}\r\n\r\n"
     connection.sendall(head.encode() + piece[:sent])
     return connection

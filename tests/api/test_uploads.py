@@ -136,7 +136,8 @@ def test_bad_option_in_the_form_is_pointed_at(server: RunningServer, client: htt
 def test_declared_length_beyond_the_limit_is_refused_before_the_body(tmp_path: Path) -> None:
     settings = api_builders.settings_for(tmp_path, max_upload_bytes=1000)
     with api_builders.running(settings) as server:
-        head = b"PUT /v1/datasets HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n"
+        head = b"PUT /v1/datasets HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n"
+        head += b"Expect: 100-continue\r\n\r\n"
         answer = api_builders.raw_exchange(server, head)
 
     assert answer.startswith(b"HTTP/1.1 413 ")  # and no "100 Continue" before it
@@ -154,7 +155,7 @@ def test_body_beyond_the_limit_is_refused_on_the_way(tmp_path: Path) -> None:
 
 def test_upload_with_expect_is_told_to_continue(server: RunningServer) -> None:
     head = (
-        b"PUT /v1/datasets HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"PUT /v1/datasets HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(ARCHIVE)
     )
     answer = api_builders.raw_exchange(server, head + ARCHIVE)
@@ -166,7 +167,7 @@ def test_upload_with_expect_is_told_to_continue(server: RunningServer) -> None:
 def test_upload_that_is_broken_off_leaves_nothing(server: RunningServer, client: httpx.Client) -> None:
     with socket.create_connection(server.address) as connection:
         connection.sendall(
-            b"PUT /v1/datasets HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n\r\n" + bytes(1_500_000)
+            b"PUT /v1/datasets HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000000\r\n\r\n" + bytes(1_500_000)
         )
         api_builders.wait_for(lambda: stored_files(server))
 
@@ -178,7 +179,7 @@ def test_upload_that_stalls_is_ended_with_408(tmp_path: Path) -> None:
     settings = api_builders.settings_for(tmp_path, body_idle_timeout_seconds=0.2)
     with api_builders.running(settings) as server:
         answer = api_builders.raw_exchange(
-            server, b"PUT /v1/datasets HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nPK"
+            server, b"PUT /v1/datasets HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\nPK"
         )
 
         assert answer.startswith(b"HTTP/1.1 408 ")

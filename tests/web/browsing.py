@@ -15,8 +15,14 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 # What the tests wait for is made by other processes on a machine that may be busy.
 DEADLINE_MILLISECONDS = 90_000
 AXE = Path(__file__).parent / "vendor" / "axe-4.14.1.min.js"  # axe-core of npm, as it is
-# A camera that shows a moving pattern; no sandbox, since containers' root may not have one.
-ARGUMENTS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+# A camera that shows a moving pattern; no sandbox, since containers' root may not have one; and names that lead here,
+# as whoever has a name can make it do.
+ARGUMENTS = [
+    "--no-sandbox",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+    "--host-resolver-rules=MAP *.example 127.0.0.1",
+]
 
 expect.set_options(timeout=DEADLINE_MILLISECONDS)
 
