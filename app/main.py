@@ -38,6 +38,7 @@ from app.api import (
 from app.api.deps import refuse_unknown_query
 from app.api.failures import handle_failures
 from app.api.middleware import UNTRACED_PATHS, middleware
+from app.api.retention import sweep_ended
 from app.api.server import make_server
 from app.api.services import follow_aliases, keep_ballast, open_services, sweep_storage, write_traffic_down
 from app.api.upload_endings import complete_uploads, sweep_uploads
@@ -56,6 +57,7 @@ from app.web import models as model_pages
 TASKS = (
     follow_aliases,
     sweep_storage,
+    sweep_ended,
     keep_ballast,
     write_traffic_down,
     complete_uploads,

@@ -185,7 +185,7 @@ def cancel_batch(services: ServicesDep, batch_id: BatchId) -> Batch:
 )
 def delete_batch(services: ServicesDep, batch_id: BatchId) -> Deleted:
     services.database.free(lambda session: queue.delete(session, batch_id, kind=JobKind.prediction))
-    services.storage.delete(f"batches/{batch_id}")
+    services.storage.delete(batches.folder_key(batch_id))
     services.storage.delete(f"jobs/{batch_id}")
     return Deleted(id=batch_id, object="batch")
 

@@ -186,7 +186,7 @@ class JobRow(OfWorkspace, Base):
     attempt: Mapped[int] = mapped_column(default=1)  # 1 on the first run, one more after each crash
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     started_at: Mapped[datetime | None]
-    finished_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None] = mapped_column(index=True)
     cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False)
     stop_requested: Mapped[bool] = mapped_column(Boolean, default=False)
 

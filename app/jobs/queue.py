@@ -7,6 +7,7 @@ that only look one inside `Database.read()`. Knows rows; not processes, files, o
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Select, case, func, select, update
@@ -272,6 +273,14 @@ def cancel_ingest(session: Session, dataset_id: str) -> None:
     )
     for job_id in session.scalars(ingests.with_for_update()).all():
         request_cancel(session, job_id, kind=JobKind.ingest)
+
+
+def ended_before(
+    session: Session, moment: datetime, *, kind: JobKind, statuses: Collection[JobStatus] = FINAL
+) -> list[str]:
+    """Ids of jobs that ended so long ago, as one of these statuses."""
+    ended = select(JobRow.id).where(JobRow.finished_at < moment, JobRow.kind == kind, JobRow.status.in_(statuses))
+    return list(session.scalars(ended))
 
 
 def delete(session: Session, job_id: str, *, kind: JobKind = JobKind.training) -> None:
