@@ -87,6 +87,8 @@ def create_app(settings: Settings, *, resolve: Resolve = egress.resolve) -> Fast
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # A thread that one of them waited for goes on to its end, and what it uses must outlast it.
+            await asyncio.get_running_loop().shutdown_default_executor()
             services.close()
             telemetry.stop()  # here, since uvicorn ends the process by the signal that stopped it
 

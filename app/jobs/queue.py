@@ -242,6 +242,12 @@ def request_cancel(session: Session, job_id: str, *, kind: JobKind = JobKind.tra
     return find(session, job_id, kind=kind)
 
 
+def ask_to_cancel(session: Session, lease: "Lease") -> bool:
+    """Asks the owner of a running job, of whichever kind, to cancel it. Returns whether it still runs."""
+    is_running = (JobRow.id == lease.job_id, JobRow.fence == lease.fence, JobRow.status == JobStatus.running)
+    return _write(session, *is_running, cancel_requested=True) is not None
+
+
 def request_stop(session: Session, job_id: str) -> JobRow:
     """Asks the owner of a running job to end now with its best epoch. Raises Conflict unless running."""
     if not _write(

@@ -18,6 +18,7 @@ from app import access, workspaces
 from app.access import Scope
 from app.api.services import Services
 from app.api.traffic import WRONG_KEYS_PER_MINUTE, Throttle
+from app.db.engine import Database
 from app.db.tables import new_id
 from app.jobs import queue
 from app.jobs.states import JobKind
@@ -35,12 +36,11 @@ def server(tmp_path: Path) -> Iterator[RunningServer]:
 
 def key_for(server: RunningServer, workspace: str, *, scope: Scope = Scope.admin, limits: Limits = NO_LIMITS) -> str:
     """A new workspace's key, or one more of the first workspace's."""
-    services = server.services
-    if workspace == "default":
-        database = services.database
-    else:
-        with services.database.write() as session:
-            database = services.database.within(workspaces.create(session, workspace, limits).id)
+    whole: Database = server.app.state.services.database
+    database = server.services.database
+    if workspace != "default":
+        with whole.write() as session:
+            database = whole.within(workspaces.create(session, workspace, limits).id)
     with database.write() as session:
         return access.create_key(session, scopes=[scope]).token
 
@@ -56,9 +56,10 @@ def client_with(server: RunningServer, key: str) -> Iterator[httpx.Client]:
         yield client
 
 
-def everything(server: RunningServer, own: httpx.Client) -> dict[str, str]:
-    """One of each kind, of the first workspace: by the names of the parameters that paths have for it."""
-    services = server.services
+def everything(server: RunningServer, own: httpx.Client, *, workspace: str = "default") -> dict[str, str]:
+    """One of each kind, of a workspace whose key the client has: by the names of the parameters that paths have for
+    it."""
+    services = services_within(server, workspace)
     dataset = api_builders.ready_dataset(services.database)
     model = api_builders.register_model(services, dataset_id=dataset)
     with services.database.write() as session:
