@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,8 @@ removal.remove(Database(sys.argv[1]), LocalStorage(Path(sys.argv[2])), "lab", ca
 
 
 @pytest.fixture
-def server(new_database_url: Callable[[], str], tmp_path: Path) -> Iterator[RunningServer]:
-    settings = api_builders.settings_for(tmp_path, webhooks=True, database_url=new_database_url())
-    with RunningServer(settings) as server:
-        yield server
+def server(any_server: RunningServer) -> RunningServer:
+    return any_server
 
 
 @pytest.fixture
