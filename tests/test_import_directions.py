@@ -74,12 +74,14 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.demo": frozenset(),
     "app.supervisor": frozenset(),
     "app.backup": frozenset({"app.db", "app.jobs", "app.predictions"}),
+    "app.check": frozenset({"app.db", "app.jobs", "app.predictions"}),
     "app.removal": frozenset({"app.access", "app.audit", "app.db", "app.jobs", "app.workspaces"}),
     "app.cli": frozenset(
         {
             "app.access",
             "app.audit",
             "app.backup",
+            "app.check",
             "app.db",
             "app.removal",
             "app.supervisor",
