@@ -110,6 +110,12 @@ def revoke_key(session: Session, key_id: str) -> None:
         raise NotFound(f"There is no key {key_id} in use; `graft keys list` shows them.")
 
 
+def revoke_all(session: Session) -> None:
+    """Ends every key of the session's workspace at once."""
+    in_use = update(ApiKeyRow).where(ApiKeyRow.revoked_at.is_(None)).values(revoked_at=utc_now())
+    session.execute(in_use, execution_options={"synchronize_session": False})
+
+
 def has_keys(session: Session) -> bool:
     """Whether a key was ever created. Revoked and expired ones count: losing the last key must not open the server."""
     return session.scalar(select(ApiKeyRow.id).limit(1)) is not None

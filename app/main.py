@@ -38,6 +38,7 @@ from app.api import (
 from app.api.deps import refuse_unknown_query
 from app.api.failures import handle_failures
 from app.api.middleware import UNTRACED_PATHS, middleware
+from app.api.retention import sweep_ended
 from app.api.server import make_server
 from app.api.services import follow_aliases, keep_ballast, open_services, sweep_storage, write_traffic_down
 from app.api.upload_endings import complete_uploads, sweep_uploads
@@ -56,6 +57,7 @@ from app.web import models as model_pages
 TASKS = (
     follow_aliases,
     sweep_storage,
+    sweep_ended,
     keep_ballast,
     write_traffic_down,
     complete_uploads,
@@ -85,6 +87,8 @@ def create_app(settings: Settings, *, resolve: Resolve = egress.resolve) -> Fast
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # A thread that one of them waited for goes on to its end, and what it uses must outlast it.
+            await asyncio.get_running_loop().shutdown_default_executor()
             services.close()
             telemetry.stop()  # here, since uvicorn ends the process by the signal that stopped it
 

@@ -104,6 +104,19 @@ class Settings(BaseSettings):
     max_stored_prediction_days: Annotated[float, Field(gt=0, le=36500)] = Field(
         90.0, description="How long a prediction and its picture are kept, in days."
     )
+    job_events_days: Annotated[float, Field(gt=0, le=36500)] = Field(
+        30.0,
+        description="How long the events of a job that has ended are kept, in days; how it ended, its epochs, metrics "
+        "and model stay.",
+    )
+    batch_days: Annotated[float, Field(gt=0, le=36500)] = Field(
+        90.0, description="How long a batch that has ended is kept with its archive and results, in days."
+    )
+    failed_job_days: Annotated[float, Field(gt=0, le=36500)] | None = Field(
+        None,
+        description="How long a training job that failed or was cancelled is kept, in days; empty keeps it until "
+        "somebody deletes it.",
+    )
     header_timeout_seconds: Annotated[float, Field(gt=0)] = Field(
         15.0, description="Time a client has to send its request headers, in seconds."
     )

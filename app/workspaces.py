@@ -71,7 +71,7 @@ class Workspace:
         """
         if self.limits.max_bytes is None:
             return
-        _lock(session, self.id)
+        lock(session, self.id)
         used = bytes_used(session)
         if used + size_bytes > self.limits.max_bytes:
             self._refuse(
@@ -84,7 +84,7 @@ class Workspace:
         """Raises TooManyRequests unless one more job may wait or run."""
         if self.limits.max_unfinished_jobs is None:
             return
-        _lock(session, self.id)
+        lock(session, self.id)
         if unfinished_jobs(session) >= self.limits.max_unfinished_jobs:
             self._refuse(
                 "jobs",
@@ -146,6 +146,10 @@ def find_by_name(session: Session, name: str) -> WorkspaceRow:
     return row
 
 
+def exists(session: Session, workspace_id: str) -> bool:
+    return session.scalar(select(WorkspaceRow.id).where(WorkspaceRow.id == workspace_id)) is not None
+
+
 def load(session: Session, workspace_id: str, defaults: Limits) -> Workspace:
     """The workspace of a key or a job, which both refer to it."""
     row = session.get_one(WorkspaceRow, workspace_id)
@@ -183,7 +187,9 @@ def predictions_on(session: Session, workspace_id: str, day: date) -> int:
 
 
 def add_predictions(session: Session, workspace_id: str, day: date, count: int) -> int:
-    """Counts so many more; returns all of that day."""
+    """Counts so many more; returns all of that day: none of a workspace that was deleted meanwhile."""
+    if not exists(session, workspace_id):
+        return 0
     row = session.get(UsageRow, (workspace_id, day), with_for_update=True)
     if row is None:
         row = UsageRow(workspace_id=workspace_id, day=day, predictions=0)
@@ -193,6 +199,7 @@ def add_predictions(session: Session, workspace_id: str, day: date, count: int) 
     return row.predictions
 
 
-def _lock(session: Session, workspace_id: str) -> None:
-    """Makes others that count the same wait for this transaction's end. (SQLite's writers come one by one anyway.)"""
+def lock(session: Session, workspace_id: str) -> None:
+    """Makes others that lock it, or add something to it, wait for this transaction's end. (SQLite's writers come one by
+    one anyway.)"""
     session.scalar(select(WorkspaceRow.id).where(WorkspaceRow.id == workspace_id).with_for_update())

@@ -74,8 +74,20 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.demo": frozenset(),
     "app.supervisor": frozenset(),
     "app.backup": frozenset({"app.db", "app.jobs", "app.predictions"}),
+    "app.check": frozenset({"app.db", "app.jobs", "app.predictions"}),
+    "app.removal": frozenset({"app.access", "app.audit", "app.db", "app.jobs", "app.workspaces"}),
     "app.cli": frozenset(
-        {"app.access", "app.audit", "app.backup", "app.db", "app.supervisor", "app.workspaces", "graft_client"}
+        {
+            "app.access",
+            "app.audit",
+            "app.backup",
+            "app.check",
+            "app.db",
+            "app.removal",
+            "app.supervisor",
+            "app.workspaces",
+            "graft_client",
+        }
     ),
     "worker.training": frozenset(
         {"app.vision", "app.datasets.manifest", "app.datasets.packed", "app.jobs.request", "app.jobs.spec"}

@@ -157,7 +157,13 @@ def list_batches(
         if after:
             _find(session, after)
         rows = queue.list_jobs(session, limit=limit + 1, after=after or None, status=status, kind=JobKind.prediction)
-        return Listing[Batch].of(rows, limit=limit, render=partial(_render, session), id_of=lambda batch: batch.id)
+        positions = queue.queue_positions(session, rows)
+        return Listing[Batch].of(
+            rows,
+            limit=limit,
+            render=lambda row: Batch.of(row, queue_position=positions.get(row.id)),
+            id_of=lambda batch: batch.id,
+        )
 
 
 @router.get("/v1/batches/{batch_id}", response_model=Batch, summary="One batch", responses=problems(404))
@@ -185,7 +191,7 @@ def cancel_batch(services: ServicesDep, batch_id: BatchId) -> Batch:
 )
 def delete_batch(services: ServicesDep, batch_id: BatchId) -> Deleted:
     services.database.free(lambda session: queue.delete(session, batch_id, kind=JobKind.prediction))
-    services.storage.delete(f"batches/{batch_id}")
+    services.storage.delete(batches.folder_key(batch_id))
     services.storage.delete(f"jobs/{batch_id}")
     return Deleted(id=batch_id, object="batch")
 

@@ -8,14 +8,17 @@ from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match
 
+from app import workspaces
 from app.api.problems import Problem, invalid_fields
+from app.api.services import Services
 from app.db.engine import is_full
-from app.errors import GraftError, StorageFull
+from app.errors import GraftError, StorageFull, Unauthenticated
 from app.storage import is_disk_full
 
 # What answers programs alone, whatever they say to accept.
@@ -35,6 +38,7 @@ def handle_failures(app: FastAPI, *, show: ShowFailure) -> None:
     app.add_exception_handler(RequestValidationError, _invalid_parameters)
     app.add_exception_handler(OperationalError, _full_disk)
     app.add_exception_handler(OSError, _full_disk)
+    app.add_exception_handler(IntegrityError, _broken_reference)
 
 
 def is_for_a_person(request: Request) -> bool:
@@ -74,6 +78,19 @@ async def _full_disk(request: Request, error: Exception) -> Response:
         raise error
     full = StorageFull("The server's disk is full, and nothing was changed; its operator has to make room.")
     return answer(request, Problem.of(full))
+
+
+async def _broken_reference(request: Request, error: Exception) -> Response:
+    """A request that was let in just before its workspace was deleted may end after it: as those that come now."""
+    services: Services = request.state.services
+    if await run_in_threadpool(_has_workspace, services):
+        raise error
+    return answer(request, Problem.of(Unauthenticated("This API key's workspace was just deleted.")))
+
+
+def _has_workspace(services: Services) -> bool:
+    with services.database.read() as session:
+        return workspaces.exists(session, services.workspace.id)
 
 
 def _allowed_methods(request: Request) -> list[str]:

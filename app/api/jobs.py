@@ -81,7 +81,13 @@ def list_jobs(
         rows = queue.list_jobs(
             session, limit=limit + 1, after=after or None, status=status, dataset=dataset, method=method
         )
-        return Listing[Job].of(rows, limit=limit, render=lambda row: _render(session, row), id_of=lambda job: job.id)
+        positions = queue.queue_positions(session, rows)
+        return Listing[Job].of(
+            rows,
+            limit=limit,
+            render=lambda row: Job.of(row, queue_position=positions.get(row.id)),
+            id_of=lambda job: job.id,
+        )
 
 
 @router.get("/v1/jobs/{job_id}", response_model=Job, summary="One job", responses=problems(404))

@@ -1,9 +1,10 @@
-"""The commands of whoever runs a server: up, api, worker, migrate, backup, restore, settings."""
+"""The commands of whoever runs a server: up, api, worker, migrate, backup, restore, check, settings."""
 
 import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from pydantic.fields import FieldInfo
 from app import logs
 from app.backup import Contents, back_up
 from app.backup import restore as put_back
+from app.check import check as find_faults
 from app.cli.terminal import EXIT_USAGE, Failure, errors, print_line, print_table
 from app.db.engine import Database
 from app.db.migrate import check_is_current, upgrade
@@ -36,7 +38,7 @@ Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 picks one. 
 
 
 def add_to(cli: typer.Typer) -> None:
-    for command in (up, api, worker, migrate, backup, restore, settings):
+    for command in (up, api, worker, migrate, backup, restore, check, settings):
         cli.command()(command)
     # The program has its own options and its own help; they are handed on as they are.
     cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})(pretrain_bundle)
@@ -110,6 +112,21 @@ def restore(folder: Annotated[Path, typer.Argument(help="What `graft backup` has
     storage = LocalStorage(chosen.storage_root, min_free_bytes=chosen.min_free_bytes)
     made = put_back(folder, chosen.resolved_database_url, storage)
     print_line(f"Back as of {made.created_at}: {_counted(made)}. `graft up` starts the server.")
+
+
+def check() -> None:
+    """Look through all files that the database speaks of, while Graft runs; name what is missing, corrupt or stray."""
+    chosen = load_settings()
+    database = Database(chosen.resolved_database_url)
+    check_is_current(database)
+    counts: Counter[str] = Counter()
+    for finding in find_faults(database, LocalStorage(chosen.storage_root)):
+        counts[finding.what] += 1
+        print_line(f"{finding.what} {finding.key}: {finding.detail}")
+    database.dispose()
+    if counts:
+        raise Failure("Not all is well: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + ".")
+    print_line("All files are there, and what was stored.")
 
 
 def settings() -> None:

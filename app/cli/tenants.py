@@ -1,22 +1,26 @@
 """The commands of whoever says who may do what: keys and workspaces. They work on the database, without a server."""
 
+import contextlib
 from datetime import timedelta
 from typing import Annotated
 
 import typer
 
-from app import access, audit, workspaces
+from app import access, audit, removal, workspaces
 from app.access import Scope
 from app.cli.server import load_settings
-from app.cli.terminal import date, errors, print_line, print_table
+from app.cli.terminal import Failure, date, errors, print_line, print_table
 from app.db.engine import Database
 from app.db.migrate import upgrade
 from app.db.tables import FIRST_WORKSPACE_NAME, utc_now
 from app.db.tenancy import Actor
+from app.storage import LocalStorage
 from app.workspaces import Limits, Workspace
 
 keys = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=True)
-spaces = typer.Typer(help="Workspaces, which see nothing of one another: create, limit, list.", no_args_is_help=True)
+spaces = typer.Typer(
+    help="Workspaces, which see nothing of one another: create, limit, list, delete.", no_args_is_help=True
+)
 
 
 def add_to(cli: typer.Typer) -> None:
@@ -130,6 +134,31 @@ def list_workspaces() -> None:
             ]
         )
     print_table(["name", "kept", "unfinished jobs", "predictions a day", "requests a second"], table, empty="")
+
+
+@spaces.command("delete")
+def delete_workspace(
+    name: Annotated[str, typer.Argument()],
+    cancel_jobs: Annotated[
+        bool, typer.Option("--cancel-jobs", help="Cancel what waits or runs, instead of refusing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for the name once more.")] = False,
+) -> None:
+    """Delete a workspace with all it has, for good; its keys end at once. If it is interrupted, run it again."""
+    chosen, database = load_settings(), _database()
+    counts = removal.possessions(database, name)
+    errors.print(f"{name} has {', '.join(f'{count:,} {noun}' for noun, count in counts.items())}.")
+    if not yes and _typed("All of it will be gone. Its name, to delete it: ") != name:
+        raise Failure("That is not its name; nothing was deleted.")
+    removal.remove(database, LocalStorage(chosen.storage_root), name, cancels_jobs=cancel_jobs)
+    print_line(f"Deleted {name}.")
+
+
+def _typed(prompt: str) -> str:
+    """What somebody types; nothing where nobody can."""
+    with contextlib.suppress(EOFError):
+        return errors.input(prompt).strip()
+    return ""
 
 
 def _database() -> Database:

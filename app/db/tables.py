@@ -164,7 +164,7 @@ class JobRow(OfWorkspace, Base):
     __table_args__ = (
         CheckConstraint("status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="status"),
         CheckConstraint("kind IN ('training', 'ingest', 'prediction')", name="kind"),
-        Index("ix_jobs_kind_status_seq", "kind", "status", "seq"),
+        Index("ix_jobs_kind_status_workspace_id_seq", "kind", "status", "workspace_id", "seq"),
         {"sqlite_autoincrement": True},
     )
 
@@ -186,7 +186,7 @@ class JobRow(OfWorkspace, Base):
     attempt: Mapped[int] = mapped_column(default=1)  # 1 on the first run, one more after each crash
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     started_at: Mapped[datetime | None]
-    finished_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None] = mapped_column(index=True)
     cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False)
     stop_requested: Mapped[bool] = mapped_column(Boolean, default=False)
 
@@ -199,6 +199,16 @@ class JobRow(OfWorkspace, Base):
     crashes: Mapped[int] = mapped_column(default=0)  # in a row, without a new durable step
     worker_id: Mapped[str | None]
     owner: Mapped[dict[str, Any] | None]  # the claiming process, as app/jobs/owner.py says it
+
+
+class TurnRow(Base):
+    """When a workspace was last given a worker for a kind of job: what the queue is fair by."""
+
+    __tablename__ = "turns"
+
+    workspace_id: Mapped[str] = mapped_column(ForeignKey("workspaces.id"), primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(BigInteger)  # grows with each claim of the kind; 0: it is its turn at once
 
 
 class EpochRow(Base):

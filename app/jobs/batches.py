@@ -19,11 +19,15 @@ class BatchSpec(BaseModel):
     sha256: str
 
 
+def folder_key(batch_id: str) -> str:
+    return f"batches/{batch_id}"
+
+
 def archive_key(batch_id: str) -> str:
-    return f"batches/{batch_id}/archive"
+    return f"{folder_key(batch_id)}/archive"
 
 
 def results_key(batch_id: str, fence: int) -> str:
     """A folder of `results.jsonl` and `results.csv`. Each run publishes under its own fence, so that one that lost its
     claim meanwhile replaces nothing; the fence of the job's row says which run it was that succeeded."""
-    return f"batches/{batch_id}/results-{fence}"
+    return f"{folder_key(batch_id)}/results-{fence}"

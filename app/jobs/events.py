@@ -4,17 +4,19 @@ Ids of one job's events grow in the order of their commits: each is appended aft
 the job, which makes other writers of that job wait. So a reader who has seen id n never misses one below n.
 """
 
+from collections.abc import Collection
+from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, exists, select
 from sqlalchemy.orm import Session
 
-from app.db.tables import EventRow
+from app.db.tables import EventRow, JobRow
 
 EventKind = Literal["status", "progress", "epoch", "log", "model"]
 
 # Progress is superseded by the next progress, so only the newest are kept: a month-long job has as many rows as a
-# short one. Everything else stays as long as the job does.
+# short one. Everything else stays while the job runs, and as long after its end as the operator says.
 KEPT_PROGRESS_EVENTS = 200
 
 
@@ -43,6 +45,20 @@ def read_before(session: Session, job_id: str, before_id: int | None, limit: int
     if before_id is not None:
         events = events.where(EventRow.id < before_id)
     return list(session.scalars(events))
+
+
+def jobs_with_log(session: Session, *, ended_before: datetime) -> list[str]:
+    """Ids of jobs of every kind that ended so long ago and still have more events than that of their end."""
+    has_log = exists().where(EventRow.job_id == JobRow.id, EventRow.is_final.is_(False))
+    return list(session.scalars(select(JobRow.id).where(JobRow.finished_at < ended_before, has_log)))
+
+
+def forget(session: Session, job_ids: Collection[str]) -> None:
+    """Removes all events of ended jobs but the last one: who was cut off in the middle of a log still reads its end."""
+    session.execute(
+        delete(EventRow).where(EventRow.job_id.in_(job_ids), EventRow.is_final.is_(False)),
+        execution_options={"synchronize_session": False},
+    )
 
 
 def _drop_old_progress(session: Session, job_id: str) -> None:

@@ -7,16 +7,18 @@ that only look one inside `Database.read()`. Knows rows; not processes, files, o
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, Select, case, func, select, update
+from sqlalchemy import ColumnElement, Select, case, func, insert, select, update
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import exists as exists_row
 from sqlalchemy.engine import Row
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app import telemetry, webhooks
-from app.db.tables import EpochRow, JobRow, new_id, utc_now
+from app.db.tables import EpochRow, JobRow, TurnRow, new_id, utc_now
 from app.db.tenancy import ALL_WORKSPACES
 from app.errors import Conflict, InvalidRequest, JobFailed, NotFound
 from app.jobs import events
@@ -173,11 +175,37 @@ def history(session: Session, job_id: str) -> list[EpochRow]:
 
 
 def queue_position(session: Session, job: JobRow) -> int | None:
-    """1 for the job that is taken next, of all workspaces; None unless queued."""
-    if job.status != JobStatus.queued:
-        return None
-    ahead = select(func.count()).where(JobRow.kind == job.kind, JobRow.status == JobStatus.queued, JobRow.seq < job.seq)
-    return 1 + (session.scalar(ahead, execution_options={ALL_WORKSPACES: True}) or 0)
+    """1 for the job that is taken next, of all workspaces, if nothing more is submitted; None unless queued."""
+    return queue_positions(session, [job]).get(job.id)
+
+
+def queue_positions(session: Session, jobs: Collection[JobRow]) -> dict[str, int]:
+    """The same of those of several jobs of one kind that are queued, by id."""
+    queued = [job for job in jobs if job.status == JobStatus.queued]
+    if not queued:
+        return {}
+    of_kind = (JobRow.kind == queued[0].kind, JobRow.status == JobStatus.queued)
+    lines = (
+        select(JobRow.workspace_id, func.count(), _TURN, func.min(JobRow.seq))
+        .outerjoin(TurnRow, _OWN_TURN)
+        .where(*of_kind)
+        .group_by(JobRow.workspace_id, _TURN)
+    )
+    waiting = {
+        workspace_id: (count, (turn, first))
+        for workspace_id, count, turn, first in session.execute(lines, execution_options={ALL_WORKSPACES: True})
+    }
+    positions = {}
+    for job in queued:
+        older = select(func.count()).where(*of_kind, JobRow.workspace_id == job.workspace_id, JobRow.seq < job.seq)
+        # The round of turns in which its own workspace comes to it; the others come before theirs, or after.
+        rounds = 1 + (session.scalar(older) or 0)
+        _, own_turn = waiting[job.workspace_id]
+        others = [of_one for workspace_id, of_one in waiting.items() if workspace_id != job.workspace_id]
+        positions[job.id] = rounds + sum(
+            min(count, rounds if turn < own_turn else rounds - 1) for count, turn in others
+        )
+    return positions
 
 
 def count_by_status(session: Session, *, kind: JobKind = JobKind.training) -> dict[JobStatus, int]:
@@ -241,6 +269,12 @@ def request_cancel(session: Session, job_id: str, *, kind: JobKind = JobKind.tra
     return find(session, job_id, kind=kind)
 
 
+def ask_to_cancel(session: Session, lease: "Lease") -> bool:
+    """Asks the owner of a running job, of whichever kind, to cancel it. Returns whether it still runs."""
+    is_running = (JobRow.id == lease.job_id, JobRow.fence == lease.fence, JobRow.status == JobStatus.running)
+    return _write(session, *is_running, cancel_requested=True) is not None
+
+
 def request_stop(session: Session, job_id: str) -> JobRow:
     """Asks the owner of a running job to end now with its best epoch. Raises Conflict unless running."""
     if not _write(
@@ -274,6 +308,14 @@ def cancel_ingest(session: Session, dataset_id: str) -> None:
         request_cancel(session, job_id, kind=JobKind.ingest)
 
 
+def ended_before(
+    session: Session, moment: datetime, *, kind: JobKind, statuses: Collection[JobStatus] = FINAL
+) -> list[str]:
+    """Ids of jobs that ended so long ago, as one of these statuses."""
+    ended = select(JobRow.id).where(JobRow.finished_at < moment, JobRow.kind == kind, JobRow.status.in_(statuses))
+    return list(session.scalars(ended))
+
+
 def delete(session: Session, job_id: str, *, kind: JobKind = JobKind.training) -> None:
     """Removes a job that has ended, with its history and events; its model stays. Raises Conflict otherwise."""
     removed = session.execute(
@@ -302,18 +344,23 @@ def queued_kinds(session: Session) -> set[JobKind]:
 
 
 def claim_next(session: Session, *, kind: JobKind, worker_id: str, owner: dict[str, Any]) -> Claim | None:
-    """Takes the oldest queued job of a kind; None if there is none. owner: from owner.current_process()."""
-    oldest = (
-        select(JobRow.id)
+    """Takes a queued job of a kind; None if there is none. owner: from owner.current_process().
+
+    Of the workspace that was given a worker longest ago, or never; of its jobs the oldest.
+    """
+    next_one = (
+        select(JobRow.seq)
+        .outerjoin(TurnRow, _OWN_TURN)
         .where(JobRow.kind == kind, JobRow.status == JobStatus.queued)
-        .order_by(JobRow.seq)
+        .order_by(_TURN, JobRow.seq)
         .limit(1)
-        .with_for_update(skip_locked=True)  # several workers at once take different jobs instead of waiting
+        # Several workers at once take different jobs instead of waiting.
+        .with_for_update(skip_locked=True, of=JobRow)
         .scalar_subquery()
     )
     job = _move(
         session,
-        JobRow.id == oldest,
+        JobRow.seq == next_one,
         start=JobStatus.queued,
         to=JobStatus.running,
         fence=JobRow.fence + 1,
@@ -327,6 +374,7 @@ def claim_next(session: Session, *, kind: JobKind, worker_id: str, owner: dict[s
         return None
     claim = claim_of(job)
     _append_status(session, claim, JobStatus.running, attempt=claim.attempt)
+    _take_turn(session, claim)
     return claim
 
 
@@ -560,6 +608,36 @@ _TOLD: dict[JobKind, dict[JobStatus, webhooks.Event]] = {
 }
 
 
+# Whose turn it is
+
+_OWN_TURN = (TurnRow.workspace_id == JobRow.workspace_id) & (TurnRow.kind == JobRow.kind)
+_TURN = func.coalesce(TurnRow.number, 0)
+
+
+def _take_turn(session: Session, claim: Claim) -> None:
+    """Puts the workspace behind all others. Two that claim at once may be given one number: then age decides."""
+    newest = select(func.max(TurnRow.number)).where(TurnRow.kind == claim.kind).scalar_subquery()
+    number = func.coalesce(newest, 0) + 1
+    if _set_turn(session, claim, number):
+        return
+    try:
+        with session.begin_nested():
+            session.execute(insert(TurnRow).values(workspace_id=claim.workspace_id, kind=claim.kind, number=number))
+    except IntegrityError:  # another worker has just made the row
+        _set_turn(session, claim, number)
+
+
+def _give_turn_back(session: Session, claim: Claim) -> None:
+    """The workspace is first again: its job goes on before anybody else's begins."""
+    _set_turn(session, claim, 0)
+
+
+def _set_turn(session: Session, claim: Claim, number: ColumnElement[int] | int) -> bool:
+    own = (TurnRow.workspace_id == claim.workspace_id, TurnRow.kind == claim.kind)
+    changed = update(TurnRow).where(*own).values(number=number).returning(TurnRow.kind)
+    return session.scalar(changed, execution_options={"synchronize_session": False}) is not None
+
+
 # The guarded update, and what stands around it
 
 
@@ -656,6 +734,7 @@ def _fail(session: Session, claim: Claim, error: dict[str, Any], **values: Any) 
 
 def _requeue(session: Session, claim: Claim, *, attempt: int, crashes: int, reason: str) -> JobStatus:
     _leave(session, claim, JobStatus.queued, attempt=attempt, crashes=crashes)
+    _give_turn_back(session, claim)
     _append_status(session, claim, JobStatus.queued, attempt=attempt, reason=reason)
     return JobStatus.queued
 

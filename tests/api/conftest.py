@@ -1,10 +1,14 @@
-"""What the server prints, for tests that look at it."""
+"""What the server prints, for tests that look at it, and a server on either kind of database."""
 
 import io
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import api_builders
 import pytest
 import structlog
+from api_builders import RunningServer
 
 
 @pytest.fixture
@@ -19,3 +23,11 @@ def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     monkeypatch.setattr(sys, "stderr", stream)
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(stream))
     return stream
+
+
+@pytest.fixture
+def any_server(new_database_url: Callable[[], str], tmp_path: Path) -> Iterator[RunningServer]:
+    """One that may have webhooks, on SQLite and on PostgreSQL."""
+    settings = api_builders.settings_for(tmp_path, webhooks=True, database_url=new_database_url())
+    with RunningServer(settings) as server:
+        yield server

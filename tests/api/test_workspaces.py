@@ -18,6 +18,7 @@ from app import access, workspaces
 from app.access import Scope
 from app.api.services import Services
 from app.api.traffic import WRONG_KEYS_PER_MINUTE, Throttle
+from app.db.engine import Database
 from app.db.tables import new_id
 from app.jobs import queue
 from app.jobs.states import JobKind
@@ -35,12 +36,11 @@ def server(tmp_path: Path) -> Iterator[RunningServer]:
 
 def key_for(server: RunningServer, workspace: str, *, scope: Scope = Scope.admin, limits: Limits = NO_LIMITS) -> str:
     """A new workspace's key, or one more of the first workspace's."""
-    services = server.services
-    if workspace == "default":
-        database = services.database
-    else:
-        with services.database.write() as session:
-            database = services.database.within(workspaces.create(session, workspace, limits).id)
+    whole: Database = server.app.state.services.database
+    database = server.services.database
+    if workspace != "default":
+        with whole.write() as session:
+            database = whole.within(workspaces.create(session, workspace, limits).id)
     with database.write() as session:
         return access.create_key(session, scopes=[scope]).token
 
@@ -56,9 +56,10 @@ def client_with(server: RunningServer, key: str) -> Iterator[httpx.Client]:
         yield client
 
 
-def everything(server: RunningServer, own: httpx.Client) -> dict[str, str]:
-    """One of each kind, of the first workspace: by the names of the parameters that paths have for it."""
-    services = server.services
+def everything(server: RunningServer, own: httpx.Client, *, workspace: str = "default") -> dict[str, str]:
+    """One of each kind, of a workspace whose key the client has: by the names of the parameters that paths have for
+    it."""
+    services = services_within(server, workspace)
     dataset = api_builders.ready_dataset(services.database)
     model = api_builders.register_model(services, dataset_id=dataset)
     with services.database.write() as session:
@@ -219,7 +220,8 @@ def test_metrics_are_the_operators(server: RunningServer) -> None:
             assert_is_problem(other.get("/metrics"), 403, "scope-too-small")
 
 
-def test_uploads_at_once_never_exceed_the_quota_of_bytes(server: RunningServer) -> None:
+def test_uploads_at_once_never_exceed_the_quota_of_bytes(any_server: RunningServer) -> None:
+    server = any_server
     archive = api_builders.archive_of_classes()
     room_for_three = Limits(max_bytes=int(3.5 * len(archive)))
     with client_with(server, key_for(server, "small", limits=room_for_three)) as client:
@@ -252,7 +254,8 @@ def test_an_upload_beyond_the_quota_is_refused_before_its_body_is_read(server: R
     assert answer.startswith(b"HTTP/1.1 429") and b"quota-of-bytes-spent" in answer
 
 
-def test_jobs_beyond_the_quota_wait_outside(server: RunningServer) -> None:
+def test_jobs_beyond_the_quota_wait_outside(any_server: RunningServer) -> None:
+    server = any_server
     with client_with(server, key_for(server, "small", limits=Limits(max_unfinished_jobs=2))) as client:
         client.post("/v1/datasets", content=api_builders.archive_of_classes())
         dataset = client.get("/v1/datasets").json()["data"][0]["id"]

@@ -1,5 +1,6 @@
 """settings, migrate, keys, and what `graft up` refuses; against real databases."""
 
+import io
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -105,12 +106,33 @@ def test_workspaces_have_keys_and_limits_of_their_own(graft: Graft) -> None:
         (("workspaces", "create", "default"), "There is a workspace default already."),
         (("workspaces", "create", "No Spaces"), "small letters"),
         (("workspaces", "limit", "nobody"), "no workspace nobody"),
+        (("workspaces", "delete", "nobody", "--yes"), "no workspace nobody"),
+        (("workspaces", "delete", "default", "--yes"), "it stays"),
         (("keys", "create", "--scope", "train", "--workspace", "nobody"), "no workspace nobody"),
     ],
 )
 def test_workspaces_that_cannot_be_are_refused(graft: Graft, command: tuple[str, ...], said: str) -> None:
     refused = graft(*command)
     assert refused.exit_code == 1 and said in refused.errors
+
+
+def test_a_workspace_is_deleted_by_whoever_types_its_name(graft: Graft, monkeypatch: pytest.MonkeyPatch) -> None:
+    graft("workspaces", "create", "lab")
+    for typed, exit_code in (("lap\n", 1), ("", 1), ("lab\n", 0)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        result = graft("workspaces", "delete", "lab")
+        assert (result.exit_code, "0 jobs" in result.errors) == (exit_code, True)
+    assert result.output == "Deleted lab.\n"
+    assert len(graft("workspaces", "list").output.splitlines()) == 2
+
+
+def test_a_workspace_with_the_only_keys_is_not_deleted(graft: Graft) -> None:
+    graft("workspaces", "create", "lab")
+    graft("keys", "create", "--scope", "train", "--workspace", "lab")
+
+    assert "graft keys create --scope admin" in graft("workspaces", "delete", "lab", "--yes").errors
+    graft("keys", "create", "--scope", "admin")
+    assert graft("workspaces", "delete", "lab", "--yes").exit_code == 0
 
 
 def test_what_is_done_at_the_command_line_is_in_the_audit_log(graft: Graft, data_folder: Path) -> None:

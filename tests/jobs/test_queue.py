@@ -24,7 +24,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.db.engine import Database
-from app.db.tables import DEFAULT_WORKSPACE
+from app.db.tables import DEFAULT_WORKSPACE, WorkspaceRow
 from app.errors import Conflict, InvalidRequest, NotFound
 from app.jobs import events, owner, queue
 from app.jobs.events import KEPT_PROGRESS_EVENTS
@@ -53,6 +53,46 @@ def test_claim_takes_the_oldest_job_and_shows_who_has_it(database: Database) -> 
     assert (job.status, job.worker_id, job.owner) == ("running", "w7", owner.current_process())
     assert job.started_at is not None
     assert find(database, newer).status == "queued"
+
+
+def test_a_workspace_with_many_jobs_makes_another_wait_for_one_of_them(any_database: Database) -> None:
+    with any_database.write() as session:
+        session.add(WorkspaceRow(id="ws_late", name="late"))
+    late, everybodys = any_database.within("ws_late"), any_database.within(None)
+    many = [submit(any_database) for _ in range(5)]
+    first = claim_next(everybodys)
+    few = [submit(late) for _ in range(2)]
+
+    with late.read() as session:
+        assert [queue.queue_position(session, queue.find(session, job)) for job in few] == [1, 3]
+    taken = [claim_next(everybodys) for _ in range(6)]
+
+    assert [claim and claim.job_id for claim in (first, *taken)] == [many[0], few[0], many[1], few[1], *many[2:]]
+
+
+def test_a_job_that_was_given_back_goes_on_before_another_workspace_begins(any_database: Database) -> None:
+    with any_database.write() as session:
+        session.add(WorkspaceRow(id="ws_late", name="late"))
+    everybodys = any_database.within(None)
+    begun = claimed(any_database)
+    submit(any_database.within("ws_late"))
+
+    for give_up in (queue.give_back, lambda session, claim: queue.crashed(session, claim, "", max_crashes=MAX_CRASHES)):
+        with everybodys.write() as session:
+            give_up(session, begun)
+        again = claim_next(everybodys)
+        assert again is not None and again.job_id == begun.job_id
+        begun = again
+
+
+def test_turns_are_taken_for_each_kind_of_job(any_database: Database) -> None:
+    with any_database.write() as session:
+        session.add(WorkspaceRow(id="ws_late", name="late"))
+    everybodys = any_database.within(None)
+    claimed(any_database, kind=JobKind.ingest)
+    ours, theirs = submit(any_database), submit(any_database.within("ws_late"))
+
+    assert [claim and claim.job_id for claim in (claim_next(everybodys), claim_next(everybodys))] == [ours, theirs]
 
 
 def test_second_worker_gets_nothing_while_the_only_job_runs(database: Database) -> None:

@@ -4,7 +4,7 @@ The model is a dictionary of jobs; after each step the real database, changed th
 same, and keep the promises of docs/job-states.md: one owner per fence, nothing written by a stale one, one end per job.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from queue_builders import ERROR, MAX_CRASHES
 from sqlalchemy import delete
 
 from app.db.engine import Database
-from app.db.tables import EventRow, JobRow
+from app.db.tables import DEFAULT_WORKSPACE, EventRow, JobRow, TurnRow, WorkspaceRow
 from app.errors import Conflict, NotFound
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim, ClaimLost, LeaseObserver
@@ -23,12 +23,14 @@ from app.jobs.states import JobKind
 
 FINAL = ("succeeded", "failed", "cancelled")
 LEASE_SECONDS = 4
+WORKSPACES = (DEFAULT_WORKSPACE, "ws_second", "ws_third")
 
 
 @dataclass
 class Model:
     """What the queue should keep of one job."""
 
+    workspace: str
     status: str = "queued"
     attempt: int = 1
     fence: int = 0
@@ -67,6 +69,8 @@ class QueueMachine(RuleBasedStateMachine):
     def __init__(self, database: Database) -> None:
         super().__init__()
         self.database = database
+        self.turns: dict[str, int] = {}  # by workspace: the number of its last claim, 0 once that was given back
+        self.claimed = 0
         self.models: dict[str, Model] = {}
         self.order: list[str] = []
         self.given_out: set[tuple[str, int]] = set()
@@ -76,36 +80,60 @@ class QueueMachine(RuleBasedStateMachine):
         with self.database.write() as session:
             session.execute(delete(EventRow))
             session.execute(delete(JobRow))
+            session.execute(delete(TurnRow))
         self.observer, self.now = LeaseObserver(lease_seconds=LEASE_SECONDS), 0.0
 
-    def act(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def act(self, function: Callable[..., Any], *arguments: Any, workspace: str | None = None, **options: Any) -> Any:
         """What the function returned, or the type of what it raised."""
         try:
-            with self.database.write() as session:
+            with self.database.within(workspace).write() as session:
                 return function(session, *arguments, **options)
         except (ClaimLost, Cancelled, Conflict, NotFound) as error:
             return type(error)
 
-    @rule(target=jobs)
-    def submit(self) -> str:
-        job = self.act(queue.submit, kind=JobKind.training, dataset_id="ds_1", spec={})
-        self.models[job.id] = Model()
+    @rule(target=jobs, workspace=st.sampled_from(WORKSPACES))
+    def submit(self, workspace: str) -> str:
+        job = self.act(queue.submit, kind=JobKind.training, dataset_id="ds_1", spec={}, workspace=workspace)
+        self.models[job.id] = Model(workspace)
         self.order.append(job.id)
         return str(job.id)
 
     @rule(target=claims)
     def claim(self) -> Claim | None:
         claim: Claim | None = self.act(queue.claim_next, kind=JobKind.training, worker_id="w", owner={})
-        oldest = next((job for job in self.order if job in self.models and self.models[job].status == "queued"), None)
-        assert (claim and claim.job_id) == oldest
-        if claim is None or oldest is None:
+        expected = next(self.served(), None)
+        assert (claim and claim.job_id) == expected
+        if claim is None or expected is None:
             return None
-        model = self.models[oldest]
+        model = self.models[expected]
+        self.claimed += 1
+        self.turns[model.workspace] = self.claimed
         model.status, model.fence, model.beat, model.step_at_claim = "running", model.fence + 1, 0, model.step
         assert (claim.fence, claim.attempt) == (model.fence, model.attempt)
         assert (claim.job_id, claim.fence) not in self.given_out
         self.given_out.add((claim.job_id, claim.fence))
         return claim
+
+    def served(self) -> Iterator[str]:
+        """The queued jobs, in the order in which they are taken: by turns, and within a workspace by age."""
+        left = [job for job in self.order if job in self.models and self.models[job].status == "queued"]
+        turns, number = dict(self.turns), self.claimed
+        while left:
+            job = min(left, key=lambda job: (turns.get(self.models[job].workspace, 0), left.index(job)))
+            left.remove(job)
+            number += 1
+            turns[self.models[job].workspace] = number
+            yield job
+
+    @rule()
+    def look_at_the_positions(self) -> None:
+        with self.database.read() as session:
+            positions = queue.queue_positions(session, [queue.find(session, job) for job in self.models])
+        assert positions == {job: number for number, job in enumerate(self.served(), start=1)}
+
+    def note_turn(self, model: Model) -> None:
+        if model.status == "queued":
+            self.turns[model.workspace] = 0
 
     def owned(self, claim: Claim) -> Model | None:
         model = self.models.get(claim.job_id)
@@ -169,6 +197,7 @@ class QueueMachine(RuleBasedStateMachine):
             model.end("failed")
         else:
             model.status = "queued"
+        self.note_turn(model)
         assert answer == model.status
 
     @rule(job=jobs)
@@ -217,6 +246,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert (model.fence, model.beat) == (lease.fence, lease.beat)
             answer = self.act(queue.reclaim, lease.job_id, lease.fence, lease.beat, max_crashes=MAX_CRASHES)
             model.crash()
+            self.note_turn(model)
             assert answer == model.status
 
     @rule(claim=claims, behind=st.integers(1, 3))
@@ -259,8 +289,11 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 def test_queue_follows_the_model(any_database: Database) -> None:
+    everybodys = any_database.within(None)
+    with everybodys.write() as session:
+        session.add_all(WorkspaceRow(id=workspace, name=workspace) for workspace in WORKSPACES[1:])
     run_state_machine_as_test(
-        lambda: QueueMachine(any_database),
+        lambda: QueueMachine(everybodys),
         settings=settings(
             max_examples=60,
             stateful_step_count=40,

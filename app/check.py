@@ -1,0 +1,144 @@
+"""Whether the files that rows speak of are there and are what was stored. Only reads, while everything runs.
+
+What is uploaded or deleted meanwhile is not a finding: rows are looked at once more before their files are called
+missing, and files that no row speaks of are strays only if nobody is about to write that row. Knows tables and keys.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import select
+
+from app.db.engine import Database
+from app.db.tables import DatasetRow, JobRow, ModelRow, PredictionRow, UploadRow
+from app.jobs import batches
+from app.jobs.batches import BatchSpec
+from app.jobs.states import JobKind, JobStatus
+from app.predictions import picture_key
+from app.storage import LocalStorage, file_sha256
+
+# Read at a time; each is a small record, its files are read one by one.
+ROWS_AT_A_TIME = 500
+
+# The folders whose entries are named by the rows that they belong to.
+_ROWS_OF: Mapping[str, type[Any]] = {
+    "datasets": DatasetRow,
+    "uploads": UploadRow,
+    "jobs": JobRow,
+    "batches": JobRow,
+    "models": ModelRow,
+    "exports": ModelRow,
+    "predictions": PredictionRow,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it should be. key: of the file, or of the entry that no row speaks of."""
+
+    what: Literal["missing", "corrupt", "stray"]
+    key: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """A file that a row speaks of. sha256: None where none was written down."""
+
+    key: str
+    sha256: str | None = None
+    is_json: bool = False
+
+
+def check(database: Database, storage: LocalStorage) -> Iterator[Finding]:
+    """Findings of all workspaces, as they are made: what is missing or corrupt by kind of row, then what is stray."""
+    for table in (ModelRow, DatasetRow, JobRow, PredictionRow):
+        for row in _rows(database, table):
+            found = [finding for file in _expected(row) if (finding := _looked_at(storage, file))]
+            if found and _is_as_it_was(database, row):
+                yield from found
+    yield from _strays(database, storage)
+
+
+def _rows(database: Database, table: type[Any]) -> Iterator[Any]:
+    """Oldest first; no transaction is open while files are read."""
+    last = 0
+    while True:
+        with database.read() as session:
+            rows = session.scalars(
+                select(table).where(table.seq > last).order_by(table.seq).limit(ROWS_AT_A_TIME)
+            ).all()
+        if not rows:
+            return
+        yield from rows
+        last = rows[-1].seq
+
+
+def _expected(row: Any) -> list[_Expected]:
+    match row:
+        case ModelRow():
+            folder = f"models/{row.id}"
+            return [
+                _Expected(f"{folder}/weights.safetensors", row.sha256),
+                _Expected(f"{folder}/model.json", is_json=True),
+            ]
+        case DatasetRow(status="ready"):
+            folder = f"datasets/{row.id}"
+            return [_Expected(f"{folder}/archive", row.sha256), _Expected(f"{folder}/manifest.jsonl")]
+        case DatasetRow(status="processing"):
+            return [_Expected(f"datasets/{row.id}/archive", row.sha256)]
+        case JobRow(kind=JobKind.prediction) if row.status != JobStatus.failed:
+            archive = _Expected(batches.archive_key(row.id), BatchSpec.model_validate(row.spec).sha256)
+            results = batches.results_key(row.id, row.fence)
+            names = ("results.jsonl", "results.csv") if row.status == JobStatus.succeeded else ()
+            return [archive, *(_Expected(f"{results}/{name}") for name in names)]
+        case PredictionRow():
+            return [_Expected(picture_key(row.id), row.sha256)]
+    return []
+
+
+def _looked_at(storage: LocalStorage, file: _Expected) -> Finding | None:
+    path = storage.path(file.key)
+    try:
+        if file.sha256 is not None and file_sha256(path) != file.sha256:
+            return Finding("corrupt", file.key, "its sha256 is not the one that was written down")
+        if file.is_json:
+            json.loads(path.read_bytes())
+        path.stat()
+    except FileNotFoundError:
+        return Finding("missing", file.key, "the database speaks of it")
+    except OSError as error:
+        return Finding("corrupt", file.key, f"it cannot be read: {error.strerror}")
+    except ValueError:
+        return Finding("corrupt", file.key, "it is no JSON")
+    return None
+
+
+def _is_as_it_was(database: Database, row: Any) -> bool:
+    """Whether the row is still there and says the same: it may have been deleted while its files were read."""
+    table = type(row)
+    with database.read() as session:
+        now = session.scalar(select(table).where(table.seq == row.seq))
+    return now is not None and getattr(now, "status", None) == getattr(row, "status", None)
+
+
+def _strays(database: Database, storage: LocalStorage) -> Iterator[Finding]:
+    # In this order: what is published is announced before, and its announcement ends after its row was written.
+    entries = [(folder, path.name) for folder in _ROWS_OF for path in _entries(storage, folder)]
+    announced = set(storage.announced(older_than_seconds=-1))
+    for folder, name in entries:
+        key, table = f"{folder}/{name}", _ROWS_OF[folder]
+        if key in announced:
+            continue
+        with database.read() as session:
+            has_row = session.scalar(select(table.seq).where(table.id == name)) is not None
+        # A deleted row's files go right after it.
+        if not has_row and storage.exists(key):
+            yield Finding("stray", key, "no row of the database speaks of it")
+
+
+def _entries(storage: LocalStorage, folder: str) -> list[Any]:
+    path = storage.path(folder)
+    return sorted(path.iterdir()) if path.is_dir() else []
