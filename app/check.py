@@ -127,7 +127,7 @@ def _is_as_it_was(database: Database, row: Any) -> bool:
 def _strays(database: Database, storage: LocalStorage) -> Iterator[Finding]:
     # In this order: what is published is announced before, and its announcement ends after its row was written.
     entries = [(folder, path.name) for folder in _ROWS_OF for path in _entries(storage, folder)]
-    announced = set(storage.announced(older_than_seconds=-1))
+    announced = storage.announced_keys()
     for folder, name in entries:
         key, table = f"{folder}/{name}", _ROWS_OF[folder]
         if key in announced:

@@ -108,6 +108,14 @@ class LocalStorage:
                         self.delete(key)
                 announcement.unlink()
 
+    def announced_keys(self) -> set[str]:
+        """Keys that no row may speak of yet, whether their process lives or not."""
+        found: set[str] = set()
+        for announcement in self._announced.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # settled meanwhile
+                found.update(_announced_keys(announcement))
+        return found
+
     def sweep_announced(
         self, is_wanted: Callable[[str], bool], *, older_than_seconds: float = ANNOUNCEMENT_MAX_AGE_SECONDS
     ) -> None:

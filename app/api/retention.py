@@ -9,12 +9,12 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.api.services import Services
-from app.db.tables import utc_now
 from app.errors import GraftError, NotFound
 from app.jobs import batches, events, queue
 from app.jobs.states import JobKind, JobStatus
@@ -49,11 +49,12 @@ async def sweep_ended(services: Services) -> None:
 
 def sweep(services: Services) -> Swept:
     """Of all workspaces."""
-    settings = services.settings
+    settings, clock = services.settings, services.clock
+    of_failed = settings.failed_job_days
     return Swept(
-        batches=_delete_batches(services, _days_ago(settings.batch_days)),
-        failed_jobs=0 if settings.failed_job_days is None else _delete_failed(services, settings.failed_job_days),
-        logs=_forget_logs(services, _days_ago(settings.job_events_days)),
+        batches=_delete_batches(services, clock.before(timedelta(days=settings.batch_days))),
+        failed_jobs=0 if of_failed is None else _delete_failed(services, clock.before(timedelta(days=of_failed))),
+        logs=_forget_logs(services, clock.before(timedelta(days=settings.job_events_days))),
     )
 
 
@@ -71,28 +72,32 @@ def _delete_batches(services: Services, moment: datetime) -> int:
         ended = queue.ended_before(session, moment, kind=JobKind.prediction)
     for batch_id in ended:
         # Announced, so that files whose row is gone are swept should this process die before it came to them.
-        folder = batches.folder_key(batch_id)
-        services.storage.announce(folder)
-        with contextlib.suppress(NotFound), services.database.write() as session:
-            queue.delete(session, batch_id, kind=JobKind.prediction)
-        services.storage.settle(folder, is_wanted=False)
+        is_there = partial(_is_there, services, batch_id)
+        with services.storage.announced(batches.folder_key(batch_id), is_wanted=is_there):
+            _delete_row(services, batch_id, kind=JobKind.prediction)
         services.storage.delete(f"jobs/{batch_id}")
     return len(ended)
 
 
-def _delete_failed(services: Services, days: float) -> int:
+def _delete_failed(services: Services, moment: datetime) -> int:
     unsuccessful = (JobStatus.failed, JobStatus.cancelled)
     with services.database.read() as session:
-        ended = queue.ended_before(session, _days_ago(days), kind=JobKind.training, statuses=unsuccessful)
+        ended = queue.ended_before(session, moment, kind=JobKind.training, statuses=unsuccessful)
     for job_id in ended:
-        with contextlib.suppress(NotFound), services.database.write() as session:
-            queue.delete(session, job_id)
+        _delete_row(services, job_id, kind=JobKind.training)
         services.storage.delete(f"jobs/{job_id}")
     return len(ended)
 
 
-def _days_ago(days: float) -> datetime:
-    return utc_now() - timedelta(days=days)
+def _delete_row(services: Services, job_id: str, *, kind: JobKind) -> None:
+    """Unless somebody else was first."""
+    with contextlib.suppress(NotFound), services.database.write() as session:
+        queue.delete(session, job_id, kind=kind)
+
+
+def _is_there(services: Services, job_id: str) -> bool:
+    with services.database.read() as session:
+        return queue.exists(session, job_id)
 
 
 def _few_at_a_time(job_ids: Sequence[str]) -> list[Sequence[str]]:
