@@ -122,7 +122,7 @@ def test_a_batch_that_ended_long_ago_goes_with_its_files(server: RunningServer) 
     assert sweep(server).batches == 1
 
     assert not services.storage.exists(batches.folder_key(old))
-    assert services.storage.announced(older_than_seconds=-1) == []
+    assert services.storage.announced_keys() == set()
     with api_builders.client_of(server) as client:
         assert_is_problem(client.get(f"/v1/batches/{old}/results"), 404, "not-found")
         assert client.get(f"/v1/batches/{recent}/results").text == "{}\n"
