@@ -433,7 +433,7 @@ def test_no_upload_expires_because_the_clock_jumps(
 ) -> None:
     path, ended = begin(client, len(ARCHIVE)), begin(client, len(ARCHIVE))
     send(client, ended, 0, ARCHIVE)
-    moments = iter([wall_clock(), *itertools.repeat(wall_clock() + jump)])
+    moments = itertools.chain([wall_clock()], itertools.repeat(wall_clock() + jump))
     jumping = replace(server.services, clock=PatientClock(lambda: next(moments)))
 
     assert upload_endings.sweep(jumping) == 0
