@@ -8,8 +8,9 @@ every option, corrected, personalised, exported, run over a batch; then all of i
 at random moments, pictures that are none, uploads that break off, people who look at the pages, `default` that moves
 every two seconds, webhooks, traces, and TensorBoard.
 
-Prints each minute's answers, and memory, files and threads of all processes of the server and of the worker; fails if a
-request failed or if one of the numbers grew: the last fifth of the minutes against the fifth after the first two.
+Prints each minute's answers, and memory, files and threads of the server's process and the worker's, whose children
+come and go; fails if a request failed or if one of the numbers grew: the last fifth of the minutes against the fifth
+after the first two.
 """
 
 import argparse
@@ -51,17 +52,17 @@ METHODS: tuple[JobOptions, ...] = (
     {"method": "full_fine_tuning", "hyperparameters": {"epochs": 2}},
 )
 # What may be more at the end, as a factor and in numbers: allocators settle, and a round may be at any of its steps.
-ALLOWED_GROWTH = {"memory": (1.05, 0), "files": (1.0, 8), "threads": (1.0, 8)}
+ALLOWED_GROWTH = {"memory": (1.1, 0), "files": (1.0, 8), "threads": (1.0, 8)}
 
 
 @dataclass(frozen=True)
 class Held:
-    """Of a process and all below it. memory: MiB, what is shared counted once (PSS)."""
+    """By a process itself. memory: MiB, what is shared counted once (PSS). in_all: with the memory of all below it."""
 
     memory: float = 0.0
     files: int = 0
     threads: int = 0
-    processes: int = 0
+    in_all: float = 0.0
 
 
 @dataclass
@@ -367,12 +368,11 @@ def _sink() -> Iterator[str]:
 
 def _held(server: Server) -> Held:
     process = psutil.Process(server.process.pid)
-    found = []
-    for each in (process, *process.children(recursive=True)):
+    memory, in_all = process.memory_full_info().pss / 2**20, 0.0
+    for each in process.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            found.append((each.memory_full_info().pss / 2**20, each.num_fds(), each.num_threads()))
-    memory, files, threads = (sum(column) for column in zip(*found, strict=True))
-    return Held(memory, int(files), int(threads), len(found))
+            in_all += each.memory_full_info().pss / 2**20
+    return Held(memory, process.num_fds(), process.num_threads(), memory + in_all)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -403,7 +403,7 @@ def _table(minutes: list[Minute], *, first: int = 1) -> str:
     for number, each in enumerate(minutes, first):
         ordered = sorted(each.latencies) or [float("nan")]
         held = [
-            f"{part.memory:.0f} / {part.files} / {part.threads} / {part.processes}"
+            f"{part.memory:.0f} ({part.in_all:.0f}) / {part.files} / {part.threads}"
             for part in (each.server, each.worker)
         ]
         rows.append(
@@ -419,7 +419,7 @@ def _table(minutes: list[Minute], *, first: int = 1) -> str:
             ]
         )
     columns = ["minute", "predictions", "rounds", "failed", "p50, ms", "p99, ms"]
-    held_columns = [f"{name}: MiB / files / threads / processes" for name in ("server", "worker")]
+    held_columns = [f"{name}: MiB (in all) / files / threads" for name in ("server", "worker")]
     return markdown([*columns, *held_columns, "stored, MiB"], rows)
 
 
