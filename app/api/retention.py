@@ -6,10 +6,11 @@ does not find. Predictions, uploads, webhook deliveries and the audit log have s
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
+from typing import TypeVar
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -18,12 +19,17 @@ from app.api.services import Services
 from app.errors import GraftError, NotFound
 from app.jobs import batches, events, queue
 from app.jobs.states import JobKind, JobStatus
+from app.storage import is_disk_full
 
 SWEEP_INTERVAL_SECONDS = 3600.0
+# By then a clock that was wrong when the machine started has been set.
+FIRST_SWEEP_SECONDS = 300.0
 # Of one transaction. A job has some hundred events, so it takes the write lock for some ten milliseconds.
 JOBS_AT_A_TIME = 20
 
 log = structlog.get_logger(__name__)
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class Swept:
 
 
 async def sweep_ended(services: Services) -> None:
-    """At the start and every hour. Never returns."""
+    """Soon after the start and every hour. Never returns."""
+    await asyncio.sleep(FIRST_SWEEP_SECONDS)
     while True:
         try:
             swept = await asyncio.to_thread(sweep, services)
@@ -48,7 +55,7 @@ async def sweep_ended(services: Services) -> None:
 
 
 def sweep(services: Services) -> Swept:
-    """Of all workspaces."""
+    """Of all workspaces. Ends early where the server stops."""
     settings, clock = services.settings, services.clock
     of_failed = settings.failed_job_days
     return Swept(
@@ -61,44 +68,67 @@ def sweep(services: Services) -> Swept:
 def _forget_logs(services: Services, moment: datetime) -> int:
     with services.database.read() as session:
         jobs = events.jobs_with_log(session, ended_before=moment)
-    for few in _few_at_a_time(jobs):
-        with services.database.write() as session:
-            events.forget(session, few)
-    return len(jobs)
+    few_at_a_time = [jobs[start : start + JOBS_AT_A_TIME] for start in range(0, len(jobs), JOBS_AT_A_TIME)]
+    return sum(len(few) for few in _done(services, few_at_a_time, _forget))
+
+
+def _forget(services: Services, job_ids: Sequence[str]) -> None:
+    services.database.free(lambda session: events.forget(session, job_ids))
 
 
 def _delete_batches(services: Services, moment: datetime) -> int:
     with services.database.read() as session:
         ended = queue.ended_before(session, moment, kind=JobKind.prediction)
-    for batch_id in ended:
+    return len(_done(services, ended, _delete_batch))
+
+
+def _delete_batch(services: Services, batch_id: str) -> None:
+    folder = batches.folder_key(batch_id)
+    try:
         # Announced, so that files whose row is gone are swept should this process die before it came to them.
-        is_there = partial(_is_there, services, batch_id)
-        with services.storage.announced(batches.folder_key(batch_id), is_wanted=is_there):
+        with services.storage.announced(folder, is_wanted=partial(_is_there, services, batch_id)):
             _delete_row(services, batch_id, kind=JobKind.prediction)
-        services.storage.delete(f"jobs/{batch_id}")
-    return len(ended)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        # No room for that, and all the more reason to make some.
+        _delete_row(services, batch_id, kind=JobKind.prediction)
+        services.storage.delete(folder)
+    services.storage.delete(f"jobs/{batch_id}")
 
 
 def _delete_failed(services: Services, moment: datetime) -> int:
     unsuccessful = (JobStatus.failed, JobStatus.cancelled)
     with services.database.read() as session:
         ended = queue.ended_before(session, moment, kind=JobKind.training, statuses=unsuccessful)
-    for job_id in ended:
-        _delete_row(services, job_id, kind=JobKind.training)
-        services.storage.delete(f"jobs/{job_id}")
-    return len(ended)
+    return len(_done(services, ended, _delete_job))
+
+
+def _delete_job(services: Services, job_id: str) -> None:
+    _delete_row(services, job_id, kind=JobKind.training)
+    services.storage.delete(f"jobs/{job_id}")
+
+
+def _done(services: Services, items: Sequence[Item], act: Callable[[Services, Item], None]) -> list[Item]:
+    """Those that were acted on. One that cannot be does not keep the others."""
+    done = []
+    for item in items:
+        if services.stopping.is_set():
+            break
+        try:
+            act(services, item)
+            done.append(item)
+        except (OSError, SQLAlchemyError) as error:
+            log.error("ended job cannot be swept", what=item, error=type(error).__name__)
+    return done
 
 
 def _delete_row(services: Services, job_id: str, *, kind: JobKind) -> None:
     """Unless somebody else was first."""
-    with contextlib.suppress(NotFound), services.database.write() as session:
-        queue.delete(session, job_id, kind=kind)
+    with contextlib.suppress(NotFound):
+        services.database.free(lambda session: queue.delete(session, job_id, kind=kind))
 
 
 def _is_there(services: Services, job_id: str) -> bool:
     with services.database.read() as session:
         return queue.exists(session, job_id)
-
-
-def _few_at_a_time(job_ids: Sequence[str]) -> list[Sequence[str]]:
-    return [job_ids[start : start + JOBS_AT_A_TIME] for start in range(0, len(job_ids), JOBS_AT_A_TIME)]

@@ -231,7 +231,7 @@ class EpochRow(Base):
 class EventRow(Base):
     """What happened to a job, in order: added in the transaction of the change itself, never changed after.
 
-    Only old progress is dropped, as `app/jobs/events.py` says.
+    Dropped are old progress, and long after the job's end all but the last one, as `app/jobs/events.py` says.
     """
 
     __tablename__ = "job_events"

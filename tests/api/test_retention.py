@@ -8,6 +8,7 @@ import api_builders
 import pytest
 import queue_builders
 from api_builders import RunningServer, assert_is_problem
+from disks import fill
 from httpx_sse import connect_sse
 from running import wait_until
 from sqlalchemy import update
@@ -19,7 +20,7 @@ from app.db.engine import Database
 from app.db.tables import DEFAULT_WORKSPACE, JobRow, utc_now
 from app.jobs import batches, queue
 from app.jobs.states import JobKind
-from app.settings import Settings
+from app.settings import MEBIBYTE, Settings
 
 BATCH = {"size_bytes": 1, "top_k": 1, "files": 1, "sha256": "0" * 64}
 
@@ -145,7 +146,8 @@ def test_jobs_that_failed_or_were_cancelled_go_only_where_an_operator_wants_it(
         assert left == ([recent, cancelled, failed, good] if days is None else [recent, good])
 
 
-def test_a_server_sweeps_when_it_starts(settings: Settings) -> None:
+def test_a_server_sweeps_soon_after_it_starts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "FIRST_SWEEP_SECONDS", 0.2)
     database = Database(settings.database_url).within(DEFAULT_WORKSPACE)
     job_id = ended(database, days_ago=31)
     with RunningServer(settings):
@@ -153,3 +155,19 @@ def test_a_server_sweeps_when_it_starts(settings: Settings) -> None:
             lambda: kinds_of_events(database, job_id) == ["status"], within_seconds=30, otherwise="nothing was swept"
         )
     database.dispose()
+
+
+def test_batches_go_on_a_full_disk_too(small_disk: Path) -> None:
+    settings = api_builders.settings_for(small_disk, ballast_bytes=MEBIBYTE)
+    with api_builders.running(settings) as server, api_builders.client_of(server) as client:
+        wait_until((settings.data_dir / "graft.db-ballast").exists, within_seconds=30, otherwise="no ballast")
+        old = [ended_batch(server.services, days_ago=91) for _ in range(2)]
+        dataset = api_builders.ready_dataset(server.services.database)
+        fill(small_disk)
+        request = {"dataset": dataset, "method": "from_scratch", "backbone": "squeezenet1_1"}
+        # The log of the database is used up by writers who get no ballast.
+        assert any(client.post("/v1/jobs", json=request).status_code == 507 for _ in range(500))
+
+        assert sweep(server).batches == 2
+
+        assert [server.services.storage.exists(batches.folder_key(batch)) for batch in old] == [False, False]
