@@ -1,12 +1,14 @@
 """Whether the files that rows speak of are there and are what was stored. Only reads, while everything runs.
 
-What is uploaded or deleted meanwhile is not a finding: rows are looked at once more before their files are called
-missing, and files that no row speaks of are strays only if nobody is about to write that row. Knows tables and keys.
+What is uploaded or deleted meanwhile is not a finding: whatever looks like one is looked at again some seconds later,
+and files that no row speaks of are strays only if nobody is about to write that row. Knows tables and keys.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from sqlalchemy import select
@@ -19,6 +21,8 @@ from app.jobs.states import JobKind, JobStatus
 from app.predictions import picture_key
 from app.storage import LocalStorage, file_sha256
 
+# More than a deletion takes between a row and its files, or some files and their rows.
+PAUSE_SECONDS = 5.0
 # Read at a time; each is a small record, its files are read one by one.
 ROWS_AT_A_TIME = 500
 
@@ -43,6 +47,9 @@ class Finding:
     detail: str
 
 
+Look = Callable[[], Finding | None]
+
+
 @dataclass(frozen=True)
 class _Expected:
     """A file that a row speaks of. sha256: None where none was written down."""
@@ -52,14 +59,27 @@ class _Expected:
     is_json: bool = False
 
 
-def check(database: Database, storage: LocalStorage) -> Iterator[Finding]:
-    """Findings of all workspaces, as they are made: what is missing or corrupt by kind of row, then what is stray."""
+def check(database: Database, storage: LocalStorage, *, pause_seconds: float = PAUSE_SECONDS) -> Iterator[Finding]:
+    """Findings of all workspaces: what is missing or corrupt, by kind of row, then what is stray.
+
+    Whatever looks like one is looked at again at the end, after a pause: what is deleted takes two steps.
+    """
+    suspects = [look for look in _looks(database, storage) if look()]
+    if suspects:
+        time.sleep(pause_seconds)
+    for look in suspects:
+        if finding := look():
+            yield finding
+
+
+def _looks(database: Database, storage: LocalStorage) -> Iterator[Look]:
     for table in (ModelRow, DatasetRow, JobRow, PredictionRow):
         for row in _rows(database, table):
-            found = [finding for file in _expected(row) if (finding := _looked_at(storage, file))]
-            if found and _is_as_it_was(database, row):
-                yield from found
-    yield from _strays(database, storage)
+            for file in _expected(row):
+                yield partial(_wrong, database, storage, row, file)
+    for folder in _ROWS_OF:
+        for path in _entries(storage, folder):
+            yield partial(_stray, database, storage, folder, path.name)
 
 
 def _rows(database: Database, table: type[Any]) -> Iterator[Any]:
@@ -116,6 +136,11 @@ def _looked_at(storage: LocalStorage, file: _Expected) -> Finding | None:
     return None
 
 
+def _wrong(database: Database, storage: LocalStorage, row: Any, file: _Expected) -> Finding | None:
+    found = _looked_at(storage, file)
+    return found if found and _is_as_it_was(database, row) else None
+
+
 def _is_as_it_was(database: Database, row: Any) -> bool:
     """Whether the row is still there and says the same: it may have been deleted while its files were read."""
     table = type(row)
@@ -124,19 +149,14 @@ def _is_as_it_was(database: Database, row: Any) -> bool:
     return now is not None and getattr(now, "status", None) == getattr(row, "status", None)
 
 
-def _strays(database: Database, storage: LocalStorage) -> Iterator[Finding]:
+def _stray(database: Database, storage: LocalStorage, folder: str, name: str) -> Finding | None:
+    key, table = f"{folder}/{name}", _ROWS_OF[folder]
     # In this order: what is published is announced before, and its announcement ends after its row was written.
-    entries = [(folder, path.name) for folder in _ROWS_OF for path in _entries(storage, folder)]
-    announced = storage.announced_keys()
-    for folder, name in entries:
-        key, table = f"{folder}/{name}", _ROWS_OF[folder]
-        if key in announced:
-            continue
-        with database.read() as session:
-            has_row = session.scalar(select(table.seq).where(table.id == name)) is not None
-        # A deleted row's files go right after it.
-        if not has_row and storage.exists(key):
-            yield Finding("stray", key, "no row of the database speaks of it")
+    if not storage.exists(key) or key in storage.announced_keys():
+        return None
+    with database.read() as session:
+        has_row = session.scalar(select(table.seq).where(table.id == name)) is not None
+    return None if has_row else Finding("stray", key, "no row of the database speaks of it")
 
 
 def _entries(storage: LocalStorage, folder: str) -> list[Any]:
