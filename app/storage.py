@@ -220,6 +220,8 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _announced_keys(announcement: Path) -> list[str]:
+    if announcement.suffix != ".json":
+        return [announcement.name.replace("+", "/")]  # by an earlier version: an empty file for each key
     try:
         return list(json.loads(announcement.read_bytes()))
     except ValueError:

@@ -194,6 +194,19 @@ def test_announcement_that_a_power_cut_left_empty_deletes_nothing(database: Data
     assert list(storage.path("announced").iterdir()) == []
 
 
+def test_what_an_earlier_version_announced_is_swept(database: Database, storage: LocalStorage) -> None:
+    with storage.staging() as staged:
+        storage.publish(written(staged, a="1"), "models/mdl_1")
+    announcement = storage.path("announced") / "models+mdl_1"
+    announcement.touch()
+    make_older(announcement, seconds=2 * HOUR)
+
+    sweep_files(database, storage)
+
+    assert not storage.exists("models/mdl_1")
+    assert list(storage.path("announced").iterdir()) == []
+
+
 def test_files_that_were_never_announced_are_never_swept(database: Database, storage: LocalStorage) -> None:
     with storage.staging() as staged:
         storage.publish(written(staged, a="1"), "models/mdl_of_another_database")

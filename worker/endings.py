@@ -39,16 +39,18 @@ def delete_files_if_over(database: Database, storage: LocalStorage, job_id: str,
 
 
 def sweep_files(database: Database, storage: LocalStorage) -> None:
-    """Deletes what processes that died have left: files of ended jobs, and files that no row came to speak of."""
+    """Deletes what processes that died have left: staged files, files of ended jobs, files that no row came to speak
+    of."""
+    storage.sweep()
     _sweep_announced(database, storage)
     folder = storage.path("jobs")
-    if not folder.is_dir():
-        return
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    # After that: a job that begins meanwhile is among them.
     with database.read() as session:
         unfinished = queue.unfinished_ids(session)
-    for path in folder.iterdir():
-        if path.name not in unfinished:
-            storage.delete(f"jobs/{path.name}")
+    for name in names:
+        if name not in unfinished:
+            storage.delete(f"jobs/{name}")
 
 
 def _sweep_announced(database: Database, storage: LocalStorage) -> None:

@@ -45,6 +45,8 @@ STARTED_AHEAD = frozenset({JobKind.training, JobKind.ingest})
 
 # How often leases are looked at: what a cancel, or the death of another worker on this host, waits at most.
 OBSERVE_INTERVAL_SECONDS = 1.0
+# What dead processes have left is swept at the start, and this often.
+SWEEP_INTERVAL_SECONDS = 3600.0
 # A child that dies again and again before it has done anything is started ever more rarely.
 LONGEST_RESTART_PAUSE_SECONDS = 30.0
 LONGEST_DATABASE_PAUSE_SECONDS = 10.0
@@ -72,8 +74,6 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
         if not wal_is_safe():
             log.warning("sqlite_has_wal_reset_bug", remedy="Use SQLite 3.51.3 or later, or PostgreSQL.")
         storage = LocalStorage(settings.storage_root, min_free_bytes=settings.min_free_bytes)
-        storage.sweep()
-        endings.sweep_files(database, storage)
         Worker(settings, database=database, storage=storage, child_command=child_command).run(stop)
     finally:
         database.dispose()
@@ -94,6 +94,7 @@ class Worker:
         ]
         self._observer = LeaseObserver(lease_seconds=settings.lease_seconds)
         self._observe_at = 0.0
+        self._sweep_at = 0.0
 
     def run(self, stop: Wakeup) -> None:
         """Works until `stop` is set, then gives back what runs; returns when every child has ended."""
@@ -137,6 +138,9 @@ class Worker:
         if now >= self._observe_at:
             self._observe(now)
             self._observe_at = now + OBSERVE_INTERVAL_SECONDS
+        if now >= self._sweep_at:
+            self._sweep()
+            self._sweep_at = now + SWEEP_INTERVAL_SECONDS
         waiting = [slot for slot in self._slots if slot.can_claim or slot.can_start]
         if waiting:
             with self._database.read() as session:
@@ -148,6 +152,12 @@ class Worker:
                     slot.claim_next(now)
                 else:
                     slot.start(now)
+
+    def _sweep(self) -> None:
+        try:
+            endings.sweep_files(self._database, self._storage)
+        except OSError as error:
+            log.error("leftovers_not_swept", error=str(error))
 
     def _observe(self, now: float) -> None:
         """Sees which of our jobs are to be cancelled, and frees the jobs of workers that are gone."""
