@@ -9,7 +9,7 @@ import os
 # mobilenet_v3_small takes two thirds of its time.
 KEPT_BYTES = 2**30
 # mallopt's names for its parameters (malloc.h), and the variables by which a user sets them.
-_PARAMETERS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}
+_PARAMETERS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}
 
 
 def keep_freed_memory() -> None:
@@ -21,5 +21,6 @@ def keep_freed_memory() -> None:
     if mallopt is None:
         return
     for variable, parameter in _PARAMETERS.items():
-        if variable not in os.environ:
-            mallopt(parameter, KEPT_BYTES)
+        # An older glibc refuses the first; the second without it would be worse than neither.
+        if variable not in os.environ and not mallopt(parameter, KEPT_BYTES):
+            return

@@ -112,8 +112,8 @@ def _close(database: Database, own: Database, name: str, *, cancels_jobs: bool) 
     with own.write() as session:
         if access.has_keys(session) and not is_guarded:
             raise Conflict(
-                f"Only {name} has keys. Without them the server would be open to everybody who reaches it: make one "
-                "first that stays, `graft keys create --scope admin`."
+                "The first workspace has no key, and without any the server would be open to everybody who reaches it: "
+                "make one that stays, `graft keys create --scope admin`."
             )
         unfinished = queue.unfinished_ids(session)
         if unfinished and not cancels_jobs:

@@ -124,10 +124,14 @@ def release(database: Database, claim: Claim) -> None:
 def _forget_old(session: Session, clock: PatientClock) -> None:
     is_old = IdempotencyRow.created_at < clock.before(KEPT_FOR)
     session.execute(delete(IdempotencyRow).where(is_old, IdempotencyRow.resource_id.is_not(None)))
-    for row in session.scalars(select(IdempotencyRow).where(is_old)):
-        if not is_alive(row.owner):
-            session.delete(row)
-    session.flush()
+    for scope, key, owner in session.execute(
+        select(IdempotencyRow.scope, IdempotencyRow.key, IdempotencyRow.owner).where(is_old)
+    ).all():
+        if not is_alive(owner):
+            # If it is still that old one: another request may have claimed the key anew.
+            session.execute(
+                delete(IdempotencyRow).where(IdempotencyRow.scope == scope, IdempotencyRow.key == key, is_old)
+            )
 
 
 def _in_progress() -> Conflict:
