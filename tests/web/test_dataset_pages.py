@@ -120,6 +120,7 @@ def test_a_data_set_is_deleted_after_a_question(browser: Browser, furnished: Fur
         page.goto("/")
         page.locator("[data-folder]").set_input_files(class_folders)
         found = uploaded(page, furnished.url)
+        page.get_by_role("button", name="Start training").wait_for()  # once they are checked, it comes anew
         page.once("dialog", lambda dialog: dialog.dismiss())
         page.get_by_role("button", name="Delete this data set").click()
         assert httpx.get(f"{furnished.url}/v1/datasets/{found['id']}").status_code == 200
