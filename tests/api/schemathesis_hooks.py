@@ -15,8 +15,10 @@ schemathesis.serializer.alias("application/offset+octet-stream", "application/oc
 
 @schemathesis.hook
 def filter_body(context: schemathesis.HookContext, body: Any) -> bool:
-    """Without texts in a form that read as numbers: no form can tell whether "0" was meant to be wrong for a number."""
-    return not (isinstance(body, dict) and "file" in body and any(_reads_as_number(value) for value in body.values()))
+    """Without forms that cannot show what is wrong in them: a text that reads as a number, a list of one or none."""
+    if not (isinstance(body, dict) and "file" in body):
+        return True
+    return not any(_looks_right(value) for name, value in body.items() if name != "file")
 
 
 @schemathesis.hook
@@ -36,10 +38,11 @@ def map_query(context: schemathesis.HookContext, query: Any) -> Any:
     return query
 
 
-def _reads_as_number(value: Any) -> bool:
-    if not isinstance(value, str):
-        return False
-    with contextlib.suppress(ValueError):
-        float(value)
-        return True
+def _looks_right(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) < 2
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            float(value)
+            return True
     return False
