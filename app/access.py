@@ -173,7 +173,7 @@ def check_called_by_its_name(host: str, *, allowed: Collection[str]) -> None:
     """
     name = _without_port(host)
     # Nobody can be given an address as a name, nor one without a dot; browsers look those below localhost up nowhere.
-    if name in allowed or _is_address(name) or name.endswith(".localhost") or (name and "." not in name):
+    if name in allowed or _address(name) or name.endswith(".localhost") or (name and "." not in name):
         return
     raise Misdirected(
         "Without an API key this server is for its own machine, by names such as localhost. If this name is meant to "
@@ -187,22 +187,18 @@ def _without_port(host: str) -> str:
     return (found[1] or found[2]).removesuffix(".") if found else ""
 
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
 def is_loopback(host: str) -> bool:
     """Whether an address, or name, can be nothing but this machine itself."""
-    if host.lower() == "localhost":
-        return True
+    address = _address(host)
+    return host.lower() == "localhost" if address is None else address.is_loopback
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None of a name, which may resolve to anything."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return False  # a name may resolve to anything
+        return None
 
 
 def _digest(secret: str) -> str:

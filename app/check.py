@@ -151,12 +151,12 @@ def _is_as_it_was(database: Database, row: Any) -> bool:
 
 def _stray(database: Database, storage: LocalStorage, folder: str, name: str) -> Finding | None:
     key, table = f"{folder}/{name}", _ROWS_OF[folder]
-    # In this order: what is published is announced before, and its announcement ends after its row was written.
-    if not storage.exists(key) or key in storage.announced_keys():
-        return None
     with database.read() as session:
         has_row = session.scalar(select(table.seq).where(table.id == name)) is not None
-    return None if has_row else Finding("stray", key, "no row of the database speaks of it")
+    # Announcements, each a file to read, are asked last: nearly everything has its row.
+    if has_row or not storage.exists(key) or key in storage.announced_keys():
+        return None
+    return Finding("stray", key, "no row of the database speaks of it")
 
 
 def _entries(storage: LocalStorage, folder: str) -> list[Any]:
