@@ -6,15 +6,16 @@ and files that no row speaks of are strays only if nobody is about to write that
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from sqlalchemy import select
 
+from app import holdings
 from app.db.engine import Database
-from app.db.tables import DatasetRow, JobRow, ModelRow, PredictionRow, UploadRow
+from app.db.tables import DatasetRow, JobRow, ModelRow, PredictionRow
 from app.jobs import batches
 from app.jobs.batches import BatchSpec
 from app.jobs.states import JobKind, JobStatus
@@ -25,17 +26,6 @@ from app.storage import LocalStorage, file_sha256
 PAUSE_SECONDS = 5.0
 # Read at a time; each is a small record, its files are read one by one.
 ROWS_AT_A_TIME = 500
-
-# The folders whose entries are named by the rows that they belong to.
-_ROWS_OF: Mapping[str, type[Any]] = {
-    "datasets": DatasetRow,
-    "uploads": UploadRow,
-    "jobs": JobRow,
-    "batches": JobRow,
-    "models": ModelRow,
-    "exports": ModelRow,
-    "predictions": PredictionRow,
-}
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,7 @@ def _looks(database: Database, storage: LocalStorage) -> Iterator[Look]:
         for row in _rows(database, table):
             for file in _expected(row):
                 yield partial(_wrong, database, storage, row, file)
-    for folder in _ROWS_OF:
+    for folder in holdings.TABLES:
         for path in _entries(storage, folder):
             yield partial(_stray, database, storage, folder, path.name)
 
@@ -150,11 +140,9 @@ def _is_as_it_was(database: Database, row: Any) -> bool:
 
 
 def _stray(database: Database, storage: LocalStorage, folder: str, name: str) -> Finding | None:
-    key, table = f"{folder}/{name}", _ROWS_OF[folder]
-    with database.read() as session:
-        has_row = session.scalar(select(table.seq).where(table.id == name)) is not None
+    key = f"{folder}/{name}"
     # Announcements, each a file to read, are asked last: nearly everything has its row.
-    if has_row or not storage.exists(key) or key in storage.announced_keys():
+    if holdings.has_row(database, key) or not storage.exists(key) or key in storage.announced_keys():
         return None
     return Finding("stray", key, "no row of the database speaks of it")
 

@@ -73,10 +73,6 @@ def find(session: Session, prediction_id: str, *, is_to_change: bool = False) ->
     return row
 
 
-def exists(session: Session, prediction_id: str) -> bool:
-    return session.scalar(select(PredictionRow.seq).where(PredictionRow.id == prediction_id)) is not None
-
-
 def list_predictions(
     session: Session, *, limit: int, after: str | None = None, model_id: str | None = None
 ) -> list[PredictionRow]:

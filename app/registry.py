@@ -98,10 +98,6 @@ def find_of_job(session: Session, job_id: str, *, role: Literal["probe", "final"
     return session.scalar(select(ModelRow.id).where(ModelRow.job_id == job_id, ModelRow.role == role))
 
 
-def exists(session: Session, model_id: str) -> bool:
-    return session.scalar(select(ModelRow.seq).where(ModelRow.id == model_id)) is not None
-
-
 def list_models(
     session: Session,
     *,
@@ -220,7 +216,7 @@ def previous_model_id(session: Session, name: str) -> str:
             'with {"model": "<its id>"}.',
             code="no-previous-model",
         )
-    if not exists(session, alias.previous_model_id):
+    if session.scalar(select(ModelRow.seq).where(ModelRow.id == alias.previous_model_id)) is None:
         raise Conflict(
             f"The model that the alias {name} pointed at before, {alias.previous_model_id}, was deleted. Choose one of "
             f'GET /v1/models: PUT /v1/aliases/{name} with {{"model": "<its id>"}}.',

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, exists, func, select
 from sqlalchemy.orm import Session
 
-from app import access, audit, workspaces
+from app import access, audit, holdings, workspaces
 from app.db.engine import Database
 from app.db.tables import (
     DEFAULT_WORKSPACE,
@@ -45,14 +45,6 @@ LOOK_INTERVAL_SECONDS = 0.2
 ROWS_AT_A_TIME = 50
 LINES_AT_A_TIME = 1000
 
-# The folders of the storage that have something of a row, under its id.
-_FOLDERS: Mapping[type[Any], tuple[str, ...]] = {
-    JobRow: ("jobs", "batches"),
-    UploadRow: ("uploads",),
-    PredictionRow: ("predictions",),
-    ModelRow: ("models", "exports"),
-    DatasetRow: ("datasets",),
-}
 # What people call these rows.
 _NOUNS: Mapping[type[Any], str] = {
     JobRow: "jobs",
@@ -89,7 +81,7 @@ def remove(
     deadline = time.monotonic() + wait_seconds
     while True:
         _end_jobs(own, storage, deadline=deadline)
-        for table in _FOLDERS.keys() - {JobRow}:
+        for table in holdings.FOLDERS.keys() - {JobRow}:
             _delete_rows(own, storage, table)
         _delete_lines(own)
         if database.free(partial(_delete_rest, name=name)):
@@ -155,7 +147,7 @@ def _delete_rows(own: Database, storage: LocalStorage, table: type[Any], *guard:
         if not ids:
             return
         for row_id in ids:
-            for folder in _FOLDERS[table]:
+            for folder in holdings.FOLDERS[table]:
                 storage.delete(f"{folder}/{row_id}")
 
         if table is ModelRow:
@@ -205,7 +197,7 @@ def _delete_rest(session: Session, *, name: str) -> bool:
     workspace_id = workspaces.find_by_name(session, name).id
     # Waits for those who are adding something, and lets nobody begin to.
     workspaces.lock(session, workspace_id)
-    if any(session.scalar(select(exists().where(table.workspace_id == workspace_id))) for table in _FOLDERS):
+    if any(session.scalar(select(exists().where(table.workspace_id == workspace_id))) for table in holdings.FOLDERS):
         return False
     for key_id in session.scalars(select(ApiKeyRow.id).where(ApiKeyRow.workspace_id == workspace_id)).all():
         _delete(session, IdempotencyRow, IdempotencyRow.scope.startswith(f"{key_id} ", autoescape=True))

@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,12 +88,12 @@ class LocalStorage:
             shutil.copyfile(self.path(key), staged)
 
     @contextmanager
-    def announced(self, *keys: str, is_wanted: Callable[[], bool]) -> Iterator[None]:
+    def announced(self, *keys: str, is_wanted: Callable[[str], bool]) -> Iterator[None]:
         """Notes that `keys` are about to be published, and are worth nothing until a row speaks of them.
 
-        is_wanted: whether one does, asked at the end whatever happened: of the database, and not concluded from an
-        exception, since a commit may succeed and its answer get lost. If none does, the keys are deleted. If that
-        cannot be told, or the process dies, a sweep comes to it.
+        is_wanted: whether one speaks of a key, asked at the end whatever happened: of the database, and not concluded
+        from an exception, since a commit may succeed and its answer get lost. If none does, the key is deleted. If
+        that cannot be told, or the process dies, a sweep comes to it.
         """
         announcement = self._announced / f"{uuid.uuid4().hex}.json"
         with _held(announcement) as descriptor:
@@ -103,10 +103,7 @@ class LocalStorage:
                 sync(self._announced)
                 yield
             finally:
-                if not is_wanted():
-                    for key in keys:
-                        self.delete(key)
-                announcement.unlink()
+                self._settle(announcement, keys, is_wanted)
 
     def announced_keys(self) -> set[str]:
         """Keys that no row may speak of yet, whether their process lives or not."""
@@ -125,10 +122,13 @@ class LocalStorage:
             with contextlib.suppress(FileNotFoundError, BlockingIOError):  # settled meanwhile, or being worked on
                 if announcement.stat().st_mtime < deadline:
                     with _held(announcement, is_new=False):
-                        for key in _announced_keys(announcement):
-                            if not is_wanted(key):
-                                self.delete(key)
-                        announcement.unlink()
+                        self._settle(announcement, _announced_keys(announcement), is_wanted)
+
+    def _settle(self, announcement: Path, keys: Iterable[str], is_wanted: Callable[[str], bool]) -> None:
+        for key in keys:
+            if not is_wanted(key):
+                self.delete(key)
+        announcement.unlink()
 
     def path(self, key: str) -> Path:
         """The local path of a key. Keys are made of our own ids, never of a caller's text."""

@@ -22,7 +22,7 @@ from running import environment_for, graft_up, picture, pictures_zip, wait_until
 from sqlalchemy import select, text
 from test_pretraining_journey import train, upload
 
-from app import backup, registry
+from app import backup, holdings, registry
 from app.backup import BackupDamaged
 from app.datasets import uploads
 from app.db.engine import Database
@@ -102,8 +102,7 @@ def test_unfinished_uploads_are_left_out(database: Database, storage: LocalStora
     backup.restore(tmp_path / "backup", url_in(tmp_path / "restored"), restored)
 
     again = Database(url_in(tmp_path / "restored"))
-    with again.read() as session:
-        assert [uploads.exists(session, upload_id) for upload_id in ("up_1", "up_2")] == [False, True]
+    assert [holdings.has_row(again, f"uploads/{upload_id}") for upload_id in ("up_1", "up_2")] == [False, True]
     again.dispose()
     assert not restored.exists("uploads")
 
@@ -274,8 +273,7 @@ def test_killed_backup_leaves_none_and_a_killed_restore_can_be_done_again(
     restoring.wait()
     again = run(new, "restore", str(tmp_path / "made"))
     database = Database(url_in(new / "data"))
-    with database.read() as session:
-        is_there = registry.exists(session, model)
+    is_there = holdings.has_row(database, f"models/{model}")
     database.dispose()
 
     # Killed between its last two steps, the first one may have brought everything.

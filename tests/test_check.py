@@ -68,7 +68,7 @@ def test_each_fault_is_named(server: RunningServer, keys: dict[str, str]) -> Non
     for key in (stray, publishing):
         builders.written(storage.path(f"{key}/weights.safetensors"), b"x")
 
-    with storage.announced(publishing, is_wanted=lambda: True):
+    with storage.announced(publishing, is_wanted=lambda _key: True):
         found = findings(server)
 
     assert found == [

@@ -31,6 +31,7 @@ APPLICATION = frozenset(
         "app.clock",
         "app.datasets",
         "app.db",
+        "app.holdings",
         "app.jobs",
         "app.precedence",
         "app.predictions",
@@ -64,6 +65,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.predictions": frozenset({"app.db", "app.vision"}),
     "app.access": frozenset({"app.db", "app.vision"}),
     "app.audit": frozenset({"app.db"}),
+    "app.holdings": frozenset({"app.db"}),
     "app.workspaces": frozenset({"app.db", "app.jobs"}),
     "app.serving": frozenset({"app.vision"}),
     "app.api": APPLICATION,
@@ -74,8 +76,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.demo": frozenset(),
     "app.supervisor": frozenset(),
     "app.backup": frozenset({"app.db", "app.jobs", "app.predictions"}),
-    "app.check": frozenset({"app.db", "app.jobs", "app.predictions"}),
-    "app.removal": frozenset({"app.access", "app.audit", "app.db", "app.jobs", "app.workspaces"}),
+    "app.check": frozenset({"app.db", "app.holdings", "app.jobs", "app.predictions"}),
+    "app.removal": frozenset({"app.access", "app.audit", "app.db", "app.holdings", "app.jobs", "app.workspaces"}),
     "app.cli": frozenset(
         {
             "app.access",
@@ -96,6 +98,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         {
             "app.datasets",
             "app.db",
+            "app.holdings",
             "app.jobs",
             "app.precedence",
             "app.predictions",

@@ -168,7 +168,7 @@ def test_files_whose_publisher_died_stay_only_with_a_row(
 def test_files_whose_publisher_lives_are_never_swept_however_old_they_look(
     database: Database, storage: LocalStorage
 ) -> None:
-    with storage.announced("datasets/ds_1", is_wanted=lambda: True):
+    with storage.announced("datasets/ds_1", is_wanted=lambda _key: True):
         with storage.staging() as staged:
             staged.write_text("archive")
             storage.publish(staged, "datasets/ds_1/archive")

@@ -1,12 +1,12 @@
 """What hangs on the end of a run, besides the job itself: the data set of an ingest, and the job's files."""
 
 import contextlib
-from collections.abc import Callable
+from functools import partial
 
 from sqlalchemy.orm import Session
 
-from app import predictions, registry
-from app.datasets import catalog, uploads
+from app import holdings
+from app.datasets import catalog
 from app.db.engine import Database
 from app.errors import Conflict, NotFound
 from app.jobs import queue
@@ -42,7 +42,7 @@ def sweep_files(database: Database, storage: LocalStorage) -> None:
     """Deletes what processes that died have left: staged files, files of ended jobs, files that no row came to speak
     of."""
     storage.sweep()
-    _sweep_announced(database, storage)
+    storage.sweep_announced(partial(holdings.has_row, database))
     folder = storage.path("jobs")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     # After that: a job that begins meanwhile is among them.
@@ -51,21 +51,3 @@ def sweep_files(database: Database, storage: LocalStorage) -> None:
     for name in names:
         if name not in unfinished:
             storage.delete(f"jobs/{name}")
-
-
-def _sweep_announced(database: Database, storage: LocalStorage) -> None:
-    is_wanted: dict[str, Callable[[Session, str], bool]] = {
-        "datasets": catalog.exists,
-        "models": registry.exists,
-        "batches": queue.exists,
-        "predictions": predictions.exists,
-        "exports": registry.exists,
-        "uploads": uploads.exists,
-    }
-
-    def has_row(key: str) -> bool:
-        kind, _, row_id = key.partition("/")
-        with database.read() as session:
-            return is_wanted[kind](session, row_id)
-
-    storage.sweep_announced(has_row)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from sqlalchemy.orm import Session
 
-from app import registry
+from app import holdings, registry
 from app.datasets.ingest import IngestLimits
 from app.db.engine import Database
 from app.db.tables import new_id
@@ -127,11 +127,7 @@ class Publisher:
                 )
             return True
 
-        def is_registered() -> bool:
-            with database.read() as session:
-                return registry.exists(session, model_id)
-
-        with storage.announced(key, is_wanted=is_registered):
+        with storage.announced(key, is_wanted=partial(holdings.has_row, database)):
             saved = save()
             while not reporter.transaction(partial(register, saved=saved, decision=decision)):
                 decision = self._decide(conclusion, spec, training, probe=probe)

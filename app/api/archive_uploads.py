@@ -5,6 +5,7 @@ Knows the request, the Idempotency-Key and where bytes go; what is made of the a
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from app import holdings
 from app.access import Caller
 from app.api import idempotency
 from app.api.deps import declared_bytes, refuse_declared_size
@@ -56,7 +58,7 @@ class ArchiveUse(Generic[Found]):
     text_fields: that a form may have beside the file. options: all that the upload says besides, with defaults.
     inspect: reads the archive through and refuses what is wrong; blocking. new_id, archive_key: of the new resource,
     and where its archive lies. create: makes its row and returns the answer, given its id, in a transaction that also
-    ends whatever led to it. exists: whether there is such a row.
+    ends whatever led to it.
     """
 
     text_fields: Collection[str]
@@ -65,7 +67,6 @@ class ArchiveUse(Generic[Found]):
     new_id: Callable[[], str]
     archive_key: Callable[[str], str]
     create: Callable[[Session, str, StagedUpload, Mapping[str, Any], Found], dict[str, Any]]
-    exists: Callable[[Session, str], bool]
 
 
 async def receive_once(
@@ -117,21 +118,10 @@ async def look_through_and_keep(
     return await run_in_threadpool(_keep, services, upload, options, found, use, settle, is_counted)
 
 
-def publish_and_create(
-    services: Services,
-    archive: Path,
-    key: str,
-    *,
-    create: Callable[[Session], Answer],
-    exists: Callable[[Session], bool],
-) -> Answer:
+def publish_and_create(services: Services, archive: Path, key: str, *, create: Callable[[Session], Answer]) -> Answer:
     """Publishes the archive, then makes the row that it belongs to and its answer in one transaction; or leaves
     neither."""
-
-    def is_kept() -> bool:
-        with services.database.read() as session:
-            return exists(session)
-
+    is_kept = partial(holdings.has_row, services.database)
     with services.storage.announced(key.rpartition("/")[0], is_wanted=is_kept):
         services.storage.publish(archive, key)
         with services.database.write() as session:
@@ -192,13 +182,7 @@ def _keep(
         settle(session, answer)
         return answer
 
-    return publish_and_create(
-        services,
-        upload.path,
-        use.archive_key(resource_id),
-        create=create,
-        exists=lambda session: use.exists(session, resource_id),
-    )
+    return publish_and_create(services, upload.path, use.archive_key(resource_id), create=create)
 
 
 def _refuse_declared_size(request: Request, settings: Settings) -> None:

@@ -251,7 +251,6 @@ def _use(services: Services, in_query: Mapping[str, Any]) -> ArchiveUse[int]:
         new_id=partial(new_id, "batch"),
         archive_key=batches.archive_key,
         create=partial(_create, services),
-        exists=queue.exists,
     )
 
 

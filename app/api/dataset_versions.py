@@ -156,13 +156,7 @@ def _keep(services: Services, archive: FilePath, parent: DatasetRow, chosen: Cho
         queue.submit(session, kind=JobKind.ingest, dataset_id=dataset_id, spec=row.options)
         return Dataset.of(row).model_dump(mode="json")
 
-    return publish_and_create(
-        services,
-        archive,
-        archive_key(dataset_id),
-        create=create,
-        exists=lambda session: catalog.exists(session, dataset_id),
-    )
+    return publish_and_create(services, archive, archive_key(dataset_id), create=create)
 
 
 def _warnings(chosen: Chosen) -> list[dict[str, Any]]:

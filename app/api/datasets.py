@@ -218,7 +218,6 @@ def archive_use(settings: Settings, in_query: Mapping[str, Any]) -> ArchiveUse[N
         new_id=partial(new_id, "ds"),
         archive_key=archive_key,
         create=_create,
-        exists=catalog.exists,
     )
 
 

@@ -4,11 +4,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 from safetensors import SafetensorError
 
-from app import registry
+from app import holdings, registry
 from app.api.picture_bodies import PictureBody
 from app.api.schemas import Model
 from app.api.services import Services
@@ -36,10 +37,7 @@ def publish(
     key = f"models/{model_id}"
     made = _described(derived, model_id, parent_id=parent.id, shots=shots)
 
-    def is_kept() -> bool:
-        with services.database.read() as session:
-            return registry.exists(session, model_id)
-
+    is_kept = partial(holdings.has_row, services.database)
     with _storing(), services.storage.announced(key, is_wanted=is_kept):
         saved = _stored(services.storage, key, made, derived.evaluation)
         with services.database.write() as session:

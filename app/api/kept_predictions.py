@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 from sqlalchemy.orm import Session
 
-from app import predictions
+from app import holdings, predictions
 from app.api.schemas import Prediction
 from app.clock import PatientClock
 from app.db.engine import Database
@@ -50,12 +51,7 @@ class Shelf:
         self.storage.check_room(size_bytes)
         kept = [_kept(picture, prediction) for picture, prediction in answered]
         keys = [picture_key(one.id) for one in kept]
-
-        def are_kept() -> bool:
-            with self.database.read() as session:
-                return bool(kept) and predictions.exists(session, kept[0].id)
-
-        with self.storage.announced(*keys, is_wanted=are_kept):
+        with self.storage.announced(*keys, is_wanted=partial(holdings.has_row, self.database)):
             for key, (picture, _) in zip(keys, answered, strict=True):
                 with self.storage.staging() as staged:
                     staged.write_bytes(picture)

@@ -15,6 +15,7 @@ from typing import TypeVar
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import holdings
 from app.api.services import Services
 from app.errors import GraftError, NotFound
 from app.jobs import batches, events, queue
@@ -86,7 +87,7 @@ def _delete_batch(services: Services, batch_id: str) -> None:
     folder = batches.folder_key(batch_id)
     try:
         # Announced, so that files whose row is gone are swept should this process die before it came to them.
-        with services.storage.announced(folder, is_wanted=partial(_is_there, services, batch_id)):
+        with services.storage.announced(folder, is_wanted=partial(holdings.has_row, services.database)):
             _delete_row(services, batch_id, kind=JobKind.prediction)
     except OSError as error:
         if not is_disk_full(error):
@@ -127,8 +128,3 @@ def _delete_row(services: Services, job_id: str, *, kind: JobKind) -> None:
     """Unless somebody else was first."""
     with contextlib.suppress(NotFound):
         services.database.free(lambda session: queue.delete(session, job_id, kind=kind))
-
-
-def _is_there(services: Services, job_id: str) -> bool:
-    with services.database.read() as session:
-        return queue.exists(session, job_id)

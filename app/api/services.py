@@ -4,12 +4,13 @@ import asyncio
 import threading
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 
 import anyio
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import audit, registry
+from app import audit, holdings, registry
 from app.api.dataset_pictures import check_pixels, training_pictures
 from app.api.kept_predictions import Shelf
 from app.api.metrics import Metrics
@@ -120,7 +121,7 @@ def open_services(settings: Settings, *, resolve: Resolve) -> Services:
         weights=WeightStore.from_settings(settings),
         predictor=predictor,
         remembered=Remembered(database),
-        exporter=Exporter(storage, is_registered=lambda model_id: _is_registered(database, model_id)),
+        exporter=Exporter(storage, is_wanted=partial(holdings.has_row, database)),
         pictures=Pictures(storage),
         metrics=metrics,
         traffic=Traffic(database),
@@ -183,11 +184,6 @@ async def keep_ballast(services: Services) -> None:
     while True:
         await asyncio.to_thread(services.database.keep_ballast)
         await asyncio.sleep(BALLAST_INTERVAL_SECONDS)
-
-
-def _is_registered(database: Database, model_id: str) -> bool:
-    with database.read() as session:
-        return registry.exists(session, model_id)
 
 
 def _aliases(services: Services) -> dict[tuple[str, str], str]:

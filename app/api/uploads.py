@@ -229,13 +229,7 @@ def _create(services: Services, size_bytes: int, client_metadata: str) -> Upload
 
     with services.storage.staging() as staged:
         partial.create(staged)
-        made = publish_and_create(
-            services,
-            staged,
-            uploads.archive_key(upload_id),
-            create=create,
-            exists=lambda session: uploads.exists(session, upload_id),
-        )
+        made = publish_and_create(services, staged, uploads.archive_key(upload_id), create=create)
     row: UploadRow = made["row"]
     return row
 

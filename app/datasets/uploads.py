@@ -55,10 +55,6 @@ def find(session: Session, upload_id: str) -> UploadRow:
     return row
 
 
-def exists(session: Session, upload_id: str) -> bool:
-    return session.scalar(select(UploadRow.seq).where(UploadRow.id == upload_id)) is not None
-
-
 def list_open(session: Session) -> Sequence[UploadRow]:
     """Oldest first."""
     return session.scalars(select(UploadRow).where(UploadRow.status == "open").order_by(UploadRow.seq)).all()

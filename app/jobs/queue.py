@@ -133,10 +133,6 @@ def find(session: Session, job_id: str, *, kind: JobKind = JobKind.training) -> 
     return job
 
 
-def exists(session: Session, job_id: str) -> bool:
-    return session.scalar(select(JobRow.seq).where(JobRow.id == job_id)) is not None
-
-
 def list_jobs(
     session: Session,
     *,

@@ -59,11 +59,11 @@ class Exporter:
     """Finds and makes exported files. All methods but `find` belong to one event loop; end with `stop()`."""
 
     def __init__(
-        self, storage: LocalStorage, *, is_registered: Callable[[str], bool], program: Sequence[str] = PROGRAM
+        self, storage: LocalStorage, *, is_wanted: Callable[[str], bool], program: Sequence[str] = PROGRAM
     ) -> None:
-        """is_registered: whether a model is (still) there; called in threads."""
+        """is_wanted: whether the model is (still) there that a key of the storage belongs to; called in threads."""
         self._storage = storage
-        self._is_registered = is_registered
+        self._is_wanted = is_wanted
         self._program = program
         self._making: dict[tuple[str, Format], asyncio.Task[Exported]] = {}
         self._turn = asyncio.Semaphore(PARALLEL_EXPORTS)
@@ -172,7 +172,7 @@ class Exporter:
             raise (ModelUnavailable if report["code"] == ModelUnavailable.code else ExportUnavailable)(report["detail"])
         (folder / PICTURES_FILE).unlink(missing_ok=True)
         # The model may be deleted at any time; no file of it must come to be after that.
-        with self._storage.announced(exports_of(model_id), is_wanted=lambda: self._is_registered(model_id)):
+        with self._storage.announced(exports_of(model_id), is_wanted=self._is_wanted):
             self._storage.publish(folder, _key(model_id, file_format))
         exported = self.find(model_id, file_format)
         if exported is None:

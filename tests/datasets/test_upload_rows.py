@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from app import holdings
 from app.datasets import partial, uploads
 from app.db.engine import Database
 from app.db.tables import utc_now
@@ -59,7 +60,10 @@ def test_attempts_are_counted_and_ended_uploads_forgotten(any_database: Database
     for before, left in ((utc_now() - timedelta(hours=1), True), (utc_now() + timedelta(hours=1), False)):
         with any_database.write() as session:
             uploads.forget_ended(session, before=before)
-            assert (uploads.exists(session, "up_1"), uploads.exists(session, "up_2")) == (left, True)
+        assert [holdings.has_row(any_database, f"uploads/{upload_id}") for upload_id in ("up_1", "up_2")] == [
+            left,
+            True,
+        ]
 
 
 def test_file_has_one_writer_in_all_processes_and_is_free_when_that_is_killed(tmp_path: Path) -> None:

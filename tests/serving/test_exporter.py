@@ -48,7 +48,9 @@ class Workshop:
     @property
     def exporter(self) -> Exporter:
         program = (sys.executable, "-c", PROGRAM, str(self.folder))
-        return Exporter(self.storage, is_registered=self.registered.__contains__, program=program)
+        return Exporter(
+            self.storage, is_wanted=lambda key: key.removeprefix("exports/") in self.registered, program=program
+        )
 
     @property
     def runs(self) -> list[list[str]]:
