@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from app.cli import completion
+from app.cli.labelled import LABELS_FILE, labelled_pictures
 from app.cli.terminal import (
     ApiKey,
     AsJson,
@@ -272,17 +273,23 @@ def extend_model(
 @models.command("personalise")
 def personalise_model(
     model_id: ModelId,
-    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="With a folder of pictures per class.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            file_okay=False,
+            help=f"With a folder of pictures per class, or pictures and a {LABELS_FILE}: filename,label, or, where the "
+            "model tells several things, filename,label:<task>,…",
+        ),
+    ],
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = "",
 ) -> None:
     """Let a copy of a model learn a few pictures of your own, as a new model."""
-    files = sorted(path for path in folder.glob("*/*") if path.is_file() and not path.name.startswith("."))
-    if not files:
-        raise typer.BadParameter("it has no folders with pictures in them", param_hint="folder")
+    pictures = labelled_pictures(folder)
     with connect(url, api_key) as graft:
-        model = graft.models.personalise(model_id, [(path.parent.name, path) for path in files])
+        model = graft.models.personalise(model_id, pictures)
         if as_json:
             print_json(model.raw)
             return

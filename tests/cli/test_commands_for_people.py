@@ -590,6 +590,54 @@ def test_personalise_wants_folders_of_pictures(graft: Graft, tmp_path: Path) -> 
     assert "no folders with pictures" in " ".join(result.errors.replace("│", " ").split())
 
 
+def test_personalise_sends_what_a_table_says_of_each_task(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    table = "\ufefffilename,label:colour,label:light\n2.jpg,blue,dark\n1.jpg,blue,\n"
+    (tmp_path / "labels.csv").write_text(table, "utf-8")
+    personal = {"images": 2, "accuracy_before": 0.0, "accuracy": 1.0, "accuracy_left_out": None}
+    made = MODEL | {"id": "mdl_2", "aliases": [], "metrics": MODEL["metrics"] | {"personal": personal}}
+    server.answers["POST", "/v1/models/mdl_1/personalise"] = (201, made)
+
+    result = graft("models", "personalise", "mdl_1", str(tmp_path))
+
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1].strip() == "Of your 2 pictures it was right about 0%, and is about 100%."
+    [sent] = server.sent("POST", "/v1/models/mdl_1/personalise")
+    expected = [
+        b"label:colour",
+        b"blue\r\n",
+        b"label:light",
+        b"dark\r\n",
+        b'"2.jpg"',
+        b'"label:light"\r\n\r\n\r\n',
+        b'"1.jpg"',
+    ]
+    parts = [sent.body.rindex(part) if part.startswith(b'"label') else sent.body.index(part) for part in expected]
+    assert parts == sorted(parts)
+
+
+@pytest.mark.parametrize(
+    ("table", "why"),
+    [
+        ("filename,label\n", "has no rows"),
+        ("filename,label\n9.jpg,rose\n", "no picture beside it"),
+        ("label\nrose\n", "no picture beside it"),
+        ("filename,label\n1.jpg\n", "does not say what 1.jpg is"),
+        ("filename,class\n1.jpg,rose\n", "does not say what 1.jpg is"),
+        ('filename,label\n1.jpg,"rose\n', "cannot be read"),
+    ],
+)
+def test_personalise_says_what_is_wrong_with_a_table(graft: Graft, tmp_path: Path, table: str, why: str) -> None:
+    (tmp_path / "1.jpg").write_bytes(b"1")
+    (tmp_path / "labels.csv").write_text(table)
+
+    result = graft("models", "personalise", "mdl_1", str(tmp_path))
+
+    assert result.exit_code == 2
+    assert why in " ".join(result.errors.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(("method", "is_told"), [("feature_extraction", True), ("full_fine_tuning", False)])
 def test_the_forecast_is_told_of_the_models_that_it_is_made_with(
     training: ScriptedServer, graft: Graft, method: str, is_told: bool
