@@ -9,7 +9,7 @@ ARGS ?=
 SECONDS ?= 600
 # Two files of tests at a time, or four: many wait for processes of their own. More would need gigabytes for torch.
 # A process of tests that dies ends the run and names its test: another in its place has been seen to wait for ever.
-PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 # For every platform and every Python from 3.11 on.
 TOOLS := build/tools

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cuda" in getattr(item, "fixturenames", ()):
             item.add_marker("gpu")
+    # Files that take minutes come first, then those with many tests: else one process would be at such a file alone at
+    # the end. In that order files are handed out to the processes (--no-loadscope-reorder).
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    tests_in = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests_in[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)
