@@ -47,7 +47,7 @@ def insight(
     return Insight(
         ood_score=reference.ood_score(similarities),
         prediction_sets={} if coverage is None else _prediction_sets(scores, reference, outputs, coverage),
-        neighbours=reference.nearest(similarities, neighbours),
+        neighbours=reference.nearest(similarities, neighbours) if neighbours else [],  # sorting takes its time
     )
 
 

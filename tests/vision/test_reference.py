@@ -264,3 +264,14 @@ def test_names_are_kept_in_one_block_and_read_like_any_sequence() -> None:
     with pytest.raises(IndexError):
         names[4]
     assert list(Images([])) == []
+
+
+def test_pictures_beside_each_other_are_as_like_as_each_alone() -> None:
+    found = made(images=300, width=1024)
+    pictures = np.random.default_rng(5).normal(size=(5, 1024)).astype(np.float32)
+
+    together = found.similarities(pictures)
+
+    assert together.shape == (5, 300)
+    for row, picture in zip(together, pictures, strict=True):
+        assert np.array_equal(row, found.similarities(picture))
