@@ -7,7 +7,7 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, SecretStr, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024**2
@@ -22,7 +22,12 @@ class Settings(BaseSettings):
     """Graft's settings; unknown `GRAFT_…` names in `.env` are refused so that a typo cannot pass unnoticed."""
 
     model_config = SettingsConfigDict(
-        env_prefix="GRAFT_", env_file=".env", env_ignore_empty=True, extra="forbid", frozen=True
+        env_prefix="GRAFT_",
+        env_file=".env",
+        dotenv_filtering="match_prefix",  # other programs' lines may stand there, too
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
     )
 
     # Where things are
@@ -219,6 +224,12 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="json lines, or console for people; auto is console on a terminal."
+    )
+
+    # The command
+    url: str = Field("", description="Server that the commands of `graft` ask; empty means http://127.0.0.1:8000.")
+    api_key: SecretStr | None = Field(
+        None, description="Key that these commands send; `graft keys create` on the server's side makes one."
     )
 
     # Traces, and metrics of jobs

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from dotenv import dotenv_values
 
 from app.cli import batches, demo, predict, resources, server, tenants, train, weights
 from app.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREACHABLE, Failure, errors
 from app.errors import GraftError as ServersOwnError
 from graft_client import Forbidden, GraftError, ServerRefused, ServerUnreachable, Unauthenticated
+
+OF_COMMANDS = ("GRAFT_URL", "GRAFT_API_KEY")
 
 cli = typer.Typer(
     name="graft",
@@ -45,6 +48,7 @@ weights.add_to(cli)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits, with the exit codes of the epilog above."""
     try:
+        _read_dotenv()
         cli(args=arguments, prog_name="graft")
     except Failure as error:
         _fail(str(error), error.exit_code)
@@ -66,6 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{error.filename}: {error.strerror}.", EXIT_FAILED)  # a file that cannot be read, or written
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _read_dotenv() -> None:
+    """What commands take from the environment may stand in `.env`, as all settings; the environment goes first."""
+    for name, value in dotenv_values(".env").items():
+        if name in OF_COMMANDS and value:
+            os.environ.setdefault(name, value)
 
 
 def _where_to_find_one(url: str) -> str:

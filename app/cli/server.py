@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import structlog
 import typer
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from app import logs
@@ -216,6 +216,8 @@ def _shown(value: Any) -> str:
     match value:
         case None | "":
             return "–"
+        case SecretStr():
+            return "set"
         case frozenset():
             return json.dumps(sorted(value))
         case str() if "://" in value:

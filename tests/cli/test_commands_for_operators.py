@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from scripted_server import Result
+from scripted_server import Result, ScriptedServer
 from sqlalchemy import select
 
 from app.db.engine import Database
@@ -63,6 +63,38 @@ def test_a_wrong_setting_is_named(graft: Graft, monkeypatch: pytest.MonkeyPatch)
 
     assert result.exit_code == 2
     assert result.errors == ("The settings are not valid:\n  GRAFT_PORT: Input should be less than or equal to 65535\n")
+
+
+def test_dotenv_may_hold_what_commands_need_and_what_is_not_ours(
+    server: ScriptedServer, graft: Graft, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("GRAFT_URL", "GRAFT_API_KEY"):
+        monkeypatch.setenv(name, "")  # remembered, so that what is read from the file does not outlive this test
+        monkeypatch.delenv(name)
+    (tmp_path / ".env").write_text(f"GRAFT_URL={server.url}\nGRAFT_API_KEY=sesame\nGRAFT_PORT=8123\nOTHER=3\n")
+    server.answers["GET", "/v1/jobs"] = (200, {"data": [], "has_more": False, "first_id": None, "last_id": None})
+
+    settings, jobs = graft("settings"), graft("jobs", "list")
+
+    assert (settings.exit_code, jobs.exit_code) == (0, 0), settings.errors + jobs.errors
+    assert "8123" in settings.output
+    assert "sesame" not in settings.output
+    assert server.requests[-1].headers["Authorization"] == "Bearer sesame"
+
+
+def test_dotenv_with_a_name_that_is_no_setting_is_refused(
+    graft: Graft, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("GRAFT_PROT=8123\n")
+
+    result = graft("settings")
+
+    assert (result.exit_code, result.errors) == (
+        2,
+        "The settings are not valid:\n  GRAFT_PROT: Extra inputs are not permitted\n",
+    )
 
 
 def test_migrate_makes_the_database_and_may_be_repeated(graft: Graft, data_folder: Path) -> None:
