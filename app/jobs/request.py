@@ -60,17 +60,17 @@ class Hyperparameters(BaseModel):
         None, description="Peak learning rate of the trained part of the backbone."
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] | SkipJsonSchema[None] = Field(
-        None, description="Momentum; for sgd only."
+        None, description="Momentum, of sgd, which it implies."
     )
     weight_decay: Annotated[float, Field(ge=0, le=1)] | SkipJsonSchema[None] = Field(
         None, description="Weight decay; coupled in sgd, decoupled in adamw."
     )
     scheduler: Scheduler | SkipJsonSchema[None] = Field(None, description="How the learning rate goes down.")
     step_size: Annotated[int, Field(ge=1, le=1000)] | SkipJsonSchema[None] = Field(
-        None, description="Epochs between two decays; for scheduler step only."
+        None, description="Epochs between two decays, of the scheduler step, which it implies."
     )
     gamma: Annotated[float, Field(gt=0, le=1)] | SkipJsonSchema[None] = Field(
-        None, description="Factor of each decay; for scheduler step only."
+        None, description="Factor of each decay, of the scheduler step, which it implies."
     )
     warmup_epochs: Annotated[float, Field(ge=0, le=1000)] | SkipJsonSchema[None] = Field(
         None, description="Epochs, fractions too, over which the learning rate rises linearly from 0."

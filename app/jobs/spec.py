@@ -290,14 +290,12 @@ def _resolved(
     request: JobRequest, method: Method, *, dataset: DatasetFacts, start: _Start, reasons: list[str]
 ) -> TrainingSpec:
     _check_start(method, start)
-    _check_combinations(request, method, start.backbone)
+    asked = _with_implied(request.hyperparameters, reasons)
+    _check_combinations(request, asked, method, start.backbone)
     preprocessing = _preprocessing(request, start)
-    if request.recipe == "classic":
-        values = _classic(request.hyperparameters, method)
-    else:
-        values = _modern(request.hyperparameters, method, start, dataset)
+    values = _classic(asked, method) if request.recipe == "classic" else _modern(asked, method, start, dataset)
     if method == "self_supervised":
-        values |= SELF_SUPERVISED | _given(request.hyperparameters)
+        values |= SELF_SUPERVISED | _given(asked)
     if method == "few_shot":
         values |= PROTOTYPES
     reasons += _reasons(request, values, dataset, steps=MODERN[method, start.backbone.family].steps)
@@ -429,9 +427,20 @@ def _method(request: JobRequest, dataset: DatasetFacts, start: _Start, device_ty
     return method
 
 
-def _check_combinations(request: JobRequest, method: Method, backbone: BackboneSpec) -> None:
+def _with_implied(asked: Hyperparameters, reasons: list[str]) -> Hyperparameters:
+    """With the optimizer and the scheduler that a given value is for, where none was named."""
+    given, implied = asked.model_fields_set, {}
+    if "momentum" in given and "optimizer" not in given:
+        implied["optimizer"] = "sgd"
+        reasons.append("optimizer sgd: momentum was given, which is for this optimizer alone.")
+    if (names := sorted({"step_size", "gamma"} & given)) and "scheduler" not in given:
+        implied["scheduler"] = "step"
+        reasons.append(f"scheduler step: {' and '.join(names)} was given, which is for this scheduler alone.")
+    return Hyperparameters.model_validate(asked.model_dump(exclude_unset=True) | implied)
+
+
+def _check_combinations(request: JobRequest, asked: Hyperparameters, method: Method, backbone: BackboneSpec) -> None:
     """Refuses values that could not change anything, or that this backbone cannot do."""
-    asked = request.hyperparameters
     given = asked.model_fields_set
     default_optimizer = "sgd" if request.recipe == "classic" else "adamw"
     if "momentum" in given and (asked.optimizer or default_optimizer) != "sgd":

@@ -94,6 +94,22 @@ def test_head_on_the_bundled_backbone_reads_all_layers_and_says_so_but_not_under
     assert refused.errors[0].pointer == "#/hyperparameters/feature_layer"
 
 
+def test_what_is_for_one_optimizer_or_scheduler_implies_it_and_says_so() -> None:
+    spec = resolved(method="full_fine_tuning", hyperparameters={"momentum": 0.8, "gamma": 0.5})
+    found = spec.hyperparameters
+    assert (found.optimizer, found.momentum, found.scheduler, found.gamma) == ("sgd", 0.8, "step", 0.5)
+    named = resolved(
+        method="full_fine_tuning",
+        hyperparameters={"optimizer": "sgd", "momentum": 0.8, "scheduler": "step", "gamma": 0.5},
+    )
+    assert found == named.hyperparameters
+    assert [reason for reason in spec.reasons if "was given" in reason] == [
+        "optimizer sgd: momentum was given, which is for this optimizer alone.",
+        "scheduler step: gamma was given, which is for this scheduler alone.",
+    ]
+    assert spec.requested["hyperparameters"] == {"momentum": 0.8, "gamma": 0.5}
+
+
 @pytest.mark.parametrize("method", ["feature_extraction", "fine_tuning", "full_fine_tuning", "from_scratch", "auto"])
 @pytest.mark.parametrize("recipe", ["classic", "modern"])
 def test_a_spec_survives_the_database(method: str, recipe: str) -> None:
@@ -178,12 +194,12 @@ def test_a_bad_request_names_the_field(body: object, pointer: str) -> None:
     ("body", "name", "detail"),
     [
         (
-            {"hyperparameters": {"momentum": 0.9}},
+            {"hyperparameters": {"momentum": 0.9, "optimizer": "adamw"}},
             "momentum",
             'is for the optimizer sgd only; add "optimizer": "sgd", or leave it out',
         ),
         (
-            {"hyperparameters": {"gamma": 0.5}},
+            {"hyperparameters": {"gamma": 0.5, "scheduler": "cosine"}},
             "gamma",
             'is for the scheduler step only; add "scheduler": "step", or leave it out',
         ),
