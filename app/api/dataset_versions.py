@@ -143,6 +143,7 @@ def _keep(services: Services, archive: FilePath, parent: DatasetRow, chosen: Cho
     archive_bytes, sha256 = archive.stat().st_size, file_sha256(archive)
 
     def create(session: Session) -> dict[str, Any]:
+        services.workspace.check_room(session, archive_bytes)
         row = catalog.create(
             session,
             dataset_id=dataset_id,

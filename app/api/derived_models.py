@@ -31,7 +31,7 @@ def publish(
 ) -> Model:
     """Files first, whole and synced; then the model's row. shots: encoded pictures that it was made of.
 
-    Raises StorageFull where the disk does not take it.
+    Raises StorageFull where the disk does not take it, TooManyRequests where the workspace's quota does not.
     """
     model_id = new_id("mdl")
     key = f"models/{model_id}"
@@ -41,6 +41,7 @@ def publish(
     with _storing(), services.storage.announced(key, is_wanted=is_kept):
         saved = _stored(services.storage, key, made, derived.evaluation)
         with services.database.write() as session:
+            services.workspace.check_room(session, saved.size_bytes)
             row = registry.register(
                 session,
                 model_id=model_id,

@@ -19,6 +19,7 @@ from app.errors import FieldError, Forbidden, TooLarge
 from app.predictions import Kept, picture_key
 from app.settings import Settings
 from app.storage import LocalStorage
+from app.workspaces import Workspace
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,17 @@ class Shelf:
                 errors=[FieldError("#/store", "is turned off on this server")],
             )
 
-    def keep(self, model_id: str, alias: str | None, answered: Sequence[tuple[bytes, Prediction]]) -> list[Prediction]:
+    def keep(
+        self,
+        workspace: Workspace,
+        model_id: str,
+        alias: str | None,
+        answered: Sequence[tuple[bytes, Prediction]],
+    ) -> list[Prediction]:
         """The predictions with ids, kept together with their encoded pictures: all of them, or none.
 
-        Raises TooLarge for more bytes than are ever kept, StorageFull, and NotFound if the model was just deleted.
+        Raises TooLarge for more bytes than are ever kept, StorageFull, TooManyRequests where the workspace's quota has
+        no room, and NotFound if the model was just deleted.
         """
         size_bytes = sum(len(picture) for picture, _ in answered)
         if size_bytes > self.settings.max_stored_prediction_bytes:
@@ -57,6 +65,7 @@ class Shelf:
                     staged.write_bytes(picture)
                     self.storage.publish(staged, key)
             with self.database.write() as session:
+                workspace.check_room(session, size_bytes)
                 predictions.add(session, kept, model_id=model_id, alias=alias)
                 gone = self._forget_old(session)
         self._delete_pictures(gone)

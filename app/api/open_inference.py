@@ -358,6 +358,7 @@ async def _infer(request: Request, services: Services, model: Named) -> Response
 
 async def _scores(services: Services, model: Named, asked: wire.Inference) -> list[Scores]:
     if not isinstance(asked.tensor, list):
+        services.traffic.take_predictions(services.workspace, len(asked.tensor))
         scores = await services.predictor.scores(model.row.id, torch.from_numpy(asked.tensor))
         services.metrics.count_predictions(answered=len(scores), refused=0)
         return scores

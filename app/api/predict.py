@@ -170,7 +170,7 @@ def _kept(
         for picture, prediction in zip(pictures, predictions, strict=True)
         if isinstance(prediction, Prediction) and isinstance(picture.encoded, bytes)
     ]
-    kept = iter(services.shelf.keep(model_id, alias, answered))
+    kept = iter(services.shelf.keep(services.workspace, model_id, alias, answered))
     return [next(kept) if isinstance(prediction, Prediction) else prediction for prediction in predictions]
 
 

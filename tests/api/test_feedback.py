@@ -12,7 +12,7 @@ import httpx
 import pytest
 from api_builders import CLASSES, RunningServer, assert_is_problem
 
-from app import access, predictions
+from app import access, holdings, predictions, workspaces
 from app.datasets.ingest import manifest_key
 from app.datasets.manifest import Manifest
 from app.db.tables import PredictionRow, utc_now
@@ -425,6 +425,42 @@ def test_version_whose_pictures_are_gone_is_not_made(server: RunningServer, clie
 
     assert_is_problem(client.post(f"/v1/datasets/{dataset['id']}/versions"), 409, "no-new-feedback")
     assert len(client.get("/v1/datasets").json()["data"]) == 1
+
+
+def test_what_is_kept_and_made_of_it_counts_against_the_quota(server: RunningServer, client: httpx.Client) -> None:
+    dataset = ready_dataset(server, client)
+    model = api_builders.register_model(server.services, dataset_id=dataset["id"])
+    [told] = kept(client)
+    say(client, told["id"], "cat")
+    storage, whole = server.services.storage, server.app.state.services.database
+
+    def ask() -> list[httpx.Response]:
+        mine = [("label", (None, "dog")), ("file", ("a.jpg", OTHER))]
+        return [
+            client.post("/predict?store=true", content=OTHER),
+            client.post(f"/v1/datasets/{dataset['id']}/versions"),
+            client.post(f"/v1/models/{model}/personalise", files=mine),
+        ]
+
+    def there() -> list[str]:
+        return sorted(f"{folder}/{path.name}" for folder in holdings.TABLES for path in entries(storage.path(folder)))
+
+    before = there()
+    used = client.get("/v1/usage").json()["bytes"]["used"]
+    with whole.write() as session:
+        workspaces.change_limits(session, "default", {"max_bytes": used})
+    for answer in ask():
+        assert_is_problem(answer, 429, "quota-of-bytes-spent")
+    assert there() == before
+    assert client.get("/v1/usage").json()["bytes"]["used"] == used
+
+    with whole.write() as session:
+        workspaces.change_limits(session, "default", {"max_bytes": None})
+    assert [answer.status_code for answer in ask()] == [200, 201, 201]
+
+
+def entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.exists() else []
 
 
 def test_keys_that_predict_may_say_but_not_look(server: RunningServer, client: httpx.Client, model: str) -> None:

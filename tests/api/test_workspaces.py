@@ -279,6 +279,8 @@ def test_pictures_beyond_the_days_quota_are_refused_also_after_a_restart(tmp_pat
         api_builders.register_model(server.services)
         two = [("file", ("a.jpg", builders.jpeg()))] * 2
         assert [client.post("/predict", files=two).status_code for _ in range(3)] == [200, 200, 429]
+        tensor = {"name": "image", "datatype": "FP32", "shape": [2, 3, 32, 32], "data": [0.0] * (2 * 3 * 32 * 32)}
+        assert client.post("/v2/models/default/infer", json={"inputs": [tensor]}).status_code == 429
         assert client.post("/hf/default", content=builders.jpeg()).status_code == 200
         assert client.get("/v1/usage").json()["predictions_today"] == {"used": 5, "limit": 5}
     with RunningServer(settings) as server, api_builders.client_of(server) as client:
