@@ -24,7 +24,6 @@ from app.datasets.archive import ArchiveLimits
 from app.datasets.ingest import archive_key
 from app.datasets.inventory import inspect
 from app.datasets.layout import Kind
-from app.datasets.manifest import Split
 from app.datasets.upload import StagedUpload
 from app.db.tables import DatasetRow, new_id
 from app.errors import Conflict
@@ -158,7 +157,7 @@ def list_images(
     services: ServicesDep,
     dataset_id: DatasetId,
     class_name: Annotated[str | None, Query(alias="class", max_length=1000)] = None,
-    split: Split | Literal[""] | None = None,
+    split: Literal["train", "val", "test", ""] = "",
     limit: Limit = 50,
     after: After = None,
 ) -> Listing[DatasetImage]:

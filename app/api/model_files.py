@@ -110,7 +110,7 @@ def _contents(services: Services, model_id: str) -> Contents:
         "weights": model.backbone.get("weights"),
         "weights_license": cards.weights_license(model),
         "metrics": json.dumps(model.metrics, ensure_ascii=False),
-        "created_at": model.created_at.isoformat(),
+        "created_at": model.created_at.isoformat().replace("+00:00", "Z"),
         "graft_version": version("graft"),
         "card": cards.render(facts),
     }

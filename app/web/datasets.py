@@ -13,7 +13,6 @@ from app.api.deps import After, ServicesDep
 from app.api.schemas import Dataset, DatasetWarning, thumbnail_path
 from app.api.services import Services
 from app.datasets import catalog
-from app.datasets.manifest import Split
 from app.errors import NotFound
 from app.web.site import PageId, go_to, page
 
@@ -111,7 +110,7 @@ def images_page(
     services: ServicesDep,
     dataset_id: PageId,
     class_name: Annotated[str | None, Query(alias="class", max_length=1000)] = None,
-    split: Split | Literal[""] | None = None,
+    split: Literal["train", "val", "test", ""] = "",
     after: After = None,
 ) -> Response:
     dataset = datasets.read_dataset(services, dataset_id)
@@ -119,7 +118,7 @@ def images_page(
         services, dataset_id, class_name=class_name, split=split, limit=PICTURES_SHOWN, after=after
     )
     template = "dataset_pictures.html" if after else "dataset_images.html"
-    return page(request, template, dataset=dataset, listing=found, class_name=class_name or "", split=split or "")
+    return page(request, template, dataset=dataset, listing=found, class_name=class_name or "", split=split)
 
 
 @router.post("/{dataset_id}/versions")
