@@ -27,7 +27,7 @@ router = APIRouter(tags=["hugging face"])
 class ClassificationParameters(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    top_k: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description=f"{DEFAULT_TOP_K} if left out.")
+    top_k: Annotated[int, Field(ge=1)] | None = Field(None, description=f"{DEFAULT_TOP_K} if left out.")
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
         None,
         description="softmax (the default): calibrated scores that sum to 1. none: their logits, which are the "

@@ -525,7 +525,7 @@ class PredictOptions(BaseModel):
         Field(description="A model's id or alias; `default` if left out."),
     ] = None
     top_k: Annotated[
-        Annotated[int, Field(ge=1, le=1000)] | None,
+        Annotated[int, Field(ge=1)] | None,
         Field(description=f"Classes per picture, best first; {DEFAULT_TOP_K} if left out."),
     ] = None
     store: Annotated[

@@ -126,7 +126,6 @@ def test_output_is_as_the_request_and_then_the_output_says(
         ({**message(), "outputs": [{"name": "scores"}] * 2}, "#/outputs/1/name"),
         ({**message(), "outputs": [{"name": "scores", "parameters": {"classification": -1}}]},
          "#/outputs/0/parameters/classification"),
-        (message(name="pixels"), "#/inputs/0/name"),
         (message(datatype="UINT8"), "#/inputs/0/datatype"),
         (message(shape=[1, 2]), "#/inputs/0/shape"),
         (message(shape=[]), "#/inputs/0/shape"),

@@ -135,7 +135,7 @@ def test_all_unreadable_is_422_for_the_whole(client: httpx.Client, model: str) -
     assert "x cannot be read" in problem["detail"]
 
 
-@pytest.mark.parametrize(("top_k", "rows"), [(1, 1), (2, 2), (1000, 2)])
+@pytest.mark.parametrize(("top_k", "rows"), [(1, 1), (2, 2), (1000, 2), (10**30, 2)])
 def test_top_k_rows_are_answered_as_far_as_there_are_classes(
     client: httpx.Client, model: str, top_k: int, rows: int
 ) -> None:
@@ -147,7 +147,7 @@ def test_top_k_rows_are_answered_as_far_as_there_are_classes(
         assert len(response.json()["predictions"][0]["top"]) == rows
 
 
-@pytest.mark.parametrize("top_k", ["0", "1001", "-1", "x", "1.5"])
+@pytest.mark.parametrize("top_k", ["0", "-1", "x", "1.5"])
 def test_top_k_out_of_range_is_pointed_at(client: httpx.Client, model: str, top_k: str) -> None:
     for response in (
         client.post(f"/predict?top_k={top_k}", content=PICTURE),
