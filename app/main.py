@@ -48,6 +48,7 @@ from app.db.migrate import check_is_current
 from app.egress import Resolve
 from app.errors import GraftError
 from app.settings import Settings
+from app.storage import keep_private
 from app.web import datasets as dataset_pages
 from app.web import home, sign_in, site, try_it
 from app.web import jobs as job_pages
@@ -146,6 +147,7 @@ def create_app(settings: Settings, *, resolve: Resolve = egress.resolve) -> Fast
 
 def main() -> int:
     """Serves until SIGINT or SIGTERM. Returns the exit status."""
+    keep_private()
     keep_freed_memory()
     settings = Settings()
     logs.configure(settings)

@@ -245,6 +245,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def keep_private() -> None:
+    """What this process, and those that it starts, write from now on is for their user alone: pictures, names, keys."""
+    os.umask(0o077)
+
+
 def remove(path: Path) -> None:
     """Removes a file, or a folder with all below it, if it is there."""
     if path.is_dir() and not path.is_symlink():

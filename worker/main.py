@@ -31,7 +31,7 @@ from app.jobs import owner, queue
 from app.jobs.queue import Claim, ClaimLost, Lease, LeaseObserver
 from app.jobs.states import JobKind, JobStatus
 from app.settings import Settings
-from app.storage import LocalStorage
+from app.storage import LocalStorage, keep_private
 from worker import endings
 from worker.child import EXIT_DATABASE_UNAVAILABLE, order_line
 from worker.reporter import DATABASE_ERRORS
@@ -465,6 +465,7 @@ def _set_on_signals(stop: Wakeup) -> None:
 
 
 def main() -> str | int:
+    keep_private()
     try:
         run_worker(Settings())
     except GraftError as error:

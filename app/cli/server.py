@@ -22,7 +22,7 @@ from app.db.engine import Database
 from app.db.migrate import check_is_current, upgrade
 from app.errors import listed
 from app.settings import Settings
-from app.storage import LocalStorage
+from app.storage import LocalStorage, keep_private
 from app.supervisor import Program, StopRequests, Supervisor, free_port, is_port_free
 from graft_client import Graft
 
@@ -140,7 +140,9 @@ def settings() -> None:
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """The settings, with those overrides that are not None. Raises Failure that names each wrong one."""
+    """The settings, with those overrides that are not None, for a command that works on the data itself: what it writes
+    is its user's alone. Raises Failure that names each wrong one."""
+    keep_private()
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:

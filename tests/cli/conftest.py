@@ -1,6 +1,7 @@
 """A scripted server, and a way to run the command in this process."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -61,8 +62,12 @@ def graft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name, raising=False)
 
     def run(*arguments: str) -> Result:
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
+        umask = os.umask(0o022)  # commands on data change it
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main(arguments)
+        finally:
+            os.umask(umask)
         captured = capsys.readouterr()
         exit_code = ended.value.code
         assert isinstance(exit_code, int)
