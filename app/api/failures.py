@@ -24,6 +24,10 @@ from app.storage import is_disk_full
 # What answers programs alone, whatever they say to accept.
 OF_PROGRAMS = re.compile(r"/(?:v1|v2|hf|predict|openapi\.json|healthz|readyz|metrics|swagger|static)(?:/|$)")
 
+# What routes raise that is no bug of ours.
+EXPECTED = (GraftError, OperationalError, OSError, IntegrityError)
+_FULL = StorageFull("The server's disk is full, and nothing was changed; its operator has to make room.")
+
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -33,12 +37,10 @@ ShowFailure = Callable[[Request, Problem], Response]
 def handle_failures(app: FastAPI, *, show: ShowFailure) -> None:
     """Anything else that is raised is our bug, and answered by the outermost middleware. show: makes the page."""
     app.state.show_failure = show
-    app.add_exception_handler(GraftError, _expected_failure)
+    for kind in EXPECTED:
+        app.add_exception_handler(kind, expected_failure)
     app.add_exception_handler(HTTPException, _framework_failure)
     app.add_exception_handler(RequestValidationError, _invalid_parameters)
-    app.add_exception_handler(OperationalError, _full_disk)
-    app.add_exception_handler(OSError, _full_disk)
-    app.add_exception_handler(IntegrityError, _broken_reference)
 
 
 def is_for_a_person(request: Request) -> bool:
@@ -54,9 +56,19 @@ def answer(request: Request, problem: Problem) -> Response:
     return problem.response(request_id=request.state.request_id, path=request.url.path)
 
 
-async def _expected_failure(request: Request, error: Exception) -> Response:
-    assert isinstance(error, GraftError)
-    return answer(request, Problem.of(error))
+async def expected_failure(request: Request, error: Exception) -> Response:
+    """The answer to one of EXPECTED; raises it anew if it is our bug after all."""
+    match error:
+        case GraftError():
+            return answer(request, Problem.of(error))
+        case OperationalError() if is_full(error):
+            return answer(request, Problem.of(_FULL))
+        case OSError() if is_disk_full(error):
+            return answer(request, Problem.of(_FULL))
+        case IntegrityError() if not await run_in_threadpool(_has_workspace, request.state.services):
+            # A request that was let in just before its workspace was deleted ends as those that come now.
+            return answer(request, Problem.of(Unauthenticated("This API key's workspace was just deleted.")))
+    raise error
 
 
 async def _framework_failure(request: Request, error: Exception) -> Response:
@@ -71,21 +83,6 @@ async def _invalid_parameters(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # Locations begin with "query", "path" or "header".
     return answer(request, Problem.of(invalid_fields({**e, "loc": e["loc"][1:]} for e in error.errors())))
-
-
-async def _full_disk(request: Request, error: Exception) -> Response:
-    if not (is_full(error) if isinstance(error, OperationalError) else is_disk_full(error)):
-        raise error
-    full = StorageFull("The server's disk is full, and nothing was changed; its operator has to make room.")
-    return answer(request, Problem.of(full))
-
-
-async def _broken_reference(request: Request, error: Exception) -> Response:
-    """A request that was let in just before its workspace was deleted may end after it: as those that come now."""
-    services: Services = request.state.services
-    if await run_in_threadpool(_has_workspace, services):
-        raise error
-    return answer(request, Problem.of(Unauthenticated("This API key's workspace was just deleted.")))
 
 
 def _has_workspace(services: Services) -> bool:

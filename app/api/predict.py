@@ -8,17 +8,17 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import registry
+from app.api import failures
 from app.api.answers import answer, check_has_reference, coverage_of, plan_of
 from app.api.classifiers import model_id_of, refuse_large_single
 from app.api.deps import ServicesDep, refuse_unknown, unless_disconnected
-from app.api.middleware import answer as answer_problem
 from app.api.openapi import options_of, problems, query_of
 from app.api.picture_bodies import Picture, form_content, read_pictures
 from app.api.problems import Problem, pointer_to
 from app.api.schemas import FailedPrediction, Prediction, Predictions, PredictOptions, PredictRequest
 from app.api.services import Services
 from app.api.strict_json import parse_as
-from app.errors import FieldError, GraftError, ImageRefused, InvalidRequest
+from app.errors import FieldError, ImageRefused, InvalidRequest
 from app.serving.adaptation import Plan
 from app.serving.loaded import LoadedModel
 from app.serving.scores import Adapted, Scores
@@ -40,10 +40,9 @@ class Shortcut:
         (scope["route"],) = router.routes
         try:
             response = await predict(Request(scope, receive, send), scope["state"]["services"])
-        except GraftError as error:
-            await answer_problem(Problem.of(error), scope, receive, send)
-        else:
-            await response(scope, receive, send)
+        except failures.EXPECTED as error:
+            response = await failures.expected_failure(Request(scope), error)
+        await response(scope, receive, send)
 
 
 @router.post(

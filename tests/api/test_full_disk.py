@@ -1,11 +1,13 @@
 """A disk without a byte left: who reads is answered, who writes is told, and nothing is half done."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import api_builders
 import builders
 import disks
+import numpy as np
 import pytest
 from api_builders import CLASSES, assert_is_problem, wait_for
 from disks import fill
@@ -127,3 +129,18 @@ def test_disk_that_takes_no_more_files_is_told_and_deleting_works(tmp_path: Path
 
         shutil.rmtree(fillers)
         assert client.put("/v1/datasets", content=archive).status_code == 201
+
+
+def test_picture_that_finds_no_room_on_its_way_in_is_told_so(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with api_builders.running(api_builders.settings_for(tmp_path)) as server, api_builders.client_of(server) as client:
+        api_builders.register_model(server.services)
+        large = builders.encoded(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8))
+        fill(small_disk)
+        monkeypatch.setattr(tempfile, "tempdir", str(small_disk))  # where forms put parts of more than a MiB
+
+        refused = client.post("/predict", files={"file": ("a.png", large)})
+
+        assert_is_problem(refused, 507, "storage-full")
+        assert client.post("/predict", content=large).status_code == 200  # needs none
