@@ -30,10 +30,9 @@ from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.artifact import Artifact
-from app.vision.backbones import BACKBONES
-from app.vision.classifier import Classifier
 from app.vision.weights import WeightStore
 from worker.training import methods
+from worker.training.reference import fit_reference
 
 PICTURES = 64
 CLASSES = [f"class {i}" for i in range(10)]
@@ -111,23 +110,17 @@ def write_pictures(archive: Path, folder: Path) -> None:
             (folder / f"{i}.jpg").write_bytes(opened.read(name))
 
 
-def prepare(data: Path, backbone: str, weights: Path, *, archive: Path | None = None) -> str:
-    """The default becomes a model with the backbone's weights, or random ones, registered as a worker does it.
+def prepare(data: Path, backbone: str, weights: Path, archive: Path) -> str:
+    """The default becomes a model with the backbone's weights, or random ones, made and registered as a worker does it.
 
-    archive: a data set that its head is solved for, and engines are compared on; else it is one of chance. Returns its
-    id.
+    archive: a data set that its head is solved for, that its answers are held against, and that engines are compared
+    on. Returns its id.
     """
     settings = Settings(data_dir=data, weights_dir=weights)
     upgrade(settings.resolved_database_url)
     storage, database = LocalStorage(data), Database(settings.resolved_database_url).within(DEFAULT_WORKSPACE)
-    store = WeightStore.from_settings(settings)
-    found = store.find(backbone)
-    if archive is None:
-        state_dict = None if found is None else store.load(found)
-        classifier = Classifier.new(backbone, len(CLASSES), seed=0, state_dict=state_dict).eval()
-        made = Artifact(classifier, CLASSES, BACKBONES[backbone].preprocessing)
-    else:
-        made = _solved(backbone, ingested(archive, storage), None if found is None else weights)
+    has_weights = WeightStore.from_settings(settings).find(backbone) is not None
+    made = _solved(backbone, ingested(archive, storage), weights if has_weights else None)
     model_id = register(made, storage, database)
     with database.write() as session:
         registry.point_alias(session, registry.DEFAULT_ALIAS, model_id)
@@ -145,12 +138,14 @@ def _solved(backbone: str, data: Ingested, weights: Path | None) -> Artifact:
         device=torch.device("cpu"),
     )
     fitted(training)
-    task = methods.conclude(training, data.manifest, is_final=False).tasks[0]
+    conclusion = methods.conclude(training, data.manifest, is_final=False)
+    task = conclusion.tasks[0]
     return Artifact(
         training.classifier.eval(),
         list(task.output.classes),
         training.preprocessing,
         temperature=task.output.temperature,
+        reference=fit_reference(training, conclusion, data.manifest),
         metadata={"dataset": data.name},
     )
 

@@ -33,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         write_pictures(arguments.data, folder / "pictures")
-        prepare(folder / "data", "mobilenet_v3_small", arguments.weights)
+        prepare(folder / "data", "mobilenet_v3_small", arguments.weights, arguments.data)
         environment = {"GRAFT_WEIGHTS_DIR": str(arguments.weights)}
         server = stack.enter_context(served("graft", ["-m", "app.main"], folder, environment))
         stack.enter_context(served("worker", ["-m", "worker.main"], folder, environment))

@@ -27,7 +27,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         write_pictures(arguments.data, folder / "pictures")
-        prepare(folder / "data", arguments.backbone, arguments.weights, archive=arguments.data)
+        prepare(folder / "data", arguments.backbone, arguments.weights, arguments.data)
         servers = []
         for way, environment in WAYS.items():
             server = stack.enter_context(served("graft", ["-m", "app.main"], folder, environment))

@@ -38,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         write_pictures(arguments.data, folder / "pictures")
-        prepare(folder / "data", arguments.backbone, arguments.weights, archive=arguments.data)
+        prepare(folder / "data", arguments.backbone, arguments.weights, arguments.data)
         servers = [
             stack.enter_context(served("graft", ["-m", "app.main"], folder)),
             stack.enter_context(served("naive", [str(HERE / "_naive_server.py")], folder)),

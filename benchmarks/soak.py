@@ -43,8 +43,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         write_pictures(arguments.data, folder / "pictures")
-        second = prepare(folder / "data", SECOND, arguments.weights)
-        first = prepare(folder / "data", FIRST, arguments.weights)
+        second = prepare(folder / "data", SECOND, arguments.weights, arguments.data)
+        first = prepare(folder / "data", FIRST, arguments.weights, arguments.data)
         environment = {"GRAFT_WEIGHTS_DIR": str(arguments.weights)}
         server = stack.enter_context(served("graft", ["-m", "app.main"], folder, environment))
         stack.enter_context(served("worker", ["-m", "worker.main"], folder, environment))
