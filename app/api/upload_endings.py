@@ -102,7 +102,7 @@ def sweep(services: Services) -> int:
         unfinished, ended = uploads.list_open(session), uploads.list_ended(session)
     removed = 0
     for upload in unfinished:
-        with contextlib.suppress(Locked, NotFound):
+        with contextlib.suppress(Locked):
             removed += _remove_if_expired(services, upload)
     for upload in ended:
         services.storage.delete(uploads.folder_key(upload.id))  # a process may have died before it came to that
@@ -112,21 +112,21 @@ def sweep(services: Services) -> int:
 
 
 def _remove_if_expired(services: Services, upload: UploadRow) -> bool:
-    path = services.storage.path(uploads.archive_key(upload.id))
-    if not path.exists():
-        # Restored from a backup, perhaps, which has no unfinished archives.
-        with services.database.write() as session:
-            uploads.delete(session, upload.id)
-        return True
-    if not _is_expired(services, upload):
-        return False
-    with partial.locked(path):
+    try:
         if not _is_expired(services, upload):
             return False
-        with services.database.write() as session:
-            uploads.delete(session, upload.id)
-        services.storage.delete(uploads.folder_key(upload.id))
-    return True
+        with partial.locked(services.storage.path(uploads.archive_key(upload.id))):
+            return _is_expired(services, upload) and _remove(services, upload)
+    except (FileNotFoundError, NotFound):
+        # Ended meanwhile; or restored from a backup, perhaps, which has no unfinished archives.
+        return _remove(services, upload)
+
+
+def _remove(services: Services, upload: UploadRow) -> bool:
+    with services.database.write() as session:
+        is_removed = uploads.expire(session, upload.id)
+    services.storage.delete(uploads.folder_key(upload.id))
+    return is_removed
 
 
 def _is_expired(services: Services, upload: UploadRow) -> bool:

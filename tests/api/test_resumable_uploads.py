@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -425,6 +426,25 @@ def test_what_nobody_goes_on_with_expires(tmp_path: Path) -> None:
     with api_builders.RunningServer(hasty) as server, api_builders.client_of(server) as client:
         api_builders.wait_for(lambda: {client.get(path).status_code for path in (held, fresh, ended)} == {404})
         assert [path for path in stored_files(server) if "uploads" in path.parts] == []
+
+
+def test_upload_that_ends_while_others_expire_stays_to_be_asked_for(
+    server: RunningServer, client: httpx.Client
+) -> None:
+    old, ending = begin(client, len(ARCHIVE)), begin(client, len(ARCHIVE))
+    os.utime(file_of(server, old), (0, 0))
+    with ThreadPoolExecutor(1) as pool:
+        with server.services.database.write() as session:
+            # It has seen two that are open, holds the first, and waits for us to remove its row.
+            sweeping = pool.submit(upload_endings.sweep, server.services)
+            api_builders.wait_for(lambda: is_held(file_of(server, old)))
+            uploads.finish(session, ending.rpartition("/")[2], dataset_id="ds_1")
+            file_of(server, ending).unlink()
+        assert sweeping.result() == 1
+
+    assert client.get(old).status_code == 404
+    assert (client.get(ending).json()["status"], client.get(ending).json()["dataset"]) == ("finished", "ds_1")
+    assert send(client, ending, len(ARCHIVE), b"").headers["graft-dataset"] == "ds_1"
 
 
 @pytest.mark.parametrize("jump", [timedelta(days=30), timedelta(days=-30)])
