@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -383,6 +383,30 @@ def test_archive_that_ends_every_process_is_given_up(server: RunningServer, clie
     assert_is_problem(send(client, path, 0, ARCHIVE), 422, "upload-ends-server")
 
     assert stored_files(server) == []
+
+
+def test_whole_upload_waits_while_the_quota_is_spent(tmp_path: Path) -> None:
+    settings = api_builders.settings_for(tmp_path, workspace_max_bytes=2 * len(ARCHIVE) + 1000)
+    with api_builders.running(settings) as server, api_builders.client_of(server) as client:
+        waiting, expired = begin(client, len(ARCHIVE)), begin(client, len(ARCHIVE))
+        model = api_builders.register_model(server.services, aliases=())  # of a job that was submitted before
+
+        for path in (waiting, expired):
+            assert_is_problem(send(client, path, 0, ARCHIVE), 429, "quota-of-bytes-spent")
+            assert_is_problem(send(client, path, len(ARCHIVE), b""), 429, "quota-of-bytes-spent")
+
+        assert client.get(waiting).json()["status"] == "checking"
+        os.utime(file_of(server, expired), (0, 0))
+        api_builders.wait_for(lambda: upload_endings.sweep(server.services))
+        assert client.get(expired).status_code == 404
+        assert [row.attempts for row in open_uploads(server)] == [0]
+        assert client.delete(f"/v1/models/{model}").status_code == 200
+        assert_is_whole(server, client, waiting)
+
+
+def open_uploads(server: RunningServer) -> Sequence[UploadRow]:
+    with server.services.database.read() as session:
+        return uploads.list_open(session)
 
 
 def test_upload_is_given_up_and_the_data_set_of_a_finished_one_stays(
