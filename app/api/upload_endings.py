@@ -21,7 +21,7 @@ from app.datasets import partial, uploads
 from app.datasets.upload import StagedUpload
 from app.db.tables import UploadRow
 from app.db.tenancy import Actor
-from app.errors import ArchiveRefused, GraftError, Locked, NotFound
+from app.errors import ArchiveRefused, GraftError, Locked, NotFound, TooManyRequests
 from app.storage import file_sha256
 from app.workspaces import Limits
 
@@ -38,13 +38,16 @@ async def complete(services: Services, upload: UploadRow) -> str:
     """Makes the data set of an upload that is whole, and returns its id; the same way that POST /v1/datasets goes.
 
     The caller holds the file's lock and has seen that the upload is open. What is wrong with the archive is raised, and
-    ends the upload as refused; what may be over later (a full disk, a server that stops) leaves it as it is.
+    ends the upload as refused; what may be over later (a full disk, a spent quota, a server that stops) leaves it as it
+    is.
     """
+    # Asked for ahead of all that costs: a quota may be spent for days, and somebody comes again every few seconds.
+    await run_in_threadpool(_check_quota, services)
     try:
         await run_in_threadpool(_count_attempt, services, upload.id)
         dataset_id = await _make_dataset(services, upload)
     except GraftError as error:
-        if error.status >= 500:
+        if _may_be_over_later(error):
             await run_in_threadpool(_take_attempt_back, services, upload.id)
         else:
             await run_in_threadpool(_refuse, services, upload.id, error)
@@ -102,7 +105,7 @@ def sweep(services: Services) -> int:
         unfinished, ended = uploads.list_open(session), uploads.list_ended(session)
     removed = 0
     for upload in unfinished:
-        with contextlib.suppress(Locked, NotFound):
+        with contextlib.suppress(Locked):
             removed += _remove_if_expired(services, upload)
     for upload in ended:
         services.storage.delete(uploads.folder_key(upload.id))  # a process may have died before it came to that
@@ -112,21 +115,21 @@ def sweep(services: Services) -> int:
 
 
 def _remove_if_expired(services: Services, upload: UploadRow) -> bool:
-    path = services.storage.path(uploads.archive_key(upload.id))
-    if not path.exists():
-        # Restored from a backup, perhaps, which has no unfinished archives.
-        with services.database.write() as session:
-            uploads.delete(session, upload.id)
-        return True
-    if not _is_expired(services, upload):
-        return False
-    with partial.locked(path):
+    try:
         if not _is_expired(services, upload):
             return False
-        with services.database.write() as session:
-            uploads.delete(session, upload.id)
-        services.storage.delete(uploads.folder_key(upload.id))
-    return True
+        with partial.locked(services.storage.path(uploads.archive_key(upload.id))):
+            return _is_expired(services, upload) and _remove(services, upload)
+    except (FileNotFoundError, NotFound):
+        # Ended meanwhile; or restored from a backup, perhaps, which has no unfinished archives.
+        return _remove(services, upload)
+
+
+def _remove(services: Services, upload: UploadRow) -> bool:
+    with services.database.write() as session:
+        is_removed = uploads.expire(session, upload.id)
+    services.storage.delete(uploads.folder_key(upload.id))
+    return is_removed
 
 
 def _is_expired(services: Services, upload: UploadRow) -> bool:
@@ -156,7 +159,7 @@ async def _complete_unless_busy(services: Services, upload_id: str) -> bool:
         return True  # somebody else is at it, or was
     except GraftError as error:
         log.info("upload not completed", upload_id=upload_id, code=error.code)
-        return error.status < 500
+        return not _may_be_over_later(error)
     except Exception:  # the door around what strangers' archives may do; attempts are counted
         log.exception("upload cannot be completed", upload_id=upload_id)
         return False
@@ -174,6 +177,15 @@ def find(services: Services, upload_id: str) -> UploadRow:
     """Raises NotFound."""
     with services.database.read() as session:
         return uploads.find(session, upload_id)
+
+
+def _may_be_over_later(error: GraftError) -> bool:
+    return error.status >= 500 or isinstance(error, TooManyRequests)
+
+
+def _check_quota(services: Services) -> None:
+    with services.database.read() as session:
+        services.workspace.check_room(session, 0)  # the upload is counted
 
 
 async def _make_dataset(services: Services, upload: UploadRow) -> str:

@@ -95,6 +95,14 @@ def delete(session: Session, upload_id: str) -> None:
         raise NotFound("There is no such upload.")
 
 
+def expire(session: Session, upload_id: str) -> bool:
+    """Removes an open upload. Returns whether there was one: it may have ended since the caller saw it."""
+    removed = session.scalar(
+        sql_delete(UploadRow).where(UploadRow.id == upload_id, UploadRow.status == "open").returning(UploadRow.seq)
+    )
+    return removed is not None
+
+
 def forget_ended(session: Session, *, before: datetime) -> None:
     session.execute(sql_delete(UploadRow).where(UploadRow.status != "open", UploadRow.ended_at < before))
 

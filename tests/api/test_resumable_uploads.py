@@ -9,7 +9,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -384,6 +385,30 @@ def test_archive_that_ends_every_process_is_given_up(server: RunningServer, clie
     assert stored_files(server) == []
 
 
+def test_whole_upload_waits_while_the_quota_is_spent(tmp_path: Path) -> None:
+    settings = api_builders.settings_for(tmp_path, workspace_max_bytes=2 * len(ARCHIVE) + 1000)
+    with api_builders.running(settings) as server, api_builders.client_of(server) as client:
+        waiting, expired = begin(client, len(ARCHIVE)), begin(client, len(ARCHIVE))
+        model = api_builders.register_model(server.services, aliases=())  # of a job that was submitted before
+
+        for path in (waiting, expired):
+            assert_is_problem(send(client, path, 0, ARCHIVE), 429, "quota-of-bytes-spent")
+            assert_is_problem(send(client, path, len(ARCHIVE), b""), 429, "quota-of-bytes-spent")
+
+        assert client.get(waiting).json()["status"] == "checking"
+        os.utime(file_of(server, expired), (0, 0))
+        api_builders.wait_for(lambda: upload_endings.sweep(server.services))
+        assert client.get(expired).status_code == 404
+        assert [row.attempts for row in open_uploads(server)] == [0]
+        assert client.delete(f"/v1/models/{model}").status_code == 200
+        assert_is_whole(server, client, waiting)
+
+
+def open_uploads(server: RunningServer) -> Sequence[UploadRow]:
+    with server.services.database.read() as session:
+        return uploads.list_open(session)
+
+
 def test_upload_is_given_up_and_the_data_set_of_a_finished_one_stays(
     server: RunningServer, client: httpx.Client
 ) -> None:
@@ -425,6 +450,25 @@ def test_what_nobody_goes_on_with_expires(tmp_path: Path) -> None:
     with api_builders.RunningServer(hasty) as server, api_builders.client_of(server) as client:
         api_builders.wait_for(lambda: {client.get(path).status_code for path in (held, fresh, ended)} == {404})
         assert [path for path in stored_files(server) if "uploads" in path.parts] == []
+
+
+def test_upload_that_ends_while_others_expire_stays_to_be_asked_for(
+    server: RunningServer, client: httpx.Client
+) -> None:
+    old, ending = begin(client, len(ARCHIVE)), begin(client, len(ARCHIVE))
+    os.utime(file_of(server, old), (0, 0))
+    with ThreadPoolExecutor(1) as pool:
+        with server.services.database.write() as session:
+            # It has seen two that are open, holds the first, and waits for us to remove its row.
+            sweeping = pool.submit(upload_endings.sweep, server.services)
+            api_builders.wait_for(lambda: is_held(file_of(server, old)))
+            uploads.finish(session, ending.rpartition("/")[2], dataset_id="ds_1")
+            file_of(server, ending).unlink()
+        assert sweeping.result() == 1
+
+    assert client.get(old).status_code == 404
+    assert (client.get(ending).json()["status"], client.get(ending).json()["dataset"]) == ("finished", "ds_1")
+    assert send(client, ending, len(ARCHIVE), b"").headers["graft-dataset"] == "ds_1"
 
 
 @pytest.mark.parametrize("jump", [timedelta(days=30), timedelta(days=-30)])
