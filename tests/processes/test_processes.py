@@ -35,6 +35,15 @@ def http(graft: RunningGraft) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def undisturbed(graft: RunningGraft) -> dict[str, Any]:
+    """What a LONG job comes to that nobody disturbs."""
+    with httpx.Client(base_url=graft.url, timeout=90) as http:
+        job = finished(http, submit(http, ready_dataset(http), LONG))
+        assert job["attempt"] == 1
+        return learnt(http, job)
+
+
 def ready_dataset(http: httpx.Client) -> str:
     uploaded = http.put("/v1/datasets", params={"name": "colours"}, content=pictures_zip())
     assert uploaded.status_code == 201, uploaded.text
@@ -71,6 +80,14 @@ def finished(http: httpx.Client, job_id: str) -> dict[str, Any]:
 
     wait_until(look, within_seconds=FINISH_WITHIN_SECONDS, otherwise="the job did not end")
     return job
+
+
+def learnt(http: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
+    """What each epoch came to, and the digest of the weights, which are those of the best epoch."""
+    history = http.get(f"/v1/jobs/{job['id']}/history").json()["data"]
+    figures = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+    model = http.get(f"/v1/models/{job['model']}").json()
+    return {"sha256": model["sha256"], "epochs": [[epoch[name] for name in figures] for epoch in history]}
 
 
 def zip_of_pictures(pictures: list[bytes], *, copies: int) -> bytes:
@@ -160,7 +177,9 @@ def test_from_a_zip_to_predictions_by_way_of_the_event_stream(http: httpx.Client
     assert {entry["label"] for entry in default["predictions"][0]["top"]} == {"colour0", "colour1"}
 
 
-def test_a_job_whose_process_is_killed_goes_on_as_attempt_2(graft: RunningGraft, http: httpx.Client) -> None:
+def test_a_job_whose_process_is_killed_goes_on_as_attempt_2(
+    graft: RunningGraft, http: httpx.Client, undisturbed: dict[str, Any]
+) -> None:
     job_id = submit(http, ready_dataset(http), LONG)
     wait_until(lambda: epochs_done(http, job_id) >= 2, within_seconds=60, otherwise="no epoch was recorded")
     graft.program("worker.child", "training").kill()
@@ -169,9 +188,12 @@ def test_a_job_whose_process_is_killed_goes_on_as_attempt_2(graft: RunningGraft,
 
     assert job["attempt"] == 2
     assert_whole(http, job, epochs=LONG["epochs"])
+    assert learnt(http, job) == undisturbed
 
 
-def test_a_killed_worker_is_restarted_and_its_job_goes_on(graft: RunningGraft, http: httpx.Client) -> None:
+def test_a_killed_worker_is_restarted_and_its_job_goes_on(
+    graft: RunningGraft, http: httpx.Client, undisturbed: dict[str, Any]
+) -> None:
     job_id = submit(http, ready_dataset(http), LONG)
     wait_until(lambda: epochs_done(http, job_id) >= 2, within_seconds=60, otherwise="no epoch was recorded")
     killed = graft.program("worker.main")
@@ -182,6 +204,7 @@ def test_a_killed_worker_is_restarted_and_its_job_goes_on(graft: RunningGraft, h
     assert graft.program("worker.main").pid != killed.pid
     assert job["attempt"] == 2
     assert_whole(http, job, epochs=LONG["epochs"])
+    assert learnt(http, job) == undisturbed
 
 
 @pytest.mark.slow

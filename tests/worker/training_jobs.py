@@ -83,7 +83,7 @@ class Job:
         )
         with database.write() as session:
             self.id = queue.submit(
-                session, kind=JobKind.training, dataset_id=DATASET, spec=self.spec.model_dump(mode="json")
+                session, kind=JobKind.training, dataset_id=request["dataset"], spec=self.spec.model_dump(mode="json")
             ).id
         self.shutdown = Wakeup()
         self.claim: Claim | None = None

@@ -73,10 +73,15 @@ class Workshop:
         return Settings(data_dir=self.folder, database_url=url, **{**FAST, **changes})
 
     def start_worker(
-        self, *, child_command: Sequence[str] = (), environment: Mapping[str, str] | None = None, **changes: Any
+        self,
+        *,
+        program: Path = WORKER,
+        child_command: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        **changes: Any,
     ) -> subprocess.Popen[bytes]:
         settings = self.settings(**changes).model_dump(mode="json")
-        command = [sys.executable, str(WORKER), json.dumps(settings), *child_command]
+        command = [sys.executable, str(program), json.dumps(settings), *child_command]
         worker = subprocess.Popen(command, env=os.environ | dict(environment or {}))
         self.workers.append(worker)
         return worker
