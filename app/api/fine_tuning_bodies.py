@@ -3,6 +3,7 @@
 Pure: a request becomes a JobRequest, rows become answers. Times are seconds since 1970.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,8 +180,9 @@ def _hyperparameters(given: dict[str, Any], place: str) -> tuple[dict[str, Any],
         if theirs != ours and theirs in wanted and ours in wanted:
             raise _refusal(f"{place}/{theirs}", f"must be left out beside {ours}")
     multiplier = wanted.pop("learning_rate_multiplier", None)
-    if multiplier is not None and (type(multiplier) not in (int, float) or multiplier <= 0):
-        raise _refusal(f"{place}/learning_rate_multiplier", "must be a number above 0, or auto")
+    # A whole number of JSON may be larger than any float.
+    if multiplier is not None and (type(multiplier) not in (int, float) or not 0 < multiplier <= sys.float_info.max):
+        raise _refusal(f"{place}/learning_rate_multiplier", "must be a number above 0, none too large, or auto")
     renamed = {_THEIR_NAMES.get(name, name): value for name, value in wanted.items()}
     return renamed, None if multiplier in (None, 1) else float(multiplier)
 

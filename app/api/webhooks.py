@@ -45,7 +45,7 @@ router = APIRouter(tags=["webhooks"], dependencies=[Depends(_check_is_on)])
 
 
 class WebhookRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     url: Url
     events: Events = Field(list(EVENTS), description="What to be told; everything if left out.")
@@ -55,7 +55,7 @@ class WebhookRequest(BaseModel):
 class WebhookChange(BaseModel):
     """What is left out stays."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     url: Url | None = None
     events: Events | None = None

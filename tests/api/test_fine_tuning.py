@@ -237,6 +237,8 @@ def test_options_of_ours_go_in_the_extra_body(client: openai.OpenAI, http: httpx
          "above 0"),
         ({"learning_rate_multiplier": 1e9}, {}, "#/method/full_fine_tuning/hyperparameters/learning_rate_multiplier",
          "makes a learning rate of 1e+06, which must be a number above 0 and at most 10"),
+        ({"learning_rate_multiplier": 10**400}, {},
+         "#/method/full_fine_tuning/hyperparameters/learning_rate_multiplier", "none too large"),
         (None, {"hyperparameters": {"n_epochs": -1}, "method": openai.omit}, "#/hyperparameters/n_epochs", "n_epochs"),
         (None, {"hyperparameters": {"n_epochs": 1}}, "#/hyperparameters", "beside `method`"),
         (None, {"method": {"type": "supervised", "supervised": {"hyperparameters": {"learning_rate_multiplier": 2}}}},

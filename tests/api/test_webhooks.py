@@ -445,6 +445,7 @@ def test_name_that_leads_inside_is_refused_at_the_time_of_sending(tmp_path: Path
         {"url": "https://example.com/", "events": []},
         {"url": "https://example.com/", "events": ["job.exploded"]},
         {"url": "https://example.com/", "enabled": "perhaps"},
+        {"url": "https://example.com/", "enabled": 0},
         {"url": "https://example.com/", "secret": "mine"},
     ],
 )
