@@ -336,8 +336,7 @@ def _admit(services: Services, authorization: str | None) -> tuple[Caller, Works
         workspace = workspaces.load(session, caller.workspace_id, Limits.from_settings(services.settings))
         is_use_due = access.is_use_due(session, caller)
     if is_use_due:
-        with services.database.write() as session:
-            access.note_use(session, caller)
+        services.traffic.note_use(caller)
     return caller, workspace
 
 
