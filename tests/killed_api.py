@@ -1,7 +1,8 @@
-"""The API as a process that a test kills again and again, on one port and folder."""
+"""The API as a process that a test kills or stops again and again, on one port and folder."""
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -38,9 +39,11 @@ class KilledApi:
     def __init__(self, folder: Path, **settings: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
+        self.address = ("127.0.0.1", port)
         self.url = f"http://127.0.0.1:{port}"
         self.data = folder / "data"
         self.log = folder / "api.log"
+        self.database_url = settings.get("database_url", f"sqlite:///{self.data / 'graft.db'}")
         own = {"device": "cpu", "min_free_bytes": "0", "allow_downloads": "false", "port": str(port), **settings}
         self._environment = {f"GRAFT_{name.upper()}": value for name, value in own.items()}
         self._environment |= {"GRAFT_DATA_DIR": str(self.data), "OMP_NUM_THREADS": "1"}
@@ -48,14 +51,21 @@ class KilledApi:
         upgrade(self.database_url)
         self._process: BaseProcess | None = None
 
-    @property
-    def database_url(self) -> str:
-        return f"sqlite:///{self.data / 'graft.db'}"
-
     def start(self) -> None:
         self._process = _FORKS.Process(target=serve, args=(self._environment, self.log), daemon=True)
         self._process.start()
         wait_until(self._is_up, within_seconds=START_WITHIN_SECONDS, otherwise="the API did not start")
+
+    def ask_to_stop(self) -> None:
+        assert self._process is not None
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGTERM)
+
+    def exit_code(self, *, within_seconds: float) -> int | None:
+        """None where it has not ended by then."""
+        assert self._process is not None
+        self._process.join(within_seconds)
+        return self._process.exitcode
 
     def kill(self) -> None:
         assert self._process is not None

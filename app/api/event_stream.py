@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from app.api.schemas import Event
+from app.errors import Overloaded
 
 PING_INTERVAL_SECONDS = 15.0
 POLL_SECONDS = 0.2
@@ -62,7 +63,15 @@ async def _lines(
             last_sent_at = loop.time()
         if len(look.events) < BATCH_SIZE:
             await asyncio.sleep(POLL_SECONDS)
-        look = await run_in_threadpool(look_after, after)
+        look = await _looked(look_after, after)
+
+
+async def _looked(look_after: Callable[[int], Look], after: int) -> Look:
+    """Nothing new while the database is away: the stream outlasts that."""
+    try:
+        return await run_in_threadpool(look_after, after)
+    except Overloaded:
+        return Look([], None)
 
 
 def _event_lines(event: Event) -> str:

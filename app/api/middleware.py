@@ -33,6 +33,7 @@ from app.errors import (
     Forbidden,
     GraftError,
     InvalidRequest,
+    Overloaded,
     RequestTimeout,
     Unauthenticated,
     UnsupportedMediaType,
@@ -55,6 +56,8 @@ LINGER_SECONDS = 2.0
 
 # Nginx's name for a client that left before its answer.
 CLIENT_CLOSED_REQUEST = 499
+
+CUT_OFF = Problem.of(Overloaded("The server is being stopped; send the request again.", retry_after_seconds=5))
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 OPERATORS_PATHS = frozenset({"/metrics"})
@@ -160,7 +163,8 @@ class Tracing:
 
 
 class BodyGuard:
-    """Ends bodies that stall or trickle with 408, and answers in good order over a body that nobody read."""
+    """Ends bodies that stall or trickle with 408, and answers in good order over a body that nobody read, also for
+    requests that the server, which is to end, could not wait for."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -169,11 +173,13 @@ class BodyGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = _Body(scope, receive, idle_timeout_seconds=services_of(scope).settings.body_idle_timeout_seconds)
-        is_closing = False
+        services = services_of(scope)
+        body = _Body(scope, receive, idle_timeout_seconds=services.settings.body_idle_timeout_seconds)
+        is_answering = is_closing = False
 
         async def send_over_unread_body(message: Message) -> None:
-            nonlocal is_closing
+            nonlocal is_answering, is_closing
+            is_answering = True
             if message["type"] == "http.response.start" and not body.is_complete:
                 if body.declared_bytes is not None and body.declared_bytes <= SMALL_BODY_BYTES:
                     await body.drain(SMALL_BODY_WAIT_SECONDS)
@@ -186,7 +192,13 @@ class BodyGuard:
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        await self.app(scope, body.receive, send_over_unread_body)
+        try:
+            await self.app(scope, body.receive, send_over_unread_body)
+        except asyncio.CancelledError:
+            if not services.stopping.is_set():
+                raise
+            if not is_answering:  # else the connection ends with what was sent of the answer
+                await answer(CUT_OFF, scope, receive, send_over_unread_body)
 
 
 class _Body:
@@ -324,8 +336,7 @@ def _admit(services: Services, authorization: str | None) -> tuple[Caller, Works
         workspace = workspaces.load(session, caller.workspace_id, Limits.from_settings(services.settings))
         is_use_due = access.is_use_due(session, caller)
     if is_use_due:
-        with services.database.write() as session:
-            access.note_use(session, caller)
+        services.traffic.note_use(caller)
     return caller, workspace
 
 

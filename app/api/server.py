@@ -18,10 +18,14 @@ from app.settings import Settings
 # Between two requests of one connection; longer than the pauses of a client that polls each second or two.
 KEEP_ALIVE_SECONDS = 20
 MAX_HEADER_BYTES = 64 * 1024
+# Of the time to end: for closing what is open, and before that for telling whoever could not be waited for.
+CLOSING_SECONDS = 1.0
+LAST_WORDS_SECONDS = LINGER_SECONDS + 1.0
 
 
 def make_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
     """A server for `app` on the settings' address; `await server.serve()` or `server.run()`."""
+    grace_seconds = settings.shutdown_grace_seconds
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -35,21 +39,35 @@ def make_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=max(1, int(settings.shutdown_grace_seconds)),
+        timeout_graceful_shutdown=max(1, int(grace_seconds - CLOSING_SECONDS)),
     )
-    return _Server(config, on_shutdown=lambda: app.state.services.stop())
+    return _Server(
+        config,
+        on_shutdown=lambda: app.state.services.stop(),
+        drain_seconds=max(0.5, grace_seconds - CLOSING_SECONDS - LAST_WORDS_SECONDS),
+    )
 
 
 class _Server(uvicorn.Server):
-    """Tells streams and waits to end before it waits for them."""
+    """Tells streams and waits to end before it waits for them, and ends what has not ended in time.
 
-    def __init__(self, config: uvicorn.Config, *, on_shutdown: Callable[[], None]) -> None:
+    uvicorn's own timeout comes after that: it would say 500, and wait for nobody to hear it.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, on_shutdown: Callable[[], None], drain_seconds: float) -> None:
         super().__init__(config)
         self._on_shutdown = on_shutdown
+        self._drain_seconds = drain_seconds
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
         self._on_shutdown()
+        running_out = asyncio.get_running_loop().call_later(self._drain_seconds, self._cut_off)
         await super().shutdown(sockets)
+        running_out.cancel()
+
+    def _cut_off(self) -> None:
+        for request in self.server_state.tasks:
+            request.cancel()  # BodyGuard answers it
 
 
 class _Protocol(HttpToolsProtocol):

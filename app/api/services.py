@@ -87,7 +87,7 @@ class Services:
     def close(self) -> None:
         self.stop()
         self.predictor.close()
-        self.traffic.write_down()
+        _write_down(self)
         self.remembered.close()
         self.database.dispose()
 
@@ -146,7 +146,7 @@ async def follow_aliases(services: Services) -> None:
                 followed = aliases
                 log.info("aliases followed", default=default, aliased=len(aliases))
         except GraftError as error:
-            log.error("default model cannot be loaded", reason=error.detail)
+            log.error("aliases cannot be followed", reason=error.detail)
             pause = RETRY_INTERVAL_SECONDS
         except SQLAlchemyError as error:
             log.error("database does not answer", error=type(error).__name__)
@@ -155,13 +155,10 @@ async def follow_aliases(services: Services) -> None:
 
 
 async def write_traffic_down(services: Services) -> None:
-    """Has what was predicted outlast this process. Never returns."""
+    """Has what was predicted, and who came, outlast this process. Never returns."""
     while True:
         await asyncio.sleep(WRITE_DOWN_INTERVAL_SECONDS)
-        try:
-            await asyncio.to_thread(services.traffic.write_down)
-        except (SQLAlchemyError, GraftError) as error:
-            log.error("predictions cannot be written down", error=type(error).__name__)
+        await asyncio.to_thread(_write_down, services)
 
 
 async def sweep_storage(services: Services) -> None:
@@ -184,6 +181,13 @@ async def keep_ballast(services: Services) -> None:
     while True:
         await asyncio.to_thread(services.database.keep_ballast)
         await asyncio.sleep(BALLAST_INTERVAL_SECONDS)
+
+
+def _write_down(services: Services) -> None:
+    try:
+        services.traffic.write_down()
+    except (SQLAlchemyError, GraftError) as error:
+        log.error("traffic cannot be written down", error=type(error).__name__)
 
 
 def _aliases(services: Services) -> dict[tuple[str, str], str]:

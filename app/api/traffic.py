@@ -1,7 +1,8 @@
-"""How much each workspace asks for, as far as that is limited: requests a second, pictures a day, wrong keys a minute.
+"""How much each workspace asks for, as far as that is limited: requests a second, pictures a day, wrong keys a minute;
+and when keys were last used.
 
 Counted in this process's memory. Requests and wrong keys are forgotten with it, and each of several API processes
-allows as many; predictions are written down every few seconds.
+allows as many; predictions and uses of keys are written down every few seconds.
 """
 
 import math
@@ -11,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 
-from app import workspaces
+from app import access, workspaces
+from app.access import Caller
 from app.db.engine import Database
 from app.errors import TooManyRequests
 from app.workspaces import Workspace
@@ -47,7 +49,8 @@ class Throttle:
 
 
 class Traffic:
-    """Counts, and refuses what is too much with TooManyRequests. Belongs to one event loop, but `take_predictions`."""
+    """Counts, and refuses what is too much with TooManyRequests. Belongs to one event loop, but `take_predictions` and
+    `note_use`."""
 
     def __init__(self, database: Database, today: Callable[[], date] = lambda: datetime.now(UTC).date()) -> None:
         self._database = database
@@ -57,6 +60,7 @@ class Traffic:
         self._lock = threading.Lock()
         self._unwritten: Counter[tuple[str, date]] = Counter()
         self._written: dict[tuple[str, date], int] = {}
+        self._used: set[Caller] = set()
 
     def take_request(self, workspace: Workspace) -> None:
         per_second = workspace.limits.requests_per_second
@@ -84,12 +88,35 @@ class Traffic:
             workspace.check_predictions(self._count(counted), count)
             self._unwritten[counted] += count
 
+    def note_use(self, caller: Caller) -> None:
+        """Later: a request that only reads waits for no lock of the database, and needs no room on its disk."""
+        with self._lock:
+            self._used.add(caller)
+
     def predictions_today(self, workspace: Workspace) -> int:
         with self._lock:
             return self._count((workspace.id, self._today()))
 
     def write_down(self) -> None:
         """Adds what was counted to the database, and sees what other processes counted. Blocking."""
+        self._write_uses()
+        self._write_predictions()
+
+    def _write_uses(self) -> None:
+        with self._lock:
+            used, self._used = self._used, set()
+        if not used:
+            return
+        try:
+            with self._database.write() as session:
+                for caller in used:
+                    access.note_use(session, caller)
+        except BaseException:
+            with self._lock:
+                self._used |= used
+            raise
+
+    def _write_predictions(self) -> None:
         with self._lock:
             counts, self._unwritten = self._unwritten, Counter()
             days = {*counts, *(of for of in self._written if of[1] == self._today())}

@@ -13,7 +13,8 @@ from typing import Any, Self, TypeVar, cast
 
 import structlog
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from app.db.ballast import Ballast
@@ -24,7 +25,15 @@ from app.storage import make_folder
 
 # Waiting writers get this long. Shorter than a worker's lease (45 s), so that a lock never costs a lease.
 BUSY_TIMEOUT_SECONDS = 30
-
+# A PostgreSQL that has gone without a word, its machine for example, is given up after half a minute instead of hours.
+# What the URL says goes before. Source: postgresql.org/docs/current/libpq-connect.html.
+POSTGRES_PATIENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
 
 T = TypeVar("T")
 
@@ -43,7 +52,7 @@ class Database:
         path = make_url(url).database
         is_file = self._is_sqlite and path and path != ":memory:"
         self._ballast = Ballast(Path(f"{path}-ballast"), ballast_bytes) if is_file else None
-        self.engine = _sqlite_engine(url) if self._is_sqlite else create_engine(url, pool_pre_ping=True)
+        self.engine = _sqlite_engine(url) if self._is_sqlite else _postgres_engine(url)
         self.workspace_id: str | None = None
         self._actor: Actor | None = None
 
@@ -60,9 +69,10 @@ class Database:
     def write(self) -> Iterator[Session]:
         """A transaction that may change things: committed on leaving, rolled back on any exception.
 
-        Raises Overloaded if the database stays locked for longer than the busy timeout.
+        Raises Overloaded if the database stays locked for longer than the busy timeout, or cannot be reached; in the
+        latter case the change may have been made, if it was at its very end.
         """
-        with self._session("BEGIN IMMEDIATE") as session, _locked_means_overloaded(), session.begin():
+        with self._session("BEGIN IMMEDIATE") as session, _unavailable_means_overloaded(), session.begin():
             yield session
             session.add_to_audit_log()
 
@@ -85,8 +95,11 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A transaction that only reads, from one consistent state, and never waits for writers."""
-        with self._session("BEGIN") as session, _locked_means_overloaded(), session.begin():
+        """A transaction that only reads, from one consistent state, and never waits for writers.
+
+        Raises Overloaded if the database cannot be reached.
+        """
+        with self._session("BEGIN") as session, _unavailable_means_overloaded(), session.begin():
             if not self._is_sqlite:
                 session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             yield session
@@ -123,7 +136,7 @@ class Database:
         return Changes(path) if self._is_sqlite and path and path != ":memory:" else None
 
     def check(self) -> None:
-        """Raises OperationalError if the database does not answer."""
+        """Raises Overloaded if the database does not answer."""
         with self.read() as session:
             session.execute(text("SELECT 1"))
 
@@ -192,11 +205,34 @@ def _sqlite_engine(url: str) -> Engine:
     return engine
 
 
+def _postgres_engine(url: str) -> Engine:
+    said = make_url(url).query
+    patience = {name: value for name, value in POSTGRES_PATIENCE.items() if name not in said}
+    # Connections that a restart of PostgreSQL has ended are noticed before they are used.
+    return create_engine(url, pool_pre_ping=True, connect_args=patience)
+
+
 @contextmanager
-def _locked_means_overloaded() -> Iterator[None]:
+def _unavailable_means_overloaded() -> Iterator[None]:
     try:
         yield
-    except OperationalError as error:
-        if isinstance(error.orig, sqlite3.OperationalError) and "locked" in str(error.orig):
+    except PoolTimeout as error:
+        raise Overloaded("Too many requests wait for the database; try again.", retry_after_seconds=5) from error
+    except DBAPIError as error:
+        if _is_locked(error):
             raise Overloaded("The database is busy; try again.", retry_after_seconds=5) from error
+        if _is_away(error):
+            raise Overloaded("The database does not answer; try again.", retry_after_seconds=5) from error
         raise
+
+
+def _is_locked(error: DBAPIError) -> bool:
+    return isinstance(error.orig, sqlite3.OperationalError) and "locked" in str(error.orig)
+
+
+def _is_away(error: DBAPIError) -> bool:
+    """Whether PostgreSQL cannot be reached, starts, ends, has no place for one more, or broke this transaction off."""
+    if error.connection_invalidated:
+        return True
+    of_sqlite = isinstance(error.orig, sqlite3.Error)
+    return isinstance(error, OperationalError) and not of_sqlite and not is_full(error)

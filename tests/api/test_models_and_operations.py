@@ -383,6 +383,7 @@ def test_large_body_without_a_key_is_not_waited_for(server: RunningServer, clien
 def test_revoked_key_ends_with_the_next_request(server: RunningServer, client: httpx.Client) -> None:
     headers = create_key(server, Scope.admin)
     assert client.get("/v1/jobs", headers=headers).status_code == 200
+    server.services.traffic.write_down()
     with server.services.database.write() as session:
         (row,) = access.list_keys(session)
         assert row.last_used_at is not None
