@@ -157,7 +157,7 @@ class Settings(BaseSettings):
         50 * GIBIBYTE, description="Largest total size of an archive's members, in bytes."
     )
     max_member_bytes: Annotated[int, Field(ge=1)] = Field(
-        64 * MEBIBYTE, description="Largest single archive member, in bytes."
+        64 * MEBIBYTE, description="Largest archive member, and all tables of an archive together, in bytes."
     )
     max_members: Annotated[int, Field(ge=1)] = Field(1_000_000, description="Most members in an archive.")
     max_compression_ratio: Annotated[float, Field(gt=1)] = Field(

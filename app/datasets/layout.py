@@ -7,10 +7,11 @@ tasks: in columns `label:<task>`, or in JSON lines as an object `label`.
 
 import csv
 import io
+import itertools
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -24,6 +25,9 @@ MIN_PICTURES_PER_CLASS = 2  # one to train on, one to validate on
 MIN_UNLABELLED_PICTURES = 16  # of which a job makes one batch, the smallest that it may have
 MAX_CLASS_NAME_CHARACTERS = 255
 MAX_TASKS = 32
+# What is made of a table takes up to a hundred times its bytes, so both are bounded. A row may hold outlines too.
+MAX_TABLE_ROWS = 1_000_000
+MAX_ROW_CHARACTERS = 1024**2
 TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl")
 
 Kind = Literal["labelled", "unlabelled"]
@@ -341,8 +345,7 @@ class _Row:
 def _by_tables(tree: _Tree) -> Layout | None:
     """The layout by the tables at the top or in split folders; None without any. Raises _UnusableTable."""
     splits_by_folder = {"": None, **{f"{name}/": _split_of(name) for name in tree.top_folders if _split_of(name)}}
-    used = set()
-    found: list[tuple[_Row, str, Split | None]] = []
+    used: dict[str, tuple[str, Split | None]] = {}  # by the table's path: the folder above it, and its split
     for folder, split in sorted(splits_by_folder.items()):
         above = tree.root + folder
         here = {
@@ -350,23 +353,29 @@ def _by_tables(tree: _Tree) -> Layout | None:
         }
         table = next((here[name] for name in TABLE_NAMES if name in here), None)
         if table is not None:
-            used.add(table)
-            found += [(row, above, split) for row in _rows(table, tree.tables[table])]
+            used[table] = (above, split)
     if not used:
         return None
-    labelling = _Labelling(tree, _task_names([row for row, _, _ in found]))
-    for row, above, split in found:
-        labelling.add(row, above=above, folder_split=split)
-    return labelling.layout(tables=used)
+    # Read twice, since all rows at once take ten times what is made of them.
+    labelling = _Labelling(tree, _task_names(row for table in used for row in _rows(table, tree.tables[table])))
+    for table, (above, split) in used.items():
+        for row in _rows(table, tree.tables[table]):
+            labelling.add(row, above=above, folder_split=split)
+    return labelling.layout(tables=used.keys())
 
 
-def _task_names(rows: Sequence[_Row]) -> list[str]:
-    """In the order in which they are first named. Raises _UnusableTable."""
-    names = list(dict.fromkeys(name for row in rows for name in row.labels))
+def _task_names(rows: Iterable[_Row]) -> list[str]:
+    """In the order in which they are first named. Raises _UnusableTable, also for more rows than are read."""
+    found: dict[str, None] = {}
+    for number, row in enumerate(rows, start=1):
+        found.update(dict.fromkeys(row.labels))
+        if len(found) > MAX_TASKS:
+            raise _UnusableTable(f"it names more tasks, and {MAX_TASKS} are the most")
+        if number > MAX_TABLE_ROWS:
+            raise _UnusableTable(f"it has more than {MAX_TABLE_ROWS} rows")
+    names = list(found)
     if "" in names and len(names) > 1:
         raise _UnusableTable("it gives one label to some pictures, and labels of several tasks to others")
-    if len(names) > MAX_TASKS:
-        raise _UnusableTable(f"it names {len(names)} tasks, and {MAX_TASKS} are the most")
     for name in names:
         if not name.isprintable() or len(name) > MAX_CLASS_NAME_CHARACTERS:
             raise _UnusableTable("a task's name is too long or has control characters")
@@ -398,7 +407,7 @@ class _Labelling:
         else:
             self._pictures[path] = picture
 
-    def layout(self, *, tables: set[str]) -> Layout:
+    def layout(self, *, tables: Set[str]) -> Layout:
         pictures = list(self._pictures.values())
         if any(picture.split for picture in pictures):
             pictures = [replace(picture, split=picture.split or "train") for picture in pictures]
@@ -462,17 +471,43 @@ def _plain(path: str) -> str:
 
 
 def _rows(table: str, content: bytes) -> Iterator[_Row]:
+    is_jsonl = table.casefold().endswith(".jsonl")
+    lines = _Lines(table, content, newline="\n" if is_jsonl else "")
     try:
-        text = content.decode("utf-8-sig")
+        yield from _jsonl_rows(table, lines) if is_jsonl else _csv_rows(table, lines)
     except UnicodeDecodeError:
         raise _UnusableTable(f"{shown(table)} is not UTF-8 text") from None
-    return _jsonl_rows(table, text) if table.casefold().endswith(".jsonl") else _csv_rows(table, text)
 
 
-def _csv_rows(table: str, text: str) -> Iterator[_Row]:
-    first_line = text.partition("\n")[0]
+class _Lines:
+    """A table's lines, decoded one by one. Raises UnicodeDecodeError, and _UnusableTable for a row that is too long."""
+
+    def __init__(self, table: str, content: bytes, *, newline: str) -> None:
+        self._table = table
+        self._text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=newline)
+        self._left = MAX_ROW_CHARACTERS
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(self._left + 1)
+        self._left -= len(line)
+        if self._left < 0:
+            raise _UnusableTable(f"a row of {shown(self._table)} is longer than {MAX_ROW_CHARACTERS} characters")
+        if not line:
+            raise StopIteration
+        return line
+
+    def end_row(self) -> None:
+        """A row may have several lines, where its values hold line breaks."""
+        self._left = MAX_ROW_CHARACTERS
+
+
+def _csv_rows(table: str, lines: _Lines) -> Iterator[_Row]:
+    first_line = next(lines, "")
     delimiter = max(",;\t", key=first_line.count)  # the first of equals: a comma
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = csv.reader(itertools.chain([first_line], lines), delimiter=delimiter)
     try:
         header = [name.strip().casefold() for name in next(rows, [])]
         path_at = next((header.index(name) for name in ("filename", "file_name") if name in header), None)
@@ -480,17 +515,24 @@ def _csv_rows(table: str, text: str) -> Iterator[_Row]:
         if path_at is None or not label_at:
             raise _UnusableTable(f'{shown(table)} does not begin with a line that names "filename" and "label"')
         split_at = header.index("split") if "split" in header else None
+        lines.end_row()
         for cells in rows:
-            cell = dict(enumerate(value.strip() or None for value in cells))
-            split = cell.get(split_at) if split_at is not None else None
-            labels = {task: cell.get(place) for task, place in label_at.items()}
-            yield _Row(cell.get(path_at), labels, split, split_at is not None)
+            split = _cell(cells, split_at) if split_at is not None else None
+            labels = {task: _cell(cells, place) for task, place in label_at.items()}
+            yield _Row(_cell(cells, path_at), labels, split, split_at is not None)
+            lines.end_row()
     except csv.Error as error:
         raise _UnusableTable(f"line {rows.line_num} of {shown(table)} is no CSV") from error
 
 
-def _jsonl_rows(table: str, text: str) -> Iterator[_Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _cell(cells: Sequence[str], place: int) -> str | None:
+    """None for one that is empty, and in a row that ends before it."""
+    return (cells[place].strip() or None) if place < len(cells) else None
+
+
+def _jsonl_rows(table: str, lines: _Lines) -> Iterator[_Row]:
+    for number, line in enumerate(lines, start=1):
+        lines.end_row()
         if not line.strip():
             continue
         try:

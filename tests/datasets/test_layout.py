@@ -1,12 +1,14 @@
 """Each layout of the contract, also under a wrapping folder; what is left out is listed, what cannot be is refused."""
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 
 import pytest
 
 from app.datasets.layout import File, Layout, Picture, recognise
 from app.errors import ArchiveRefused
+from app.settings import MEBIBYTE
 
 NO_PICTURE = "not a picture: JPEG, PNG and WebP are read"
 
@@ -325,6 +327,32 @@ def test_line_of_jsonl_that_cannot_be_used_is_named(line: str) -> None:
     good = "".join(json.dumps({"file_name": f"{i}.jpg", "label": "cat"}) + "\n" for i in range(1, 3))
     error = refusal(*IMAGES, metadata__jsonl=good + line)
     assert (error.code, 'line 3 of "metadata.jsonl"' in error.detail) == ("no-usable-layout", True)
+
+
+@pytest.mark.parametrize(
+    ("table", "text", "says"),
+    [
+        ("labels__csv", "filename,label" + "," * 8_000_000, "a row of"),
+        ("labels__csv", "filename,label\n1.jpg,cat" + ',"\n"' * 2_000_000, "a row of"),
+        ("labels__csv", "filename," + ",".join(f"label:{i:x}" for i in range(90_000)) + "\n" + "\n" * 9000, "tasks"),
+        ("metadata__jsonl", '{"file_name": "1.jpg", "label": "cat", "x": [' + "[]," * 2_000_000, "a row of"),
+    ],
+    ids=["columns", "lines in a row", "tasks", "json"],
+)
+def test_table_that_would_take_many_times_its_bytes_is_refused(table: str, text: str, says: str) -> None:
+    tracemalloc.start()
+    try:
+        error = refusal("1.jpg", **{table: text})
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (error.code, says in error.detail) == ("no-usable-layout", True)
+    assert peak_bytes < len(text) + 32 * MEBIBYTE
+
+
+def test_table_of_more_than_a_million_rows_is_refused() -> None:
+    error = refusal("1.jpg", labels__csv="filename,label\n" + "1,b\n" * 1_000_001)
+    assert (error.code, "more than 1000000 rows" in error.detail) == ("no-usable-layout", True)
 
 
 def test_table_that_is_no_utf8_is_refused() -> None:
