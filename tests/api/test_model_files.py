@@ -159,6 +159,36 @@ def test_a_range_behind_the_end_is_a_problem(client: httpx.Client, model: str, a
     assert answer.headers["content-range"] == f"bytes */{client.head(path).headers['content-length']}"
 
 
+HOSTILE_RANGES = {
+    "ten thousand": "bytes=" + ",".join("0-" for _ in range(10_000)),
+    "five thousand apart": "bytes=" + ",".join(f"{2 * at}-{2 * at}" for at in range(5_000)),
+    "overlapping": "bytes=" + ",".join(f"{at}-" for at in range(100)),
+    "apart": "bytes=" + ",".join(f"{2 * at}-{2 * at}" for at in range(100)),
+    "suffix beyond the file": "bytes=-999999999999999",
+    "suffixes beyond the file": "bytes=" + ",".join("-999999999999999" for _ in range(100)),
+    "longer than Python's integers": "bytes=0-" + "9" * 5_000,
+    "begins beyond Python's integers": f"bytes={'9' * 5_000}-",
+    "digits of other scripts": "bytes=٠-١".encode().decode("latin-1"),
+    "nothing": "bytes=,,,-,--",
+    "words": "bytes=a-b,1-2-3,-1-",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_RANGES)
+def test_no_range_breaks_a_download_or_makes_it_larger(client: httpx.Client, model: str, name: str) -> None:
+    for path in (export_path(model, "safetensors"), "/static/graft.css", "/swagger/swagger-ui.css"):
+        whole = client.get(path)
+        assert whole.status_code == 200, path
+
+        answer = client.get(path, headers={"Range": HOSTILE_RANGES[name].encode("latin-1")})
+
+        assert answer.status_code in (200, 206, 400, 416), (path, answer.text[:200])
+        # Each of at most a hundred parts has a header of its own.
+        assert len(answer.content) <= len(whole.content) + 100 * 200, path
+        if answer.status_code == 200:
+            assert answer.content == whole.content
+
+
 def test_a_file_is_made_once_and_goes_with_its_model(server: RunningServer, client: httpx.Client) -> None:
     model = api_builders.register_model(server.services, aliases=())
     path = export_path(model, "safetensors")
