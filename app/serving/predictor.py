@@ -15,10 +15,10 @@ import math
 import subprocess
 import time
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import structlog
@@ -48,6 +48,7 @@ from app.vision.images import Pixels
 from app.vision.likeness import seen_alike
 from app.vision.outputs import probabilities
 from app.vision.preprocessing import Preprocessing, eval_pixels
+from app.vision.reference import Features
 
 # Pictures in one forward pass. More gain nothing on a CPU, and on a GPU only memory is left to lose.
 FORWARD_BATCH_SIZE = 32
@@ -71,6 +72,41 @@ class _Asked:
     model: LoadedModel
     pixels: Tensor
     is_compared: bool
+
+
+@dataclass
+class _Lane:
+    """A batcher, and the encoded pictures on their way to it.
+
+    So many are begun, being decoded, decoded, or in a pass, that no pass waits for one. More would lie about until no
+    cache has them any more, and decoding would take the cores from the passes.
+    """
+
+    batcher: Batcher[_Asked, Scores]
+    decoders: ThreadPoolExecutor
+    _begun: int = 0
+    _waiting: "deque[tuple[asyncio.Future[Scores], Callable[[], None]]]" = field(default_factory=deque)
+
+    @property
+    def most_begun(self) -> int:
+        return 2 * self.batcher.max_batch * self.batcher.threads + usable_cores()
+
+    def add(self, answer: "asyncio.Future[Scores]", decode: Callable[[], None]) -> None:
+        """decode: gives the picture to the batcher, whose word `answer` is; runs in one of the decoders."""
+        self._waiting.append((answer, decode))
+        self._begin()
+
+    def _begin(self) -> None:
+        while self._waiting and self._begun < self.most_begun:
+            answer, decode = self._waiting.popleft()
+            if not answer.done():  # else nobody waits for it any more
+                self._begun += 1
+                answer.add_done_callback(self._one_ended)
+                self.decoders.submit(decode)
+
+    def _one_ended(self, _answer: "asyncio.Future[Scores]") -> None:
+        self._begun -= 1
+        self._begin()
 
 
 class Predictor:
@@ -136,6 +172,8 @@ class Predictor:
         self._side_by_side: Batcher[_Asked, Scores] = Batcher(
             _run, max_batch=engines.SMALL_BATCH, threads=usable_cores(), on_batch=batch_begins
         )
+        self._lane = _Lane(self._batcher, self._decoders)
+        self._lane_side_by_side = _Lane(self._side_by_side, self._decoders)
 
     async def predict(
         self, model_id: str, pictures: Sequence[bytes], *, are_compared: bool = False
@@ -327,7 +365,7 @@ class Predictor:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Scores] = loop.create_future()
 
-        def work() -> None:
+        def decode() -> None:
             if answer.done():  # nobody waits for it any more
                 return
             try:
@@ -337,7 +375,7 @@ class Predictor:
             else:
                 loop.call_soon_threadsafe(self._run, model, pixels, answer, is_compared)
 
-        self._decoders.submit(work)
+        self._lane_of(model.engine).add(answer, decode)
         return answer
 
     async def _decode(self, model: LoadedModel, picture: bytes) -> Tensor | ImageRefused:
@@ -435,6 +473,9 @@ class Predictor:
         image_ids = [image and image[0] for image in model.reference.images]
         return self._training_pictures(model.dataset_id or "", image_ids)
 
+    def _lane_of(self, engine: Engine) -> _Lane:
+        return self._lane if engine.passes_at_once == 1 else self._lane_side_by_side
+
     def _run(
         self, model: LoadedModel, pixels: Tensor, answer: "asyncio.Future[Scores]", is_compared: bool = False
     ) -> None:
@@ -442,9 +483,9 @@ class Predictor:
         if answer.done():
             return
         engine = model.engine_for(pixels)
-        batcher = self._batcher if engine.passes_at_once == 1 else self._side_by_side
         deadline = time.monotonic() + self._timeout_seconds
-        batcher.submit(engine, _Asked(model, pixels, is_compared), deadline=deadline, future=answer)
+        asked = _Asked(model, pixels, is_compared)
+        self._lane_of(engine).batcher.submit(engine, asked, deadline=deadline, future=answer)
         model.asked += 1
         # Again after ten times as many: another model's build may have been under way, or this one's have failed.
         if model.asked == BUILD_AFTER_PICTURES * 10**model.builds and self._engine_policy != "torch":
@@ -551,11 +592,13 @@ def _run(engine: Engine, asked: Sequence[_Asked]) -> list[Scores]:
     for model in {one.model for one in asked}:
         places = [i for i, one in enumerate(asked) if one.model is model]
         rows = model.probabilities(features[places]).tolist()
+        # Here, and not where the answer is put together, since that is in the event loop.
+        likes: dict[int, Features] = {}
+        compared = [i for i in places if asked[i].is_compared]
+        if model.reference is not None and compared:
+            likes = dict(zip(compared, model.reference.similarities(features[compared].numpy()), strict=True))
         for i, row in zip(places, rows, strict=True):
-            # Here, and not where the answer is put together, since that is in the event loop.
-            reference = model.reference if asked[i].is_compared else None
-            like = None if reference is None else reference.similarities(features[i].numpy())
-            scores[i] = Scores.of(row, model.outputs, features=features[i], similarities=like)
+            scores[i] = Scores.of(row, model.outputs, features=features[i], similarities=likes.get(i))
     return [one for one in scores if one is not None]
 
 

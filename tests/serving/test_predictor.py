@@ -1,6 +1,7 @@
 """The predictor by itself: what it loads, keeps, refuses, and computes."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def with_predictor(models: Path) -> Callable[..., list[int]]:
             predictor = Predictor(
                 storage=LocalStorage(models),
                 device=torch.device("cpu"),
-                decoders=Decoders.trusting(LIMITS),
+                decoders=options.get("decoders") or Decoders.trusting(LIMITS),
                 max_loaded_bytes=options.get("max_loaded_bytes", 10**9),
                 max_pending=options.get("max_pending", 100),
                 timeout_seconds=options.get("timeout_seconds", 60.0),
@@ -276,6 +277,76 @@ def test_picture_that_waits_beyond_its_time_is_refused(with_predictor: Callable[
             await predictor.predict("a", PICTURES[:1])
 
     with_predictor(story, timeout_seconds=-1.0)
+
+
+class CountingDecoders(Decoders):
+    """How many pictures were decoded."""
+
+    count = 0
+
+    def decode(self, encoded: bytes, *, side: int) -> images.Pixels:
+        self.count += 1
+        return super().decode(encoded, side=side)
+
+
+def test_no_more_is_decoded_than_passes_come_to_soon(with_predictor: Callable[..., None]) -> None:
+    decoders = CountingDecoders.trusting(LIMITS)
+    left, busy = threading.Event(), threading.Event()
+
+    async def story(predictor: Predictor) -> None:
+        await predictor.load("a")
+        most = predictor._lane.most_begun
+        occupied = asyncio.create_task(predictor._alone(lambda: busy.set() or left.wait(60)))
+        await asyncio.to_thread(busy.wait, 60)
+        asked = [asyncio.create_task(predictor.predict("a", [PICTURES[i % 5]])) for i in range(2 * most)]
+        while decoders.count < most:
+            await asyncio.sleep(0.01)
+        # Whoever leaves makes room for the next one, and what is left before it began costs nothing.
+        asked[0].cancel()
+        asked[-1].cancel()
+        while decoders.count < most + 1:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        assert decoders.count == most + 1
+        left.set()
+        await occupied
+        answers = await asyncio.gather(*asked[1:-1])
+        assert all(isinstance(outcome, Scores) for (outcome,) in answers)
+        assert decoders.count == 2 * most - 1
+        assert predictor._lane._begun == 0
+
+    with_predictor(story, decoders=decoders, max_pending=1000)
+
+
+def test_pictures_that_wait_for_a_busy_device_keep_none_from_passes_beside_each_other(
+    with_predictor: Callable[..., None],
+) -> None:
+    left, busy = threading.Event(), threading.Event()
+
+    async def story(predictor: Predictor) -> None:
+        await predictor.load("a")
+        (await predictor.load("b")).network.torch.passes_at_once = 2
+        occupied = asyncio.create_task(predictor._alone(lambda: busy.set() or left.wait(60)))
+        await asyncio.to_thread(busy.wait, 60)
+        waiting = [asyncio.create_task(predictor.predict("a", PICTURES[:1])) for _ in range(200)]
+        await asyncio.sleep(0.05)
+        (outcome,) = await asyncio.wait_for(predictor.predict("b", PICTURES[:1]), 30)
+        assert isinstance(outcome, Scores)
+        assert not any(task.done() for task in waiting)
+        left.set()
+        await asyncio.gather(occupied, *waiting)
+
+    with_predictor(story, max_pending=1000)
+
+
+def test_broken_pictures_make_room_for_those_behind_them(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        broken = [predictor.predict("a", [BROKEN]) for _ in range(2 * predictor._lane.most_begun)]
+        (*refused, (last,)) = await asyncio.gather(*broken, predictor.predict("a", PICTURES[:1]))
+        assert all(isinstance(outcome, ImageRefused) for (outcome,) in refused)
+        assert isinstance(last, Scores)
+
+    with_predictor(story, max_pending=1000)
 
 
 def test_names_keep_models_longer_than_use_does(with_predictor: Callable[..., None]) -> None:
