@@ -22,7 +22,7 @@ from app.jobs.states import JobKind
 from app.settings import Settings
 from app.storage import LocalStorage
 from worker import run_job
-from worker.reporter import Reporter
+from worker.reporter import Patience, Reporter
 from worker.training import loop
 from worker.training.loop import Hooks, StepProgress
 from worker.wakeup import Wakeup
@@ -92,7 +92,8 @@ class Job:
         claim = queue_builders.claim_next(self._database)
         assert claim is not None
         self.claim = claim
-        reporter = Reporter(self._database, claim, shutdown=self.shutdown)
+        patience = Patience.of(self._settings)
+        reporter = Reporter(self._database, claim, shutdown=self.shutdown, patience=patience)
         run_job.run_training(
             claim, settings=self._settings, database=self._database, storage=self._storage, reporter=reporter
         )
