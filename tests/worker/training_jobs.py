@@ -68,8 +68,10 @@ class Job:
         *,
         starting_model: StartingModel | None = None,
         weights: Mapping[str, str] | None = None,
+        learning_rate: float | None = None,
         **body: Any,
     ) -> None:
+        """learning_rate: of all that is trained, beyond what a request may ask for."""
         self._database, self._storage, self._settings = database, storage, settings
         hyperparameters = {"epochs": 2, "batch_size": 6, "image_size": SIZE, **body.pop("hyperparameters", {})}
         request = {"dataset": DATASET, "backbone": "mobilenet_v3_small", "recipe": "classic", **body}
@@ -81,6 +83,10 @@ class Job:
             device_type="cpu",
             starting_model=starting_model,
         )
+        if learning_rate is not None:
+            rates = {"learning_rate": learning_rate, "backbone_learning_rate": learning_rate}
+            values = self.spec.hyperparameters.model_copy(update=rates)
+            self.spec = self.spec.model_copy(update={"hyperparameters": values})
         with database.write() as session:
             self.id = queue.submit(
                 session, kind=JobKind.training, dataset_id=DATASET, spec=self.spec.model_dump(mode="json")
@@ -117,13 +123,15 @@ class Job:
         return load_file(self._storage.path(f"models/{self.row.model_id}/weights.safetensors"))
 
 
-def act_after_steps(monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[], object]) -> None:
-    """Lets the loop's own report of that step be preceded by `act`."""
+def act_after_steps(
+    monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[], object], *, setbacks: int = 0
+) -> None:
+    """Lets the loop's own report of that step, after so many setbacks, be preceded by `act`."""
     fit = loop.fit
 
     def watched(state: Any, plan: Any, hooks: Hooks) -> Any:
         def on_progress(progress: StepProgress) -> bool:
-            if state.total_steps == steps:
+            if (state.total_steps, state.setbacks) == (steps, setbacks):
                 act()
             return hooks.on_progress(progress)
 
