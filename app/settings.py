@@ -213,6 +213,14 @@ class Settings(BaseSettings):
     max_crashes_without_progress: Annotated[int, Field(ge=1)] = Field(
         3, description="Crashes in a row without a new checkpoint after which a job fails for good."
     )
+    full_disk_retry_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
+        60.0, description="How often a training job that waits for room on a full disk tries again, in seconds."
+    )
+    full_disk_patience_seconds: Annotated[float, Field(gt=0)] = Field(
+        3600.0,
+        description="Longest that a training job waits for room on a full disk before it fails with storage-full, in "
+        "seconds.",
+    )
     cancel_grace_seconds: Annotated[float, Field(gt=0)] = Field(
         5.0, description="Time a running job has to end itself after a cancel before it is killed, in seconds."
     )

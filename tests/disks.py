@@ -37,3 +37,12 @@ def fill(folder: Path) -> Path:
                 continue
     assert shutil.disk_usage(folder).free == 0
     return filler
+
+
+def leave(folder: Path, free_bytes: int) -> Path:
+    """Takes all but so many bytes."""
+    filler = fill(folder)
+    size = filler.stat().st_size - free_bytes
+    with filler.open("rb+") as file:
+        file.truncate(size)
+    return filler

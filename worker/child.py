@@ -32,7 +32,7 @@ from app.precedence import Precedence
 from app.settings import Settings
 from app.storage import LocalStorage, is_disk_full
 from worker import endings
-from worker.reporter import DATABASE_ERRORS, Reporter, ShuttingDown
+from worker.reporter import DATABASE_ERRORS, Patience, Reporter, ShuttingDown
 from worker.spans import StageSpans
 from worker.trackers import Trackers
 from worker.wakeup import Wakeup
@@ -104,6 +104,7 @@ def main(load_story: Callable[[JobKind], Story]) -> int:
             shutdown=shutdown,
             give_way=Precedence.of(settings).give_way,
             observers=[stages, trackers],
+            patience=Patience.of(settings),
         )
         code = run(story, claim, settings=settings, database=database, storage=storage, reporter=reporter)
         _note_outcome(span, claim, database)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -283,9 +284,8 @@ class Slot:
 
     def _look_after_work(self, now: float, child: "Child", watch: "Watch") -> None:
         if now >= watch.beat_at:
-            with self._database.write() as session:
-                beat = queue.beat(session, watch.claim)
-                is_over = beat.lost and queue.has_ended(session, watch.claim)
+            # On a full disk in the ballast's room: a job that waits for room keeps its lease.
+            beat, is_over = self._database.free(partial(_beat, claim=watch.claim))
             if beat.lost and child.exit_code is None:
                 # Whose job has ended tells trackers and collectors so; whose job is another's has nothing left to say.
                 if not is_over or watch.has_been_over(now, for_seconds=LAST_WORDS_SECONDS):
@@ -440,6 +440,12 @@ class Child:
                 self.is_ready = True
             else:
                 self.descriptor = None
+
+
+def _beat(session: Session, claim: Claim) -> tuple[queue.Beat, bool]:
+    """And whether the job ended in this very run, where the claim is not held any more."""
+    beat = queue.beat(session, claim)
+    return beat, beat.lost and queue.has_ended(session, claim)
 
 
 def _exit_sentence(exit_code: int | None) -> str:

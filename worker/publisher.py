@@ -127,10 +127,14 @@ class Publisher:
                 )
             return True
 
-        with storage.announced(key, is_wanted=partial(holdings.has_row, database)):
-            saved = save()
-            while not reporter.transaction(partial(register, saved=saved, decision=decision)):
-                decision = self._decide(conclusion, spec, training, probe=probe)
+        def save_and_register() -> None:
+            nonlocal decision
+            with storage.announced(key, is_wanted=partial(holdings.has_row, database)):
+                saved = save()
+                while not reporter.transaction(partial(register, saved=saved, decision=decision)):
+                    decision = self._decide(conclusion, spec, training, probe=probe)
+
+        reporter.stored(save_and_register)
 
     def _decide(self, conclusion: Conclusion, spec: TrainingSpec, training: Training, *, probe: str | None) -> Decision:
         if not conclusion.tasks:
@@ -143,15 +147,17 @@ class Publisher:
             knows={task.output.name: frozenset(task.output.classes) for task in conclusion.tasks},
             predictions=Predictions.of_evaluation(conclusion.evaluation),
         )
-        return promotion.decide(
-            candidate,
-            policy=spec.promote,
-            database=self.database,
-            storage=self.storage,
-            device=training.state.device,
-            limits=IngestLimits.from_settings(self.settings),
-            tick=self.reporter.tick,
-            interim=probe,
+        return self.reporter.stored(
+            lambda: promotion.decide(
+                candidate,
+                policy=spec.promote,
+                database=self.database,
+                storage=self.storage,
+                device=training.state.device,
+                limits=IngestLimits.from_settings(self.settings),
+                tick=self.reporter.tick,
+                interim=probe,
+            )
         )
 
 

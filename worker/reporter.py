@@ -2,22 +2,28 @@
 
 Each call says that the work moves, and may end the work by raising: ClaimLost (somebody else has the job), Cancelled
 (its user wants it ended) or ShuttingDown (its worker does). A database that does not answer never ends the work: what
-can be said again later is left out, the rest is tried until it is stored; on a full disk for a minute, and then it
-raises StorageFull.
+can be said again later is left out, the rest is tried until it is stored. Rows and files that find no room on the disk
+wait for it: told, alive, and for so long that an operator can make some; then they raise StorageFull.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, Self, TypeVar
 
 import structlog
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from app.db.engine import Database, is_full
+from app.db.tables import utc_now
 from app.errors import Overloaded, StorageFull
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim, ClaimLost, Signal
+from app.settings import Settings
+from app.storage import is_disk_full
 from worker.wakeup import Wakeup
 
 __all__ = ["Cancelled", "ClaimLost", "Reporter", "ShuttingDown"]
@@ -27,8 +33,11 @@ WRITE_INTERVAL_SECONDS = 1.0
 # Events stay in the log, so there are fewer of them.
 EVENT_INTERVAL_SECONDS = 2.0
 LONGEST_RETRY_SECONDS = 10.0
-# Somebody may be making room.
-LONGEST_FULL_SECONDS = 60.0
+# A job's last word, where even the ballast's room is taken: a job that is over does not hold its memory for an hour.
+LAST_WORD_FULL_SECONDS = 60.0
+
+# Of progress, while the work itself stands.
+WAITING_STAGE = "waiting_for_room"
 
 # A database that is locked, or cannot be reached: trying again helps. What our own bug breaks is not among them.
 DATABASE_ERRORS = (Overloaded, OperationalError, InterfaceError)
@@ -40,6 +49,22 @@ log = structlog.get_logger(__name__)
 
 class ShuttingDown(Exception):
     """The worker ends: leave a checkpoint if one is due, and let this pass; the job goes back into the queue."""
+
+
+class _NotWanted(Exception):
+    """While it waited for room, what was to be stored has become worth nothing."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """On a full disk: how often files are tried again, and how long a wait may be, in seconds."""
+
+    retry_seconds: float = 60.0
+    longest_seconds: float = 3600.0
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        return cls(settings.full_disk_retry_seconds, settings.full_disk_patience_seconds)
 
 
 class Observer(Protocol):
@@ -63,6 +88,7 @@ class Reporter:
         shutdown: Wakeup,
         give_way: Callable[[], object] = lambda: None,
         observers: Sequence[Observer] = (),
+        patience: Patience | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """shutdown: set, by a signal handler for example, when the work is to be given back. give_way: waits while
@@ -73,10 +99,12 @@ class Reporter:
         self._shutdown = shutdown
         self.give_way = give_way
         self._observers = observers
+        self._patience = patience or Patience()
         self._monotonic = monotonic
         self._signal = Signal(cancel_requested=False, stop_requested=False)
         self._progress: dict[str, Any] = {}
         self._next_write = self._next_event = -float("inf")
+        self._is_ending = False
 
     @property
     def stop_requested(self) -> bool:
@@ -164,16 +192,29 @@ class Reporter:
         found = None if metrics is None else dict(metrics)
         self._write(lambda session: queue.record_checkpoint(session, self._claim, step, metrics=found))
 
-    def last_word(self, work: Callable[[Session], T]) -> T:
-        """The same for what ends the job; on a full disk it may take the ballast's room."""
-        return self._until_stored(lambda: self._database.free(work))
+    def stored(self, store: Callable[[], T]) -> T:
+        """Runs `store`, which writes files, again from its beginning until the disk has room for them."""
+        return self._until_stored(store)
+
+    def stored_unless_stopped(self, store: Callable[[], object]) -> bool:
+        """The same for what is worth nothing once the user wants the job to end early. Returns whether it is stored."""
+        try:
+            self._until_stored(store, is_wanted=lambda: not self.stop_requested)
+        except _NotWanted:
+            return False
+        return True
 
     def transaction(self, work: Callable[[Session], T]) -> T:
         """Runs `work` in a writing transaction, again from its beginning if the database fails, until it is stored.
 
-        For the story's own final transaction, such as register and succeed; ShuttingDown ends the waiting.
+        For the story's own final transaction, such as register and succeed. What ends the work ends the waiting too.
         """
         return self._until_stored(lambda: self._written(work))
+
+    def last_word(self, work: Callable[[Session], T]) -> T:
+        """The same for what ends the job: on a full disk it may take the ballast's room, and does not wait for long."""
+        self._is_ending = True
+        return self._until_stored(lambda: self._database.free(work))
 
     def _furthest(self, fraction: float | None) -> float | None:
         known: float | None = self._progress.get("fraction")
@@ -187,7 +228,7 @@ class Reporter:
         return True
 
     def _raise_if_asked(self) -> None:
-        if self._signal.cancel_requested:
+        if self._signal.cancel_requested and not self._is_ending:
             raise Cancelled
         if self._shutdown.is_set:
             raise ShuttingDown
@@ -206,28 +247,89 @@ class Reporter:
         with self._database.write() as session:
             return work(session)
 
-    def _until_stored(self, store: Callable[[], T]) -> T:
-        delay_seconds = 0.5
-        full_since: float | None = None
+    def _until_stored(self, store: Callable[[], T], *, is_wanted: Callable[[], bool] = lambda: True) -> T:
+        """Raises _NotWanted where is_wanted says so during a wait for room."""
+        pause_seconds = 0.5
+        full_until: float | None = None
         while True:
             try:
-                return store()
-            except DATABASE_ERRORS as error:
-                log.warning("database_unavailable", error=type(error).__name__, retry_in_seconds=delay_seconds)
-                full_since = self._full_since(error, full_since)
-            if self._shutdown.wait(delay_seconds):
+                stored = store()
+            except Exception as error:  # all pass on, but what is known to pass by itself
+                is_in_database = isinstance(error, DATABASE_ERRORS)
+                if isinstance(error, StorageFull) or not (is_in_database or is_disk_full(error)):
+                    raise
+                full_until = self._full_until(error, full_until)
+            else:
+                if full_until is not None:
+                    self._tell("There is room on the server's disk again: the job goes on.")
+                return stored
+            # Outside of the block above, which holds on to all that the failed attempt had made.
+            seconds = pause_seconds if is_in_database else self._patience.retry_seconds
+            pause_seconds = min(2 * pause_seconds, LONGEST_RETRY_SECONDS)
+            log.warning("not_stored", is_disk_full=full_until is not None, retry_in_seconds=seconds)
+            if full_until is not None:
+                self._wait_for_room(min(self._monotonic() + seconds, full_until), is_wanted)
+            elif self._shutdown.wait(seconds):
                 raise ShuttingDown
-            delay_seconds = min(2 * delay_seconds, LONGEST_RETRY_SECONDS)
 
-    def _full_since(self, error: Exception, earlier: float | None) -> float | None:
-        """When the disk was first found full, in a row. Raises StorageFull once that is long ago: a job that holds
-        memory, and files that others want the room of, does not wait for ever."""
-        if not (isinstance(error, OperationalError) and is_full(error)):
-            return None
+    def _full_until(self, error: Exception, known: float | None) -> float | None:
+        """Until when room is waited for, if the disk is full or was when this was last tried; tells it the first time.
+
+        Raises StorageFull once that is over: a job that holds memory, and files that others want the room of, does not
+        wait for ever.
+        """
+        is_in_database = isinstance(error, DATABASE_ERRORS)
+        if is_in_database and not (isinstance(error, OperationalError) and is_full(error)):
+            return known
+        longest_seconds = LAST_WORD_FULL_SECONDS if self._is_ending else self._patience.longest_seconds
         now = self._monotonic()
-        if earlier is not None and now - earlier >= LONGEST_FULL_SECONDS:
+        if known is None:
+            if not (self._is_ending or self._shutdown.is_set):
+                self._tell_of_wait(longest_seconds)
+            return now + longest_seconds
+        if now >= known:
             raise StorageFull(
-                "The server's disk was full for so long that the job was given up. Submit it again once there is room: "
-                "delete data sets or models, or ask its operator."
+                f"The server's disk stayed full for {_minutes(longest_seconds)}: the job was given up, nothing of it "
+                "is kept. Delete data sets or models, or ask the operator to make room, and submit it again."
             ) from error
-        return now if earlier is None else earlier
+        return known
+
+    def _tell_of_wait(self, longest_seconds: float) -> None:
+        until = utc_now() + timedelta(seconds=longest_seconds)
+        self._tell(
+            f"The server's disk is full: the job waits for room until {until:%Y-%m-%d %H:%M} UTC, and goes on by "
+            "itself once there is some. Delete data sets or models, or ask the operator to make room.",
+            stage=WAITING_STAGE,
+            reason="disk_full",
+            until=until.isoformat(),
+        )
+
+    def _tell(self, message: str, *, stage: str | None = None, **details: Any) -> None:
+        """A line for people, and the stage that the job shows with it; in the room of the ballast if need be."""
+        progress = dict(self._progress)
+        if stage is not None:
+            progress |= {"stage": stage, "images_per_second": None, "eta_seconds": None}
+
+        def told(session: Session) -> Signal:
+            if self._progress:
+                queue.record_progress(session, self._claim, progress, event=True)
+            return queue.record_log(session, self._claim, message, **details)
+
+        try:
+            self._signal = self._database.free(told)
+        except (ClaimLost, *DATABASE_ERRORS) as error:  # what was stored at last may have ended the job
+            log.warning("not_told", message=message, error=type(error).__name__)
+
+    def _wait_for_room(self, until: float, is_wanted: Callable[[], bool]) -> None:
+        """As alive as at work: it ticks, and ends at once where the work is to end."""
+        while (left_seconds := until - self._monotonic()) > 0:
+            if self._shutdown.wait(min(left_seconds, WRITE_INTERVAL_SECONDS)):
+                raise ShuttingDown
+            self.tick()
+            if not is_wanted():
+                raise _NotWanted
+
+
+def _minutes(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    return "a minute" if minutes == 1 else f"{minutes} minutes"

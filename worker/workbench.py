@@ -93,12 +93,14 @@ class Workbench:
                 "The data set's files are missing or damaged; delete it, upload it again and submit the job again.",
                 code="dataset_unreadable",
             ) from error
-        images = ensure_packed(
-            storage,
-            claim.dataset_id,
-            spec.preprocessing.side,
-            limits=IngestLimits.from_settings(settings),
-            tick=lambda _share: reporter.tick(),
+        images = reporter.stored(
+            lambda: ensure_packed(
+                storage,
+                claim.dataset_id,
+                spec.preprocessing.side,
+                limits=IngestLimits.from_settings(settings),
+                tick=lambda _share: reporter.tick(),
+            )
         )
         device = resolve_device(settings.device)
         return cls(claim, settings, storage, reporter, manifest, images, device, seen_before)
@@ -164,8 +166,9 @@ class Workbench:
             return reporter.stop_requested
 
         def save(state: LoopState) -> None:
-            checkpoints.save(state.tensors(), state.numbers())
-            reporter.checkpoint(share.steps + state.total_steps)
+            # A job that is to end early with its best epoch needs no checkpoint to go on from.
+            if reporter.stored_unless_stopped(lambda: checkpoints.save(state.tensors(), state.numbers())):
+                reporter.checkpoint(share.steps + state.total_steps)
 
         if training.solved is not None:
             self._record(training.solved, training.epochs, share)
@@ -234,9 +237,12 @@ class Workbench:
     def _remember_precision(self, precision: Precision, spec: TrainingSpec) -> None:
         key = self._precision_key(spec)
         if not self.storage.exists(key):
-            with self.storage.staging() as staged:
-                staged.write_text(precision, "utf-8")
-                self.storage.publish(staged, key)
+            self.reporter.stored(lambda: self._publish_text(precision, key))
+
+    def _publish_text(self, text: str, key: str) -> None:
+        with self.storage.staging() as staged:
+            staged.write_text(text, "utf-8")
+            self.storage.publish(staged, key)
 
     def _announce(self, training: Training, spec: TrainingSpec, *, is_resumed: bool) -> None:
         state = training.state

@@ -199,11 +199,16 @@ def test_another_runtime_error_passes_as_it_is() -> None:
         list(fit(state, builders.plan()))
 
 
-def test_a_loss_that_is_no_number_fails_as_diverged() -> None:
-    state = builders.state(builders.network(), rate=1e30)
+def test_a_loss_that_is_no_number_at_any_rate_fails_as_diverged() -> None:
+    told: list[str] = []
+    state = builders.state(_deep(), rate=1e30)
     with pytest.raises(JobFailed, match="learning_rate") as failure:
-        list(fit(state, builders.plan(epochs=4)))
+        list(fit(state, builders.plan(epochs=4), Hooks(log=lambda message, _details: told.append(message))))
     assert failure.value.code == "diverged"
+    assert [message.split(". ")[1] for message in told] == [
+        "It goes on from the start, with a tenth of the learning rates.",
+        "It goes on from the start, with a hundredth of the learning rates.",
+    ]
 
 
 def test_a_measure_that_is_no_number_fails_as_diverged() -> None:
@@ -211,6 +216,90 @@ def test_a_measure_that_is_no_number_fails_as_diverged() -> None:
     with pytest.raises(JobFailed) as failure:
         list(fit(builders.state(builders.network()), plan))
     assert failure.value.code == "diverged"
+
+
+def _deep() -> nn.Sequential:
+    """Without normalisation: it diverges at rates from 0.3 on, though not in its first epoch."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+
+
+class NoNumberAt(nn.Module):
+    """A network that gives no numbers in some of the passes of its training, counted from 0."""
+
+    def __init__(self, *passes: int) -> None:
+        super().__init__()
+        self.inner = builders.network()
+        self._passes, self._passed = passes, itertools.count()
+
+    def forward(self, images: Tensor) -> Tensor:
+        output: Tensor = self.inner(images)
+        return output * math.nan if self.training and next(self._passed) in self._passes else output
+
+
+def test_a_setback_begins_the_epoch_again_with_the_best_weights_and_a_tenth_of_the_rate() -> None:
+    state = builders.state(NoNumberAt(5 + 5 + 3), rate=0.05, ema=0.9)
+    after: list[dict[str, Tensor]] = []
+
+    def save(state: LoopState) -> None:
+        if state.setbacks == 1 and not after:
+            assert (state.epoch, state.step, state.total_steps) == (2, 0, 10)
+            assert state.best is not None
+            assert builders.same(state.live, state.best.weights)
+            assert state.ema is not None
+            assert builders.same(state.live, state.ema)
+            assert not state.optimizer.state
+            after.append(dict(state.live))
+
+    results = list(fit(state, builders.plan(epochs=4), Hooks(save=save)))
+    assert after
+    assert [result.epoch for result in results] == [1, 2, 3, 4]
+    assert [result.learning_rate for result in results] == [0.05, 0.05, 0.005, 0.005]
+    assert results[-1].step == 20
+
+
+def test_a_second_setback_begins_with_the_weights_of_the_start() -> None:
+    state = builders.state(NoNumberAt(5 + 3, 5 + 4 + 1), rate=0.05)
+    start = builders.weights(state.network)
+    seen: list[bool] = []
+    hooks = Hooks(save=lambda state: seen.append(builders.same(builders.weights(state.network), start)))
+    results = list(fit(state, builders.plan(epochs=2), hooks))
+    assert seen == [False, False, True, False]  # after an epoch, two setbacks and an epoch
+    assert [result.learning_rate for result in results] == [0.05, 0.0005]
+
+
+def test_a_setback_comes_to_the_same_whenever_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train() -> dict[str, Tensor]:
+        state = builders.state(_deep(), rate=1.0)
+        list(fit(state, builders.plan(epochs=3, augmentation="none")))
+        assert state.setbacks == 2
+        return builders.weights(state.network)
+
+    at_the_end_of_the_epoch = train()
+    monkeypatch.setattr("worker.training.loop.TICK_SECONDS", 0.0)
+    assert builders.same(train(), at_the_end_of_the_epoch)
+
+
+@pytest.mark.parametrize(("setbacks", "step"), [(0, 6), (1, 6), (2, 6), (2, 9)])
+def test_a_run_killed_around_a_setback_ends_with_the_weights_of_one_that_was_not(
+    setbacks: int, step: int, storage: LocalStorage
+) -> None:
+    plan = builders.plan(epochs=3, augmentation="none")
+    undisturbed = builders.state(_deep(), rate=1.0, ema=0.9)
+    list(fit(undisturbed, plan))
+    assert undisturbed.setbacks == 2
+
+    killed = builders.state(_deep(), rate=1.0, ema=0.9)
+    _run_until_step(killed, plan, step, setbacks=setbacks)
+    Checkpoints(storage, job_id="job_1", fence=1).save(killed.tensors(), killed.numbers())
+    resumed = builders.state(_deep(), rate=1.0, ema=0.9)
+    found = Checkpoints(storage, job_id="job_1", fence=2).newest()
+    assert found is not None
+    resumed.restore(found.tensors, found.numbers)
+    list(fit(resumed, plan))
+
+    assert (resumed.setbacks, resumed.outcome) == (2, undisturbed.outcome)
+    assert builders.same(builders.weights(resumed.network), builders.weights(undisturbed.network))
 
 
 def test_a_last_batch_of_one_joins_the_batch_before_it_where_batch_norm_trains() -> None:
@@ -441,14 +530,14 @@ def test_progress_tells_the_share_of_the_whole_run(monkeypatch: pytest.MonkeyPat
     assert all(p.images_per_second is None or math.isfinite(p.images_per_second) for p in seen)
 
 
-def _run_until_step(state: LoopState, plan: object, steps: int) -> None:
+def _run_until_step(state: LoopState, plan: object, steps: int, *, setbacks: int = 0) -> None:
     """Leaves the run after that many steps, by an exception from its own report, as a shutdown does."""
 
     class Left(Exception):
         pass
 
     def leave(_progress: StepProgress) -> bool:
-        if state.total_steps == steps:
+        if (state.total_steps, state.setbacks) == (steps, setbacks):
             raise Left
         return False
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from builders import class_folders, written, zip_of
-from disks import fill
-from queue_builders import claim_next, find, submit
+from disks import fill, leave
+from queue_builders import claim_next, event_log, find, submit
 from safetensors import SafetensorError
 from training_jobs import DATASET, Job, write_dataset
 from workshop import Workshop, is_running, wait_until
@@ -27,8 +27,7 @@ from app.vision import artifact
 from app.vision.artifact import Artifact
 from app.vision.backbones import BACKBONES
 from app.vision.classifier import Classifier
-from worker import reporter as reporters
-from worker.reporter import Reporter
+from worker.reporter import Patience, Reporter
 from worker.training.checkpoint import Checkpoints
 from worker.training.features import FeatureCache
 from worker.wakeup import Wakeup
@@ -55,17 +54,8 @@ def workshop(disk: Path) -> Iterator[Workshop]:
     database.dispose()
 
 
-def leave(folder: Path, free_bytes: int) -> Path:
-    """Fills the disk but for so many bytes."""
-    filler = fill(folder)
-    size = filler.stat().st_size - free_bytes
-    with filler.open("rb+") as file:
-        file.truncate(size)
-    return filler
-
-
 @pytest.mark.slow
-def test_job_that_finds_the_disk_full_fails_and_the_next_one_succeeds(workshop: Workshop, disk: Path) -> None:
+def test_job_whose_disk_stays_full_says_so_and_fails_and_the_next_one_succeeds(workshop: Workshop, disk: Path) -> None:
     write_dataset(workshop.storage)
     settings = workshop.settings(device="cpu", allow_downloads=False, min_free_bytes=0)
     long = Job(
@@ -79,7 +69,7 @@ def test_job_that_finds_the_disk_full_fails_and_the_next_one_succeeds(workshop: 
     Database(settings.resolved_database_url, ballast_bytes=MEBIBYTE).keep_ballast()
     worker = workshop.start_worker(
         child_command=CHILD, device="cpu", allow_downloads=False, min_free_bytes=0, ballast_bytes=MEBIBYTE,
-        stall_timeout_seconds=200.0, lease_seconds=100.0,
+        stall_timeout_seconds=200.0, lease_seconds=100.0, full_disk_retry_seconds=1.0, full_disk_patience_seconds=5.0,
     )  # fmt: skip
     checkpoints = workshop.storage.path(f"jobs/{long.id}")
     wait_until(lambda: list(checkpoints.glob("*/*")), within_seconds=100)
@@ -90,7 +80,12 @@ def test_job_that_finds_the_disk_full_fails_and_the_next_one_succeeds(workshop: 
     row = find(workshop.database, long.id)
     assert (row.status, row.error and row.error["code"]) == ("failed", "storage-full")
     assert row.error["status"] == 507
+    assert row.error["detail"].startswith("The server's disk stayed full for a minute")
     assert str(disk) not in json.dumps(row.error)
+    told = [event.data for event in event_log(workshop.database, long.id) if event.event == "log"]
+    assert [line["message"].split(":")[0] for line in told if line.get("reason") == "disk_full"] == [
+        "The server's disk is full"
+    ]
     wait_until(lambda: not checkpoints.exists())
     assert list(workshop.storage.path("staging").iterdir()) == []
 
@@ -106,6 +101,18 @@ def test_job_that_finds_the_disk_full_fails_and_the_next_one_succeeds(workshop: 
     wait_until(lambda: workshop.status(short.id) in ("succeeded", "failed"), within_seconds=150)
     assert workshop.status(short.id) == "succeeded"
     assert is_running(worker.pid)
+
+
+def test_job_keeps_its_lease_on_a_full_disk(workshop: Workshop, disk: Path) -> None:
+    Database(workshop.settings().resolved_database_url, ballast_bytes=MEBIBYTE).keep_ballast()
+    workshop.start_worker(ballast_bytes=MEBIBYTE)
+    job = workshop.submit("work_until_released")
+    workshop.wait_for_pid(job)
+    fill(disk)
+    beats = find(workshop.database, job).beat
+
+    wait_until(lambda: find(workshop.database, job).beat > beats + 30)
+    assert find(workshop.database, job).attempt == 1
 
 
 def test_checkpoint_that_finds_no_room_leaves_the_one_before(disk: Path) -> None:
@@ -176,15 +183,12 @@ def test_pixel_store_that_finds_no_room_leaves_nothing(disk: Path) -> None:
     assert storage.files(f"datasets/{DATASET}") == [archive_key(DATASET)]
 
 
-def test_job_gives_up_on_a_database_that_stays_full(
-    workshop: Workshop, disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_gives_up_on_a_database_that_stays_full(workshop: Workshop, disk: Path) -> None:
     """Without ballast: it does not hold its memory and files for ever."""
-    monkeypatch.setattr(reporters, "LONGEST_FULL_SECONDS", 0.2)
     submit(workshop.database)
     claim = claim_next(workshop.database)
     assert claim is not None
-    speaker = Reporter(workshop.database, claim, shutdown=Wakeup())
+    speaker = Reporter(workshop.database, claim, shutdown=Wakeup(), patience=Patience(longest_seconds=0.2))
     fill(disk)
     with pytest.raises(StorageFull):
         for i in range(10_000):

@@ -343,12 +343,73 @@ def test_a_data_set_whose_files_are_gone_is_a_clear_error(job: Callable[..., Job
     assert failure.value.code == "dataset_unreadable"
 
 
-def test_a_job_that_diverges_fails_and_leaves_no_model(job: Callable[..., Job], storage: LocalStorage) -> None:
-    wild = job(hyperparameters={"learning_rate": 10.0, "epochs": 60, "weight_decay": 1.0})
-    with pytest.raises(JobFailed) as failure:
+DIVERGED = (
+    "The loss is no longer a number: training has diverged. It goes on from the start, with {} of the learning rates."
+)
+
+
+def test_a_job_that_diverges_comes_to_the_model_of_one_with_a_sane_rate_and_says_so(
+    job: Callable[..., Job], database: Database
+) -> None:
+    wild = job(backbone="squeezenet1_1", hyperparameters={"learning_rate": 10.0})
+    sane = job(backbone="squeezenet1_1", hyperparameters={"learning_rate": 0.1})
+    wild.run()
+    sane.run()
+    assert same_weights(wild.weights(), sane.weights())
+    assert [message for message in wild.messages if "diverged" in message] == [
+        DIVERGED.format("a tenth"),
+        DIVERGED.format("a hundredth"),
+    ]
+    assert wild.row.metrics == {**(sane.row.metrics or {}), "setbacks": 2}
+    assert [epoch.learning_rate for epoch in queue_builders.history(database, wild.id)] == [0.1, 0.1]
+
+
+class Killed(Exception):
+    """In place of a signal that lets nothing be stored."""
+
+
+@pytest.mark.parametrize(("setbacks", "steps"), [(0, 1), (1, 1), (2, 1), (2, 4)])
+@pytest.mark.parametrize("end", ["killed", "given back"])
+def test_a_job_that_ends_around_a_setback_goes_on_as_if_it_had_not(
+    job: Callable[..., Job],
+    database: Database,
+    every_step: None,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+    setbacks: int,
+    steps: int,
+) -> None:
+    wild = job(backbone="squeezenet1_1", hyperparameters={"learning_rate": 10.0, "momentum": 0.5})
+    undisturbed = job(backbone="squeezenet1_1", hyperparameters={"learning_rate": 0.1, "momentum": 0.5})
+
+    def kill() -> None:
+        raise Killed
+
+    act_after_steps(monkeypatch, steps, kill if end == "killed" else wild.shutdown.set, setbacks=setbacks)
+    with pytest.raises(Killed if end == "killed" else ShuttingDown):
+        wild.run()
+    if end == "killed":
+        assert wild.claim is not None
+        queue_builders.crash(database, wild.claim)
+    else:
+        wild.give_back()
+    monkeypatch.undo()
+    wild.run()
+    undisturbed.run()
+    assert wild.row.metrics is not None
+    assert wild.row.metrics["setbacks"] == 2
+    assert same_weights(wild.weights(), undisturbed.weights())
+
+
+def test_a_job_that_diverges_at_any_rate_fails_and_leaves_no_model(
+    job: Callable[..., Job], database: Database, storage: LocalStorage
+) -> None:
+    wild = job(backbone="squeezenet1_1", learning_rate=1e9)
+    with pytest.raises(JobFailed, match="far lower learning_rate") as failure:
         wild.run()
     assert failure.value.code == "diverged"
     assert not storage.exists("models")
+    assert queue_builders.history(database, wild.id) == []
 
 
 def test_transfer_from_real_weights_learns_two_trees(

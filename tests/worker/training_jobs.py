@@ -22,7 +22,7 @@ from app.jobs.states import JobKind
 from app.settings import Settings
 from app.storage import LocalStorage
 from worker import run_job
-from worker.reporter import Reporter
+from worker.reporter import Patience, Reporter
 from worker.training import loop
 from worker.training.loop import Hooks, StepProgress
 from worker.wakeup import Wakeup
@@ -68,8 +68,10 @@ class Job:
         *,
         starting_model: StartingModel | None = None,
         weights: Mapping[str, str] | None = None,
+        learning_rate: float | None = None,
         **body: Any,
     ) -> None:
+        """learning_rate: of all that is trained, beyond what a request may ask for."""
         self._database, self._storage, self._settings = database, storage, settings
         hyperparameters = {"epochs": 2, "batch_size": 6, "image_size": SIZE, **body.pop("hyperparameters", {})}
         request = {"dataset": DATASET, "backbone": "mobilenet_v3_small", "recipe": "classic", **body}
@@ -81,6 +83,10 @@ class Job:
             device_type="cpu",
             starting_model=starting_model,
         )
+        if learning_rate is not None:
+            rates = {"learning_rate": learning_rate, "backbone_learning_rate": learning_rate}
+            values = self.spec.hyperparameters.model_copy(update=rates)
+            self.spec = self.spec.model_copy(update={"hyperparameters": values})
         with database.write() as session:
             self.id = queue.submit(
                 session, kind=JobKind.training, dataset_id=request["dataset"], spec=self.spec.model_dump(mode="json")
@@ -92,7 +98,8 @@ class Job:
         claim = queue_builders.claim_next(self._database)
         assert claim is not None
         self.claim = claim
-        reporter = Reporter(self._database, claim, shutdown=self.shutdown)
+        patience = Patience.of(self._settings)
+        reporter = Reporter(self._database, claim, shutdown=self.shutdown, patience=patience)
         run_job.run_training(
             claim, settings=self._settings, database=self._database, storage=self._storage, reporter=reporter
         )
@@ -116,13 +123,15 @@ class Job:
         return load_file(self._storage.path(f"models/{self.row.model_id}/weights.safetensors"))
 
 
-def act_after_steps(monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[], object]) -> None:
-    """Lets the loop's own report of that step be preceded by `act`."""
+def act_after_steps(
+    monkeypatch: pytest.MonkeyPatch, steps: int, act: Callable[[], object], *, setbacks: int = 0
+) -> None:
+    """Lets the loop's own report of that step, after so many setbacks, be preceded by `act`."""
     fit = loop.fit
 
     def watched(state: Any, plan: Any, hooks: Hooks) -> Any:
         def on_progress(progress: StepProgress) -> bool:
-            if state.total_steps == steps:
+            if (state.total_steps, state.setbacks) == (steps, setbacks):
                 act()
             return hooks.on_progress(progress)
 

@@ -40,6 +40,7 @@ from worker.training.state import EpochResult, LoopState, Measured, copy_into, m
 from worker.training.tasks import Tasks
 
 MAX_HALVINGS = 4
+MAX_SETBACKS = 2
 TICK_SECONDS = 1.0
 CHECKPOINT_SECONDS = 60.0
 # Share of a budget that is planned with; the rest is for epochs that take longer than the one before.
@@ -109,6 +110,10 @@ class Hooks:
     on_step: Callable[[], object] = lambda: None
 
 
+class _Diverged(Exception):
+    """The loss of the running epoch is no number any more."""
+
+
 @dataclass(frozen=True)
 class _Held:
     """What is in a GPU's memory for speed alone: recorded steps and validation passes, and validation's pictures."""
@@ -128,8 +133,8 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
     Ends early on hooks.on_progress's word, by patience or by budget; then state.is_finished is true and state.best set.
     A budget that has no room for all epochs shortens the schedule as soon as that can be told, and each epoch says anew
     how many there is room for: so the learning rate still comes down to its end, where most is gained.
-    Raises JobFailed: `diverged` for a loss that is no number any more, `out_of_memory` where smaller batches did not
-    help.
+    Where the loss is no number any more, goes on from the best epoch, or the start, with a tenth of the learning rates.
+    Raises JobFailed: `diverged` where that has not helped twice, `out_of_memory` where smaller batches did not help.
     """
     hooks = hooks or Hooks()
     pace = _Pace(state, plan, hooks)
@@ -146,18 +151,25 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
         kept,
     )
     if plan.start_counts and state.best is None and state.total_steps == 0:
-        start = _validate(state, plan, pace, held)
+        try:
+            start = _validate(state, plan, pace, held)
+        except _Diverged:
+            raise _diverged("before the first step") from None
         state.keep_if_best(0, val_accuracy=start.accuracy, val_loss=start.loss)
         pace.end_start()
     while not state.is_finished:
-        stop = _train_epoch(state, plan, pace, held)
-        if stop and state.epoch > 0 and not pace.is_budget_spent():
-            state.is_finished = True
-            return
-        # Asked to stop within the first epoch, or out of time at the end of a shortened schedule: the weights as they
-        # are get validated, so that there is a result.
-        with _averaged(state):
-            result = _end_epoch(state, plan, pace, _validate(state, plan, pace, held))
+        try:
+            stop = _train_epoch(state, plan, pace, held)
+            if stop and state.epoch > 0 and not pace.is_budget_spent():
+                state.is_finished = True
+                return
+            # Asked to stop within the first epoch, or out of time at the end of a shortened schedule: the weights as
+            # they are get validated, so that there is a result.
+            with _averaged(state):
+                result = _end_epoch(state, plan, pace, _validate(state, plan, pace, held))
+        except _Diverged:
+            _go_back(state, pace)
+            continue
         state.is_finished = (
             stop
             or state.epoch >= pace.plan.epochs
@@ -167,6 +179,22 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
         # First told, then saved: killed in between, the epoch is trained again and its record replaced, never missing.
         yield result
         pace.save()
+
+
+_PARTS = {1: "a tenth", 2: "a hundredth"}
+
+
+def _go_back(state: LoopState, pace: "_Pace") -> None:
+    """Raises JobFailed where that has been done often enough."""
+    if state.setbacks == MAX_SETBACKS:
+        raise _diverged(f"any more, with {_PARTS[state.setbacks]} of the learning rates too")
+    epoch = state.go_back()
+    pace.hooks.log(
+        "The loss is no longer a number: training has diverged. It goes on from "
+        f"{f'the best epoch, {epoch}' if epoch else 'the start'}, with {_PARTS[state.setbacks]} of the learning rates.",
+        {"setbacks": state.setbacks, "epoch": state.epoch + 1, "learning_rates_divided_by": state.rate_divisor},
+    )
+    pace.save()
 
 
 def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", held: _Held) -> bool:
@@ -186,7 +214,7 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", held: _Held) -> bo
     made = prefetched(batches, device=state.device, are_light=plan.train.is_light)
     with _threads_for(plan.train, state.device), made as prepared:
         for batch in prepared:
-            set_learning_rates(state.optimizer, pace.plan.schedule, state.total_steps)
+            set_learning_rates(state.optimizer, pace.plan.schedule, state.total_steps, divisor=state.rate_divisor)
             _step_in_memory(state, plan, batch, held, pace.hooks)
             state.step += 1
             state.total_steps += 1
@@ -341,13 +369,13 @@ def _averaged(state: LoopState) -> Iterator[None]:
 def _validate(state: LoopState, plan: Plan, pace: "_Pace", held: _Held) -> Measured:
     """Mean loss and accuracy on the validation images, or what the plan measures in their place.
 
-    Raises JobFailed where the loss is no number.
+    Raises _Diverged where the loss is no number.
     """
     held.validation.follow()
     measure = plan.measure or (lambda on_batch: _accuracy(state, plan, held, on_batch))
     found = measure(pace.during_validation)
     if not math.isfinite(found.loss):
-        raise _diverged()
+        raise _Diverged
     return found
 
 
@@ -427,7 +455,7 @@ def _end_epoch(state: LoopState, plan: Plan, pace: "_Pace", found: Measured) -> 
     val_loss, val_accuracy = found.loss, found.accuracy
     loss_sum, correct, count = state.sums.tolist()  # waits for the device, so once per epoch
     if not math.isfinite(loss_sum):
-        raise _diverged()
+        raise _Diverged
     is_best = state.keep_if_best(state.epoch + 1, val_accuracy=val_accuracy, val_loss=val_loss)
     if val_accuracy is not None:
         state.val_accuracies.append(val_accuracy)
@@ -490,9 +518,9 @@ class _Pace:
             return False
         self._images_per_second = self._window_images / (now - self._window_start)
         self._window_start, self._window_images = now, 0
-        # Waits for the device, so about once a second; a state that is lost is never saved.
+        # Waits for the device, so about once a second.
         if not math.isfinite(self._state.sums[0].item()):
-            raise _diverged()
+            raise _Diverged
         if self._whole_plan.budget_seconds is not None:
             self._count_time()
             if self._state.epoch == 0:
@@ -593,10 +621,10 @@ def _attempt(action: Callable[[], None]) -> bool:
     return True
 
 
-def _diverged() -> JobFailed:
+def _diverged(when: str) -> JobFailed:
     return JobFailed(
-        "The loss is no longer a number: training has diverged. Use a lower learning_rate (a tenth of this one), or "
-        "warmup_epochs of 1 or more.",
+        f"Training diverged: its loss is no number {when}. Use a far lower learning_rate, warmup_epochs of 1 or more, "
+        "or another backbone.",
         code="diverged",
         title="Training diverged",
     )

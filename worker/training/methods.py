@@ -507,7 +507,7 @@ def conclude(
         )
         for place, (task, span) in enumerate(zip(manifest.each_task, spans, strict=True))
     ]
-    metrics = tasks[0].metrics | {"best_epoch": training.state.best.epoch}
+    metrics = tasks[0].metrics | training.state.outcome
     record = dict(tasks[0].evaluation)
     if is_final and training.forecast is not None and (found := training.forecast()) is not None:
         record["forecast"] = metrics["forecast"] = asdict(found)

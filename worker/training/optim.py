@@ -77,9 +77,10 @@ def build_optimizer(
     return AdamW(groups, fused=fused)
 
 
-def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int) -> None:
+def set_learning_rates(optimizer: Optimizer, schedule: Schedule, step: int, *, divisor: float = 1.0) -> None:
+    """divisor: of all rates, throughout."""
     for group in optimizer.param_groups:
-        group["lr"] = schedule.learning_rate(group["peak_learning_rate"], step)
+        group["lr"] = schedule.learning_rate(group["peak_learning_rate"] / divisor, step)
 
 
 def _trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -194,7 +194,7 @@ def conclude(training: Training, *, on_batch: Callable[[], None] = lambda: None)
     assert training.plan.measure is not None and training.state.best is not None
     found = training.plan.measure(on_batch)
     metrics: dict[str, Any] = {
-        "best_epoch": training.state.best.epoch,
+        **training.state.outcome,
         "val_loss": found.loss,
         **found.figures,
         "warning": _COLLAPSE if found.figures["feature_std"] < COLLAPSED_STD else None,

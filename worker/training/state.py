@@ -80,7 +80,9 @@ class LoopState:
     elapsed_seconds: float = 0.0  # of all done epochs, and of validating the start
     is_finished: bool = False
     val_accuracies: list[float] = field(default_factory=list)  # one per done epoch
+    setbacks: int = 0  # how often it has diverged and gone back
     best: Best | None = None
+    _start: dict[str, Tensor] = field(default_factory=dict)  # what training changes, on the CPU, before the first step
     _live: dict[str, Tensor] = field(default_factory=dict)
     _trained: nn.Parameter | None = None  # any one
     epochs: int | None = None  # fewer than planned, where budget_seconds has no room for all
@@ -102,6 +104,7 @@ class LoopState:
             sums=torch.zeros(3, dtype=_sum_dtype(device), device=device),
             ema={name: tensor.clone() for name, tensor in live.items()} if ema > 0 else None,
             ema_decay=ema,
+            _start=_on_cpu(live),
             _live=live,
             _trained=next(parameter for parameter in network.parameters() if parameter.requires_grad),
         )
@@ -149,6 +152,7 @@ class LoopState:
             "is_finished": self.is_finished,
             "epochs": self.epochs,
             "val_accuracies": list(self.val_accuracies),
+            "setbacks": self.setbacks,
             "best": best and {"epoch": best.epoch, "val_accuracy": best.val_accuracy, "val_loss": best.val_loss},
         }
 
@@ -168,6 +172,29 @@ class LoopState:
         for name, value in plain.items():
             setattr(self, name, value)
         self.best = Best(**numbers["best"], weights=parts["best"]) if numbers["best"] else None
+
+    @property
+    def rate_divisor(self) -> float:
+        """Of all learning rates: ten for each setback."""
+        return 10.0**self.setbacks
+
+    def go_back(self) -> int:
+        """Begins the running epoch again, at a tenth of the rates: the first time with the best epoch's weights, then,
+        as those may be what led here, with the start's. Returns which epoch's, 0 for the start.
+
+        Both are at hand in every run of a job, and the same whenever it was noticed that training diverged: so what
+        comes of it depends on no clock. The optimiser begins anew: it remembers gradients that are no numbers.
+        """
+        best = self.best if self.setbacks == 0 else None
+        copy_into(self.live, best.weights if best else self._start)
+        self.optimizer.state.clear()
+        if self.ema is not None:
+            copy_into(self.ema, self.live)
+        self.sums.zero_()
+        self.total_steps -= self.step
+        self.step = 0
+        self.setbacks += 1
+        return best.epoch if best else 0
 
     def keep_if_best(self, epoch: int, *, val_accuracy: float | None, val_loss: float) -> bool:
         """Keeps the network's weights as the best epoch's, if it beats the one before."""
@@ -200,6 +227,12 @@ class LoopState:
             step=0,
             figures=val.figures,
         )
+
+    @property
+    def outcome(self) -> dict[str, int]:
+        """What is told of a run among its model's metrics."""
+        assert self.best is not None
+        return {"best_epoch": self.best.epoch} | ({"setbacks": self.setbacks} if self.setbacks else {})
 
     def load_best(self) -> None:
         """Makes the network what it was at its best validation epoch."""
