@@ -4,10 +4,12 @@ The model is a dictionary of jobs; after each step the real database, changed th
 same, and keep the promises of docs/job-states.md: one owner per fence, nothing written by a stale one, one end per job.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -23,6 +25,7 @@ from app.jobs.states import JobKind
 
 FINAL = ("succeeded", "failed", "cancelled")
 LEASE_SECONDS = 4
+SEQUENCES = int(os.environ.get("GRAFT_TEST_SEQUENCES", "60"))
 WORKSPACES = (DEFAULT_WORKSPACE, "ws_second", "ws_third")
 
 
@@ -288,6 +291,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert all(len(m.finals) == (m.status in FINAL) for m in self.models.values())
 
 
+@pytest.mark.timeout(300 + 3 * SEQUENCES)
 def test_queue_follows_the_model(any_database: Database) -> None:
     everybodys = any_database.within(None)
     with everybodys.write() as session:
@@ -295,8 +299,8 @@ def test_queue_follows_the_model(any_database: Database) -> None:
     run_state_machine_as_test(
         lambda: QueueMachine(everybodys),
         settings=settings(
-            max_examples=60,
-            stateful_step_count=40,
+            max_examples=SEQUENCES,
+            stateful_step_count=40 if SEQUENCES <= 60 else 60,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),

@@ -1,5 +1,6 @@
 """Several processes, or threads, at one queue: each job is given out once, and each race has one winner."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -7,6 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from queue_builders import claim_next, claimed, event_log, find
 
 from app.db.engine import Database
@@ -16,15 +18,16 @@ from app.jobs.queue import Cancelled, Claim
 from app.jobs.states import JobKind
 
 CLAIMER = Path(__file__).with_name("claimer.py")
-JOBS = 100
-PROCESSES = 4
-RACES = 30
+JOBS = int(os.environ.get("GRAFT_TEST_CLAIMS", "100"))
+PROCESSES = 4 if JOBS <= 100 else 8
+RACES = int(os.environ.get("GRAFT_TEST_RACES", "30"))
 
 
 def url_of(database: Database) -> str:
     return database.engine.url.render_as_string(hide_password=False)
 
 
+@pytest.mark.timeout(300 + JOBS / 5)
 def test_processes_racing_for_jobs_get_each_one_once(any_database: Database) -> None:
     with any_database.write() as session:
         jobs = [queue.submit(session, kind=JobKind.training, dataset_id="ds_1", spec={}).id for _ in range(JOBS)]
@@ -45,7 +48,9 @@ def test_processes_racing_for_jobs_get_each_one_once(any_database: Database) -> 
         assert claimer.stdin is not None
         claimer.stdin.write("go\n")
         claimer.stdin.flush()
-    claims = [claim for claimer in claimers for claim in claimer.communicate(timeout=60)[0].split()]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        told = list(pool.map(lambda claimer: claimer.communicate(timeout=60 + JOBS / 10)[0], claimers))
+    claims = [claim for each in told for claim in each.split()]
 
     assert [claimer.returncode for claimer in claimers] == [0] * PROCESSES
     assert Counter(claims) == Counter(f"{job}/1" for job in jobs)
