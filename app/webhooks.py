@@ -192,12 +192,13 @@ def list_deliveries(
     return session.scalars(query).all()
 
 
-def webhooks_with_due(session: Session, *, now: datetime, limit: int) -> Sequence[str]:
-    """Ids of webhooks that have something to be sent now."""
+def webhooks_with_due(session: Session, *, now: datetime) -> dict[str, str]:
+    """Webhooks that have something to be sent now, oldest first: ids, each with its workspace's."""
     some_due = exists_row().where(DeliveryRow.webhook_id == WebhookRow.id, _is_due(now))
-    return session.scalars(
-        select(WebhookRow.id).where(WebhookRow.is_enabled, some_due).order_by(WebhookRow.seq).limit(limit)
-    ).all()
+    found = session.execute(
+        select(WebhookRow.id, WebhookRow.workspace_id).where(WebhookRow.is_enabled, some_due).order_by(WebhookRow.seq)
+    )
+    return {row.id: row.workspace_id for row in found}
 
 
 def claim_next(session: Session, webhook_id: str, *, now: datetime) -> Claim | None:

@@ -63,7 +63,7 @@ def test_oldest_is_taken_first_and_nothing_of_a_webhook_that_is_off(any_database
     webhook_id = webhook_with(any_database, 3)
     with any_database.read() as session:
         ids = [delivery.id for delivery in reversed(webhooks.list_deliveries(session, webhook_id, limit=10))]
-        assert webhooks.webhooks_with_due(session, now=utc_now(), limit=10) == [webhook_id]
+        assert webhooks.webhooks_with_due(session, now=utc_now()) == {webhook_id: DEFAULT_WORKSPACE}
     assert [taken.delivery_id for _ in range(2) if (taken := claim(any_database, webhook_id))] == ids[:2]
 
     with any_database.write() as session:
@@ -71,7 +71,7 @@ def test_oldest_is_taken_first_and_nothing_of_a_webhook_that_is_off(any_database
 
     assert claim(any_database, webhook_id) is None
     with any_database.read() as session:
-        assert webhooks.webhooks_with_due(session, now=utc_now(), limit=10) == []
+        assert webhooks.webhooks_with_due(session, now=utc_now()) == {}
 
 
 def test_whoever_makes_a_change_only_webhooks_of_its_workspace_are_told(any_database: Database) -> None:
@@ -85,7 +85,7 @@ def test_whoever_makes_a_change_only_webhooks_of_its_workspace_are_told(any_data
         webhooks.emit(session, "alias.changed", {}, workspace_id="ws_theirs")
 
     with everybodys.read() as session:
-        assert webhooks.webhooks_with_due(session, now=utc_now(), limit=10) == [theirs]
+        assert webhooks.webhooks_with_due(session, now=utc_now()) == {theirs: "ws_theirs"}
         assert not webhooks.list_deliveries(session, ours, limit=10)
 
 

@@ -1,10 +1,12 @@
 """Sends what the outbox holds: in every API process, to each webhook one delivery after the other, at least once.
 
-A receiver that hangs delays its own deliveries alone. What fails is tried again, later and later, for about a day.
+A receiver that hangs delays its own deliveries: each other of its workspace has a turn before its next one, and other
+workspaces do not wait for it. What fails is tried again, later and later, for about a day.
 """
 
 import asyncio
 import random
+from collections import Counter
 from datetime import timedelta
 
 import structlog
@@ -21,8 +23,9 @@ from app.webhooks import Claim
 POLL_INTERVAL_SECONDS = 0.5
 RETRY_INTERVAL_SECONDS = 5.0
 SWEEP_INTERVAL_SECONDS = 3600.0
-# Webhooks that are sent to at the same time.
+# Webhooks that are sent to at the same time: in all, and of one workspace, so that another finds room at once.
 PARALLEL = 32
+PARALLEL_OF_WORKSPACE = PARALLEL // 2
 
 # Eleven attempts: after 5 s, 20 s, 80 s, 5 min, 21 min, 85 min, 6 h and then every 6 h, a quarter more or less.
 MAX_ATTEMPTS = 11
@@ -37,28 +40,51 @@ GONE = 410
 log = structlog.get_logger(__name__)
 
 
+class Line:
+    """Who is sent to next. A webhook waits in line for one delivery at a time; of several workspaces that wait, the one
+    that is sent to least goes first, and then to the end of the line."""
+
+    def __init__(self) -> None:
+        # Webhooks, each with its workspace; those that wait in their order.
+        self._waiting: dict[str, str] = {}
+        self._served: dict[str, str] = {}
+
+    def join(self, webhook_id: str, workspace_id: str) -> None:
+        """Does nothing where it waits already, or is being sent to."""
+        if webhook_id not in self._served:
+            self._waiting.setdefault(webhook_id, workspace_id)
+
+    def begin_next(self) -> tuple[str, str] | None:
+        """The webhook whose turn begins, and its workspace; None while nobody's may."""
+        served = Counter(self._served.values())
+        may_begin = [waiting for waiting in self._waiting.items() if served[waiting[1]] < PARALLEL_OF_WORKSPACE]
+        if not may_begin or len(self._served) >= PARALLEL:
+            return None
+        webhook_id, workspace_id = min(may_begin, key=lambda waiting: served[waiting[1]])
+        self._served[webhook_id] = self._waiting.pop(webhook_id)
+        self._waiting = dict(sorted(self._waiting.items(), key=lambda waiting: waiting[1] == workspace_id))
+        return webhook_id, workspace_id
+
+    def end(self, webhook_id: str) -> None:
+        del self._served[webhook_id]
+
+
 async def send_webhooks(services: Services) -> None:
     """Sends whatever is due. Never returns; cancelled, it leaves what it was at for the next process."""
     if not services.settings.webhooks:
         return
-    sending: dict[str, asyncio.Task[None]] = {}
-    try:
+    line = Line()
+    async with asyncio.TaskGroup() as turns:
         while True:
             pause = POLL_INTERVAL_SECONDS
             try:
-                due = await asyncio.to_thread(_due, services)
+                for webhook_id, workspace_id in (await asyncio.to_thread(_due, services)).items():
+                    line.join(webhook_id, workspace_id)
             except (SQLAlchemyError, GraftError) as error:
                 log.error("database does not answer", error=type(error).__name__)
-                due, pause = [], RETRY_INTERVAL_SECONDS
-            sending = {webhook_id: task for webhook_id, task in sending.items() if not task.done()}
-            for webhook_id in due:
-                if webhook_id not in sending and len(sending) < PARALLEL:
-                    sending[webhook_id] = asyncio.create_task(_send_due(services, webhook_id))
+                pause = RETRY_INTERVAL_SECONDS
+            _begin_turns(services, line, turns)
             await asyncio.sleep(pause)
-    finally:
-        for task in sending.values():
-            task.cancel()
-        await asyncio.gather(*sending.values(), return_exceptions=True)
 
 
 async def forget_deliveries(services: Services) -> None:
@@ -80,14 +106,34 @@ def pause_seconds(attempt: int, *, retry_after_seconds: int | None, chance: rand
     return max(jittered, min(retry_after_seconds or 0, LONGEST_PAUSE_SECONDS))
 
 
-async def _send_due(services: Services, webhook_id: str) -> None:
+def _begin_turns(services: Services, line: Line, turns: asyncio.TaskGroup) -> None:
+    while (begun := line.begin_next()) is not None:
+        turns.create_task(_take_turn(services, line, turns, *begun))
+
+
+async def _take_turn(
+    services: Services, line: Line, turns: asyncio.TaskGroup, webhook_id: str, workspace_id: str
+) -> None:
+    has_sent = await _send_one(services, webhook_id)
+    line.end(webhook_id)
+    if has_sent:
+        line.join(webhook_id, workspace_id)  # there may be more
+    _begin_turns(services, line, turns)
+
+
+async def _send_one(services: Services, webhook_id: str) -> bool:
+    """Returns whether there was anything to be sent."""
     try:
-        while (claim := await asyncio.to_thread(_claim, services, webhook_id)) is not None:
-            await _send(services, claim)
+        claim = await asyncio.to_thread(_claim, services, webhook_id)
+        if claim is None:
+            return False
+        await _send(services, claim)
+        return True
     except (SQLAlchemyError, GraftError) as error:
         log.error("database does not answer", error=type(error).__name__)
     except Exception:  # the door around what strangers' servers may answer: the delivery is due again by itself
         log.exception("webhook delivery broke", webhook_id=webhook_id)
+    return False
 
 
 async def _send(services: Services, claim: Claim) -> None:
@@ -111,9 +157,9 @@ async def _send(services: Services, claim: Claim) -> None:
     await asyncio.to_thread(_settle, services, claim, answer, trouble)
 
 
-def _due(services: Services) -> list[str]:
+def _due(services: Services) -> dict[str, str]:
     with services.database.read() as session:
-        return list(webhooks.webhooks_with_due(session, now=utc_now(), limit=2 * PARALLEL))
+        return webhooks.webhooks_with_due(session, now=utc_now())
 
 
 def _claim(services: Services, webhook_id: str) -> Claim | None:

@@ -18,13 +18,16 @@ from hook_receiver import Receiver
 from sqlalchemy import update
 from test_models_and_operations import create_key
 
-from app import registry, webhooks
+from app import registry, webhooks, workspaces
 from app.access import Scope
 from app.api import webhook_dispatch
-from app.db.tables import DeliveryRow, utc_now
+from app.api.webhook_dispatch import Line
+from app.db.engine import Database
+from app.db.tables import DEFAULT_WORKSPACE, DeliveryRow, utc_now
 from app.jobs import queue
 from app.jobs.states import JobKind
 from app.settings import Settings
+from app.workspaces import Limits
 
 ON = {"webhooks": True, "webhook_networks": ["127.0.0.0/8"]}
 
@@ -283,6 +286,91 @@ def test_receiver_that_hangs_delays_nobody_else(
         receiver.wait_for(21)
 
         assert len(hanging.requests) <= 1 + (time.monotonic() - began) / 5
+
+
+@pytest.mark.usefixtures("printed")
+def test_workspace_whose_receivers_all_hang_delays_no_other(server: RunningServer, receiver: Receiver) -> None:
+    whole: Database = server.app.state.services.database
+    with whole.write() as session:
+        theirs = workspaces.create(session, "theirs", Limits()).id
+    with Receiver() as hanging:
+        hanging.answers = [hanging.hang] * 1000
+        for workspace_id, url, count in ((DEFAULT_WORKSPACE, hanging.url, 40), (theirs, receiver.url, 1)):
+            with whole.within(workspace_id).write() as session:
+                for _ in range(count):
+                    webhooks.create(session, url=url, events=["alias.changed"], is_enabled=True)
+        with whole.write() as session:
+            for _ in range(5):
+                webhooks.emit(session, "alias.changed", {}, workspace_id=DEFAULT_WORKSPACE)
+        most = webhook_dispatch.PARALLEL_OF_WORKSPACE
+        api_builders.wait_for(lambda: len(hanging.requests) == most)
+        with whole.write() as session:
+            webhooks.emit(session, "alias.changed", {}, workspace_id=theirs)
+
+        api_builders.wait_for(lambda: len(receiver.requests) == 1)
+
+        with whole.read() as session:
+            failed = session.query(DeliveryRow).where(DeliveryRow.error.is_not(None)).count()
+        assert failed == 0, "it has waited for the end of an attempt"
+        assert len(hanging.requests) == most
+
+
+def test_each_webhook_of_a_workspace_has_a_turn_before_another_has_two() -> None:
+    line = Line()
+    for number in range(40):
+        line.join(f"wh_{number}", "ws_1")
+
+    turns = []
+    for _ in range(80):
+        begun = line.begin_next()
+        assert begun is not None
+        turns.append(begun[0])
+        line.join(*begun)  # found due while it is sent to: it is not sent to twice at a time
+        line.end(begun[0])
+        line.join(*begun)
+
+    assert turns == [f"wh_{number}" for number in range(40)] * 2
+
+
+def line_of(num_workspaces: int) -> Line:
+    """A hundred webhooks of each wait."""
+    line = Line()
+    for number in range(100 * num_workspaces):
+        line.join(f"wh_{number}", f"ws_{number // 100}")
+    return line
+
+
+def begin_all(line: Line) -> list[tuple[str, str]]:
+    """The turns that may begin: webhooks, and the number of the workspace of each."""
+    return list(iter(line.begin_next, None))
+
+
+def numbers(begun: Sequence[tuple[str, str]]) -> list[int]:
+    return [int(workspace_id.removeprefix("ws_")) for _, workspace_id in begun]
+
+
+def test_workspaces_share_the_slots_and_none_has_all() -> None:
+    line = line_of(num_workspaces=3)
+    begun = begin_all(line)
+
+    assert numbers(begin_all(line_of(num_workspaces=1))) == [0] * webhook_dispatch.PARALLEL_OF_WORKSPACE
+    assert numbers(begun) == [0, 1, 2] * 10 + [0, 1]
+    line.join("wh_late", "ws_late")
+    line.end(begun[0][0])
+    assert line.begin_next() == ("wh_late", "ws_late")
+
+
+def test_workspaces_of_which_there_are_more_than_slots_take_turns() -> None:
+    line = line_of(num_workspaces=40)
+    begun = []
+    for _ in range(5):
+        turns = begin_all(line)
+        begun += numbers(turns)
+        for webhook_id, workspace_id in turns:
+            line.end(webhook_id)
+            line.join(webhook_id, workspace_id)
+
+    assert begun == [*range(40)] * 4
 
 
 def test_several_processes_send_each_delivery_once(tmp_path: Path, receiver: Receiver) -> None:
