@@ -10,9 +10,12 @@ import ipaddress
 import re
 import socket
 import ssl
+import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Any
 
 import httpx
 
@@ -20,10 +23,12 @@ TIMEOUT_SECONDS = 5.0
 # Of an answer, which nobody looks at: read at all so that the receiver can end in good order.
 MAX_ANSWER_BYTES = 64 * 1024
 MAX_URL_CHARACTERS = 2000
+# At a time; more than the webhooks of one workspace, whose hosts may all be such that nobody answers for.
+MAX_LOOKUPS = 128
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
-# Host and port → its addresses, as text. Raises OSError.
+# Host and port → its addresses, as text. Raises OSError or Unreachable.
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 # Not for the public: IANA's registry of special addresses, and what is reserved or for many. A list of our own, since
@@ -141,11 +146,39 @@ def is_public(address: Address) -> bool:
     return is_given_out and address.scope_id is None
 
 
-async def resolve(host: str, port: int) -> Sequence[str]:
-    """As the operating system does it. Raises OSError."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+class Lookups:
+    """Looks hosts up as the operating system does.
+
+    That may take half a minute where no name server answers, and cannot be ended. So each lookup has a thread of its
+    own, which nobody else waits for and which does not hold up the process's end, and a host has one at a time.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[str, Future[list[Any]]] = {}
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        """Raises OSError, and Unreachable while too many names are looked up."""
+        lookup = self._running.get(host) or self._begin(host)
+        # Whoever gives up waiting leaves the lookup to others.
+        found = await asyncio.wrap_future(lookup)
+        return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+    def _begin(self, host: str) -> Future[list[Any]]:
+        if len(self._running) >= MAX_LOOKUPS:
+            raise Unreachable("too many other names are being looked up")
+        lookup: Future[list[Any]] = Future()
+        lookup.set_running_or_notify_cancel()  # from here on nothing cancels it
+        threading.Thread(target=_look_up, args=(host, lookup), name="lookup", daemon=True).start()
+        self._running[host] = lookup
+        lookup.add_done_callback(lambda _: self._running.pop(host))
+        return lookup
+
+
+def _look_up(host: str, lookup: Future[list[Any]]) -> None:
+    try:
+        lookup.set_result(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+    except Exception as error:  # noqa: BLE001 (handed to those who wait)
+        lookup.set_exception(error)
 
 
 async def _answer(response: httpx.Response) -> Answer:

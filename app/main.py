@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from app import access, egress, logs, telemetry
+from app import access, logs, telemetry
 from app.allocator import keep_freed_memory
 from app.api import (
     batches,
@@ -45,7 +45,7 @@ from app.api.upload_endings import complete_uploads, sweep_uploads
 from app.api.webhook_dispatch import forget_deliveries, send_webhooks
 from app.db.engine import Database
 from app.db.migrate import check_is_current
-from app.egress import Resolve
+from app.egress import Lookups, Resolve
 from app.errors import GraftError
 from app.settings import Settings
 from app.web import datasets as dataset_pages
@@ -69,17 +69,17 @@ TASKS = (
 log = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings, *, resolve: Resolve = egress.resolve) -> FastAPI:
+def create_app(settings: Settings, *, resolve: Resolve | None = None) -> FastAPI:
     """The application. What it works with is opened when it starts and closed when it ends.
 
-    resolve: looks up the hosts that webhooks go to.
+    resolve: looks up the hosts that webhooks go to, if not the operating system does.
 
     Traced if `telemetry.start` was called before, and found reason to.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = app.state.services = open_services(settings, resolve=resolve)
+        services = app.state.services = open_services(settings, resolve=resolve or Lookups())
         tasks = [asyncio.create_task(task(services)) for task in TASKS]
         try:
             yield

@@ -16,7 +16,7 @@ from typing import Any
 import builders
 import httpx
 
-from app import access, egress, registry
+from app import access, registry
 from app.access import Scope
 from app.api.server import make_server
 from app.api.services import Services
@@ -47,7 +47,7 @@ DEADLINE_SECONDS = 30.0
 class RunningServer:
     """The API with its middleware, routes, lifespan and uvicorn, on a free port."""
 
-    def __init__(self, settings: Settings, *, resolve: Resolve = egress.resolve) -> None:
+    def __init__(self, settings: Settings, *, resolve: Resolve | None = None) -> None:
         self.app = create_app(settings, resolve=resolve)
         self._server = make_server(self.app, settings)
         self._thread = threading.Thread(target=self._server.run)
@@ -99,7 +99,7 @@ def settings_for(folder: Path, **changes: Any) -> Settings:
 
 
 @contextlib.contextmanager
-def running(settings: Settings, *, resolve: Resolve = egress.resolve) -> Iterator[RunningServer]:
+def running(settings: Settings, *, resolve: Resolve | None = None) -> Iterator[RunningServer]:
     """A server on a migrated database."""
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     shutil.copy(_migrated_database(), settings.data_dir / "graft.db")

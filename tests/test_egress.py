@@ -2,7 +2,13 @@
 
 import asyncio
 import ipaddress
+import json
+import shutil
+import socket
 import ssl
+import subprocess
+import sys
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -11,7 +17,7 @@ import pytest
 import trustme
 from hook_receiver import Receiver
 
-from app.egress import Answer, Egress, Network, Refused, Unreachable, is_public, resolve
+from app.egress import Answer, Egress, Lookups, Network, Refused, Unreachable, is_public
 
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"),)
 
@@ -38,6 +44,31 @@ PUBLIC = [
     *("2606:4700:4700::1111", "2001:4860:4860::8888", "2a00::1"),
 ]
 
+# Names that no server answers for, two attempts for each; meanwhile others are sent to, and other threads are free.
+UNANSWERED = """
+import asyncio, ipaddress, json, sys, threading, time
+from app.egress import Egress, Lookups, Unreachable
+
+async def post(egress, url):
+    try:
+        return (await egress.post(url, body=b"{}", headers={})).status
+    except Unreachable as failure:
+        return str(failure)
+
+async def main():
+    egress = Egress([ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1")], Lookups())
+    began = time.monotonic()
+    waiting = [asyncio.create_task(post(egress, f"http://h{n % 40}.example/")) for n in range(80)]
+    await asyncio.sleep(0)
+    said = {"other": await post(egress, sys.argv[1]), "threads": threading.active_count()}
+    await asyncio.to_thread(int)
+    said["seconds"] = time.monotonic() - began
+    said["unanswered"] = sorted(set(await asyncio.gather(*waiting)))
+    print(json.dumps(said))
+
+asyncio.run(main())
+"""
+
 
 class Names:
     """A name server under the test's control: what it says changes with each look."""
@@ -54,7 +85,7 @@ class Names:
 def post(
     url: str, *, networks: Collection[Network] = LOOPBACK, names: Names | None = None, body: bytes = b"{}"
 ) -> Answer:
-    egress = Egress(networks, resolve if names is None else names)
+    egress = Egress(networks, names or Lookups())
     return asyncio.run(egress.post(url, body=body, headers={"x-own": "1"}))
 
 
@@ -86,7 +117,7 @@ def test_name_of_what_is_not_public_is_refused_whatever_else_it_names(address: s
 )
 def test_url_is_refused_before_any_name_is_looked_up(url: str) -> None:
     with pytest.raises(Refused):
-        Egress((), resolve).check_url(url)
+        Egress((), Lookups()).check_url(url)
 
 
 @pytest.mark.parametrize("host", ["localhost", "2130706433", "0x7f.1", "127.1", "localhost."])
@@ -98,9 +129,9 @@ def test_other_spellings_of_loopback_are_seen_through(host: str) -> None:
 
 
 def test_http_goes_to_allowed_networks_alone() -> None:
-    Egress(LOOPBACK, resolve).check_url("http://127.0.0.1:8000/x")
+    Egress(LOOPBACK, Lookups()).check_url("http://127.0.0.1:8000/x")
     with pytest.raises(Refused, match="not https"):
-        Egress(LOOPBACK, resolve).check_url("http://8.8.8.8/")
+        Egress(LOOPBACK, Lookups()).check_url("http://8.8.8.8/")
     with pytest.raises(Refused, match="not https"):
         post("http://hooks.example/", names=Names(["8.8.8.8"]))
 
@@ -193,3 +224,26 @@ def test_waiting_that_the_receiver_asks_for_is_told() -> None:
         receiver.answers = [hook_receiver.status(503, Retry_After=value) for value in ("7", "soon", "9" * 30)]
 
         assert [post(receiver.url).retry_after_seconds for _ in range(3)] == [7, None, 999999999]
+
+
+def test_names_that_no_server_answers_for_hold_up_nobody_else(tmp_path: Path) -> None:
+    names = tmp_path / "resolv.conf"
+    names.write_text("nameserver 127.0.0.53\noptions timeout:30 attempts:1\n")
+    use_names = ["unshare", "--mount", "sh", "-c", f'mount --bind {names} /etc/resolv.conf && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*use_names, "true"], check=False).returncode != 0:
+        pytest.skip("needs unshare, and to mount in it")
+    with socket.socket(type=socket.SOCK_DGRAM) as silent, Receiver() as receiver:
+        silent.bind(("127.0.0.53", 53))
+        url = f"http://localhost:{receiver.port}/"
+        began = time.monotonic()
+
+        ran = subprocess.run(
+            [*use_names, sys.executable, "-c", UNANSWERED, url], check=True, capture_output=True, timeout=60
+        )
+
+        seconds = time.monotonic() - began
+    said = json.loads(ran.stdout)
+    assert (said["other"], said["threads"]) == (204, 1 + 40), "a host is looked up once at a time"
+    assert said["unanswered"] == ["there was no answer within 5 s"]
+    assert said["seconds"] < 4
+    assert seconds < 25, "the process waits for no lookup"
