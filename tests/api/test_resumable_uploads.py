@@ -31,9 +31,11 @@ from tusclient.exceptions import TusCommunicationError, TusUploadFailed
 
 from app.access import Scope
 from app.api import upload_endings
+from app.api.services import open_services
 from app.clock import PatientClock, wall_clock
 from app.datasets import uploads
 from app.db.tables import UploadRow
+from app.egress import Lookups
 
 ARCHIVE = api_builders.archive_of_classes()
 BAD_ARCHIVE = builders.zip_of({"cat/1.jpg": builders.jpeg(1), "../dog/1.jpg": builders.jpeg(2)})
@@ -397,7 +399,7 @@ def test_whole_upload_waits_while_the_quota_is_spent(tmp_path: Path) -> None:
 
         assert client.get(waiting).json()["status"] == "checking"
         os.utime(file_of(server, expired), (0, 0))
-        api_builders.wait_for(lambda: upload_endings.sweep(server.services))
+        api_builders.wait_for(lambda: upload_endings.sweep(server.services) or client.get(expired).status_code == 404)
         assert client.get(expired).status_code == 404
         assert [row.attempts for row in open_uploads(server)] == [0]
         assert client.delete(f"/v1/models/{model}").status_code == 200
@@ -452,23 +454,28 @@ def test_what_nobody_goes_on_with_expires(tmp_path: Path) -> None:
         assert [path for path in stored_files(server) if "uploads" in path.parts] == []
 
 
-def test_upload_that_ends_while_others_expire_stays_to_be_asked_for(
-    server: RunningServer, client: httpx.Client
-) -> None:
-    old, ending = begin(client, len(ARCHIVE)), begin(client, len(ARCHIVE))
-    os.utime(file_of(server, old), (0, 0))
+def test_upload_that_ends_while_others_expire_stays_to_be_asked_for(tmp_path: Path) -> None:
+    settings = api_builders.settings_for(tmp_path)
+    with api_builders.running(settings) as server, api_builders.client_of(server) as client:
+        old, ending = begin(client, len(ARCHIVE)), begin(client, len(ARCHIVE))
+        paths = [file_of(server, path) for path in (old, ending)]
+    # Without a server, which would sweep, too, when it starts.
+    services = open_services(settings, resolve=Lookups())
+    os.utime(paths[0], (0, 0))
     with ThreadPoolExecutor(1) as pool:
-        with server.services.database.write() as session:
-            # It has seen two that are open, holds the first, and waits for us to remove its row.
-            sweeping = pool.submit(upload_endings.sweep, server.services)
-            api_builders.wait_for(lambda: is_held(file_of(server, old)))
+        with services.database.write() as session:
             uploads.finish(session, ending.rpartition("/")[2], dataset_id="ds_1")
-            file_of(server, ending).unlink()
+            # It sees two that are open, holds the first, and waits for us to remove its row.
+            sweeping = pool.submit(upload_endings.sweep, services)
+            api_builders.wait_for(lambda: is_held(paths[0]))
+            paths[1].unlink()
         assert sweeping.result() == 1
+    services.close()
 
-    assert client.get(old).status_code == 404
-    assert (client.get(ending).json()["status"], client.get(ending).json()["dataset"]) == ("finished", "ds_1")
-    assert send(client, ending, len(ARCHIVE), b"").headers["graft-dataset"] == "ds_1"
+    with RunningServer(settings) as server, api_builders.client_of(server) as client:
+        assert client.get(old).status_code == 404
+        assert (client.get(ending).json()["status"], client.get(ending).json()["dataset"]) == ("finished", "ds_1")
+        assert send(client, ending, len(ARCHIVE), b"").headers["graft-dataset"] == "ds_1"
 
 
 @pytest.mark.parametrize("jump", [timedelta(days=30), timedelta(days=-30)])

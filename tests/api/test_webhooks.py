@@ -288,6 +288,7 @@ def test_receiver_that_hangs_delays_nobody_else(
         assert len(hanging.requests) <= 1 + (time.monotonic() - began) / 5
 
 
+@pytest.mark.usefixtures("printed")
 def test_workspace_whose_receivers_all_hang_delays_no_other(server: RunningServer, receiver: Receiver) -> None:
     whole: Database = server.app.state.services.database
     with whole.write() as session:
