@@ -105,10 +105,8 @@ def group_near_copies(pictures: Fingerprints, *, tick: Callable[[], None] = lamb
 
     Pictures with equal pixels are one group, whatever they show. tick: called now and then; may raise to stop.
     """
-    groups = _Groups(len(pictures.digests))
     first: dict[bytes, int] = {}
-    for i, digest in enumerate(pictures.digests):
-        groups.join(first.setdefault(digest, i), i)
+    groups = _Groups([first.setdefault(digest, i) for i, digest in enumerate(pictures.digests)])
     # One of each group of equals is enough, and plain ones share one hash: neither may be a million pairs.
     alone = np.array(sorted(first.values()), dtype=np.int64)
     alone = alone[pictures.contrasts[alone] >= MIN_CONTRAST]
@@ -117,13 +115,16 @@ def group_near_copies(pictures: Fingerprints, *, tick: Callable[[], None] = lamb
         a, b = alone[left], alone[right]
         is_alike = np.abs(pictures.log_ratios[a] - pictures.log_ratios[b]) < MAX_RATIO_DIFFERENCE
         a, b = a[is_alike], b[is_alike]
+        # Of a thousand frames of one camera each pair is a candidate, in every band anew.
+        is_open = groups.are_apart(a, b)
+        a, b = a[is_open], b[is_open]
         are_tiny = pictures.are_tiny[a] | pictures.are_tiny[b]
         is_copy = _are_copies(
             pictures.thumbnails[pictures.rows[a]], pictures.thumbnails[pictures.rows[b]], are_tiny=are_tiny
         )
         for i, j in zip(a[is_copy].tolist(), b[is_copy].tolist(), strict=True):
             groups.join(i, j)
-    return groups.roots()
+    return groups.roots(np.arange(len(pictures.digests)))
 
 
 def _perceptual_hash(grey: Pixels) -> int:
@@ -205,18 +206,22 @@ def _centred(thumbnails: Thumbnails) -> tuple[NDArray[np.float32], NDArray[np.fl
 class _Groups:
     """Union-find; the root of a group is its smallest member."""
 
-    def __init__(self, count: int) -> None:
-        self._above = list(range(count))
+    def __init__(self, above: Sequence[int]) -> None:
+        """above: for each member one of its group that comes before it, or itself."""
+        self._above = np.array(above, dtype=np.int64)
 
     def join(self, i: int, j: int) -> None:
-        i, j = self._root(i), self._root(j)
+        i, j = self.roots(np.array([i, j])).tolist()
         self._above[max(i, j)] = min(i, j)
 
-    def roots(self) -> NDArray[np.int64]:
-        return np.array([self._root(i) for i in range(len(self._above))], dtype=np.int64)
+    def are_apart(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the pairs (a[i], b[i]) are in two groups as yet."""
+        are_apart: NDArray[np.bool_] = self.roots(a) != self.roots(b)
+        return are_apart
 
-    def _root(self, i: int) -> int:
-        while self._above[i] != i:
-            self._above[i] = self._above[self._above[i]]
-            i = self._above[i]
-        return i
+    def roots(self, members: NDArray[np.int64]) -> NDArray[np.int64]:
+        roots = self._above[members]
+        while not np.array_equal(roots, above := self._above[roots]):
+            roots = above
+        self._above[members] = roots
+        return roots

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,3 +108,26 @@ def test_picture_and_its_stretched_form_are_no_copies() -> None:
 
 def test_a_thousand_equal_pictures_are_one_group() -> None:
     assert groups([picture(1)] * 1000) == [0] * 1000
+
+
+def test_of_many_frames_of_one_camera_only_pairs_that_may_tell_something_new_are_compared() -> None:
+    scene = picture(0, size=(160, 120)).astype(int)
+    noise = np.random.default_rng(0)
+    frames = [
+        fingerprint(np.clip(scene + noise.normal(0, 4, scene.shape), 0, 255).astype(np.uint8)) for _ in range(300)
+    ]
+    thumbnails = np.stack([each.thumbnail for each in frames]).view(Compared)
+    found = group_near_copies(Fingerprints.of(frames, thumbnails=thumbnails, rows=np.arange(len(frames))))
+    assert (set(found.tolist()), len(frames)) == ({0}, 300)
+    # Two of each pair: those of the first blocks that are looked at, of 44,850 pairs.
+    assert thumbnails.compared < 2 * 2 * 4096
+
+
+class Compared(np.ndarray[Any, Any]):
+    """Thumbnails that count how many of them are looked up to be compared."""
+
+    compared = 0
+
+    def __getitem__(self, rows: Any) -> Any:
+        self.compared += len(rows)
+        return np.asarray(super().__getitem__(rows))
