@@ -12,7 +12,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app import webhooks
-from app.db.tables import AliasRow, ModelRow, utc_now
+from app.db.tables import AliasRow, ModelRow, WorkspaceRow, utc_now
+from app.db.tenancy import TenantSession
 from app.errors import Conflict, FieldError, InvalidRequest, NotFound
 
 DEFAULT_ALIAS = "default"
@@ -168,7 +169,8 @@ def default_model_id(session: Session) -> str | None:
 
 
 def lock_default(session: Session) -> str | None:
-    """The same, and nobody else moves it until the transaction ends."""
+    """The same, and nobody else makes or moves it until the transaction ends."""
+    _lock_aliases(session)
     return session.scalar(select(AliasRow.model_id).where(AliasRow.name == DEFAULT_ALIAS).with_for_update())
 
 
@@ -185,6 +187,7 @@ def point_alias(session: Session, name: str, model_id: str, *, replaces_interim:
             errors=[FieldError("#/name", "not a valid name for an alias")],
         )
     model = _by_id(session, model_id)
+    _lock_aliases(session)
     alias = _alias(session, name)
     before = None if alias is None else alias.model_id
     if alias is None:
@@ -237,6 +240,14 @@ def remove_alias(session: Session, name: str) -> None:
 def _tell_alias(session: Session, workspace_id: str, name: str, *, model_id: str | None, before: str | None) -> None:
     told = {"name": name, "object": "alias", "model": model_id, "previous_model": before}
     webhooks.emit(session, "alias.changed", told, workspace_id=workspace_id)
+
+
+def _lock_aliases(session: Session) -> None:
+    """Makes others who give or move a name wait for this transaction's end, also for a name that nobody has yet.
+    Whoever adds something else to the workspace does not wait. (SQLite's writers come one by one anyway.)"""
+    assert isinstance(session, TenantSession)
+    own = select(WorkspaceRow.id).where(WorkspaceRow.id == session.workspace_id)
+    session.scalar(own.with_for_update(key_share=True))
 
 
 def _alias(session: Session, name: str) -> AliasRow | None:

@@ -1,5 +1,7 @@
 """Models are registered once, found by id and alias, and aliases move and move back."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -186,6 +188,43 @@ def test_the_default_is_told_inside_the_transaction_that_may_move_it(database: D
         register(session, 1)
         registry.point_alias(session, "default", "mdl_1")
         assert registry.lock_default(session) == "mdl_1"
+
+
+def test_of_two_first_models_that_end_together_the_second_sees_the_first(any_database: Database) -> None:
+    def second_job() -> str | None:
+        with any_database.write() as session:
+            seen = registry.lock_default(session)
+            is_decided.set()
+            return seen
+
+    is_decided = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        with any_database.write() as session:
+            assert registry.lock_default(session) is None
+            second = pool.submit(second_job)
+            assert not is_decided.wait(1.0)  # while the first has not ended
+            register(session, 1)
+            registry.point_alias(session, "default", "mdl_1")
+        assert second.result(timeout=30) == "mdl_1"
+
+
+def test_a_new_alias_that_two_give_at_once_is_the_later_one_s(any_database: Database) -> None:
+    with any_database.write() as session:
+        for number in range(4):
+            register(session, number)
+    together = threading.Barrier(4)
+
+    def point(number: int) -> None:
+        together.wait(timeout=30)
+        with any_database.write() as session:
+            registry.point_alias(session, "champion", f"mdl_{number}")
+
+    with ThreadPoolExecutor(4) as pool:
+        for pointed in [pool.submit(point, number) for number in range(4)]:
+            pointed.result(timeout=30)
+    with any_database.read() as session:
+        (alias,) = registry.aliases(session)
+    assert {alias.model_id, alias.previous_model_id} < {f"mdl_{number}" for number in range(4)}
 
 
 def test_an_alias_remembers_what_it_pointed_at_before(database: Database) -> None:

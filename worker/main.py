@@ -254,8 +254,13 @@ class Slot:
 
     def start(self, now: float) -> None:
         """Starts a child, unless the one before died so lately that it is to wait."""
-        if now >= self._start_at:
+        if now < self._start_at:
+            return
+        try:
             self._child = Child(self._child_command, self.kind)
+        except OSError as error:  # no memory for one more process, or too many of them: others run on meanwhile
+            log.error("child_not_started", kind=self.kind, error=str(error))
+            self._schedule_next(now, is_failure=True)
 
     def claim_next(self, now: float) -> None:
         with self._database.write() as session:
@@ -315,12 +320,15 @@ class Slot:
         elif self._shutdown_deadline is None:
             log.error("child_died_unused", kind=self.kind, reason=_exit_sentence(child.exit_code))
             had_outcome = False
-        self._failures = 0 if had_outcome else self._failures + 1
+        self._schedule_next(now, is_failure=not had_outcome)
+        child.close()
+        self._child = self._watch = None
+
+    def _schedule_next(self, now: float, *, is_failure: bool) -> None:
+        self._failures = self._failures + 1 if is_failure else 0
         # The first time at once: then 1 s, 2 s, 4 s.
         pause_seconds = 2 ** (self._failures - 2) if self._failures >= 2 else 0
         self._start_at = now + min(pause_seconds, LONGEST_RESTART_PAUSE_SECONDS)
-        child.close()
-        self._child = self._watch = None
 
     def _settle_claim(self, claim: Claim, reason: str, *, names: Mapping[str, Any]) -> bool:
         """Whether there was anything to settle: a child that worked to its end has ended its claim itself."""
@@ -400,6 +408,9 @@ class Child:
                 pass_fds=(child_end,),
                 start_new_session=True,
             )
+        except OSError:
+            os.close(self._pipe)
+            raise
         finally:
             os.close(child_end)
 

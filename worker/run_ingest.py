@@ -1,15 +1,15 @@
 """The story of one ingest: the data set's row, the work in `app/datasets/ingest.py`, a closer look, the row again."""
 
 from dataclasses import replace
+from functools import partial
 
 from sqlalchemy.orm import Session
 
-from app import workspaces
+from app import holdings, workspaces
 from app.datasets import catalog
 from app.datasets.ingest import IngestLimits, IngestOptions, archive_key, ingest
 from app.datasets.report import IngestReport, merged
 from app.db.engine import Database
-from app.errors import NotFound
 from app.jobs import queue
 from app.jobs.queue import Claim
 from app.settings import Settings
@@ -32,7 +32,8 @@ def run_ingest(
     """
     with database.read() as session:
         dataset = catalog.find(session, claim.dataset_id)
-    try:
+    # What is published after the data set was deleted belongs to nobody; also where this process is killed.
+    with storage.announced(f"datasets/{dataset.id}", is_wanted=partial(holdings.has_row, database)):
         with Decoders.from_settings(settings) as decoders:
             report = ingest(
                 storage.path(archive_key(dataset.id)),
@@ -55,8 +56,6 @@ def run_ingest(
             )
             report = replace(report, warnings=merged(report.warnings, seen))
         reporter.transaction(lambda session: _settle(session, claim, report))
-    finally:
-        _delete_if_unowned(claim.dataset_id, database=database, storage=storage)
 
 
 def _state_size(session: Session, claim: Claim, settings: Settings, packed_bytes: int) -> None:
@@ -74,12 +73,3 @@ def _settle(session: Session, claim: Claim, report: IngestReport) -> None:
         error = report.error.as_record()
         queue.fail(session, claim, error)
         catalog.mark_failed(session, claim.dataset_id, error, report=report)
-
-
-def _delete_if_unowned(dataset_id: str, *, database: Database, storage: LocalStorage) -> None:
-    """What was published after the data set was deleted belongs to nobody."""
-    with database.read() as session:
-        try:
-            catalog.find(session, dataset_id)
-        except NotFound:
-            storage.delete(f"datasets/{dataset_id}")

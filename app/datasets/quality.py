@@ -216,7 +216,8 @@ class _Groups:
 
     def are_apart(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of the pairs (a[i], b[i]) are in two groups as yet."""
-        return np.asarray(self.roots(a) != self.roots(b))
+        are_apart: NDArray[np.bool_] = self.roots(a) != self.roots(b)
+        return are_apart
 
     def roots(self, members: NDArray[np.int64]) -> NDArray[np.int64]:
         roots = self._above[members]

@@ -55,19 +55,29 @@ def _nearest_sum(sizes: Sequence[int], target: int, *, most: int) -> list[int]:
     taken = _first_fitting(sizes, target)
     if sum(sizes[i] for i in taken) == target:
         return taken
-    # Rare: only where groups of copies are large. Bit s of reachable[k] says that the first k sizes can sum up to s.
+    # Rare: only where groups of copies are large, or the target is odd and all come in pairs.
+    places: dict[int, list[int]] = defaultdict(list)  # by size
+    for i, size in enumerate(sizes):
+        places[size].append(i)
+    # What is farther than this is nearer without one of its sizes.
+    mask = (1 << min(most, target + max(sizes)) + 1) - 1
+    # Bit s of reachable[k] says that the first k different sizes can sum up to s, each as often as it is there. There
+    # are at most as many as the square root of twice the pictures.
     reachable = [1]
-    for size in sizes:
-        reachable.append((reachable[-1] | reachable[-1] << size) & ((1 << most + 1) - 1))
-    possible = [s for s in range(1, most + 1) if reachable[-1] >> s & 1]
+    for size, members in places.items():
+        sums = reachable[-1]
+        for _ in members:
+            sums = (sums | sums << size) & mask
+        reachable.append(sums)
+    possible = [s for s in range(1, reachable[-1].bit_length()) if reachable[-1] >> s & 1]
     if not possible:
         return []
     left = min(possible, key=lambda s: (abs(s - target), s))
-    chosen = []
-    for i in range(len(sizes) - 1, -1, -1):
-        if not reachable[i] >> left & 1:
-            chosen.append(i)
-            left -= sizes[i]
+    chosen: list[int] = []
+    for (size, members), sums in zip(reversed(places.items()), reversed(reachable[:-1]), strict=True):
+        count = next(n for n in range(len(members) + 1) if sums >> left - n * size & 1)
+        chosen += members[:count]
+        left -= count * size
     return chosen
 
 

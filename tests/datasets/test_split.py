@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from app.datasets.split import choose_validation, validation_count
+from app.settings import MEBIBYTE
 
 
 def digest(i: int) -> str:
@@ -122,3 +124,17 @@ def test_seed_changes_the_choice() -> None:
 def test_large_class_is_split_quickly() -> None:
     labels = np.zeros(200_000, dtype=np.int64).tolist()
     assert sum(chosen(labels)) == 40_000
+
+
+def test_large_class_of_pairs_whose_count_is_odd_takes_little_memory() -> None:
+    pairs = 20_002
+    labels, groups = [0] * (2 * pairs), [i // 2 for i in range(2 * pairs)]
+    assert validation_count(2 * pairs, 0.2) % 2 == 1
+    tracemalloc.start()
+    try:
+        count = sum(chosen(labels, groups=groups))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == validation_count(2 * pairs, 0.2) - 1
+    assert peak_bytes < 24 * MEBIBYTE

@@ -1,6 +1,8 @@
 """Frozen features: what the network would have computed, computed once, and found again by whoever needs the same."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,56 @@ def test_leaving_in_the_middle_leaves_nothing_behind(cache: FeatureCache) -> Non
         )
     assert list(cache.storage.path("staging").iterdir()) == []
     assert not cache.storage.exists("datasets")
+
+
+def test_features_that_others_delete_meanwhile_fail_nobody(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    is_over = threading.Event()
+
+    def come_and_go(number: int) -> None:
+        cache = FeatureCache(storage, f"ds_other_{number}", max_bytes=10**9)
+        while not is_over.is_set():
+            for key in ("a", "b", "c"):
+                with cache.writing(key, (1, 4), np.float32, channels_last=False) as values:
+                    values[:] = 1
+            storage.delete(f"datasets/ds_other_{number}")
+
+    def look() -> None:
+        cache = FeatureCache(storage, "ds_other_0", max_bytes=10**9)
+        while not is_over.is_set():
+            cache.find("a")
+
+    # Room for two, so that what is written is at once taken from whoever would look for it again.
+    small = FeatureCache(storage, "ds_mine", max_bytes=2 * IMAGES * 512 * 4)
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(come_and_go, 0), pool.submit(come_and_go, 1), pool.submit(look)]
+        try:
+            for i in range(150):
+                with small.writing(f"{i}", (1, IMAGES), np.float32, channels_last=False) as values:
+                    values[:] = i
+        finally:
+            is_over.set()
+    for other in others:
+        other.result()
+
+
+def test_features_are_returned_though_another_process_needs_their_room_at_once(tmp_path: Path) -> None:
+    cache = FeatureCache(LocalStorage(tmp_path), "ds_1", max_bytes=10**9)
+    expected, _ = passed(classifier(trainable=0), None)
+    is_over = threading.Event()
+
+    def evict() -> None:
+        while not is_over.is_set():
+            for path in tmp_path.glob("datasets/ds_1/features/*"):
+                cache.storage.delete(path.relative_to(tmp_path).as_posix())
+
+    with ThreadPoolExecutor(1) as pool:
+        evicting = pool.submit(evict)
+        try:
+            for _ in range(3):
+                found, computed = passed(classifier(trainable=0), cache)
+                assert computed == IMAGES
+                assert np.array_equal(found.values, expected.values)
+        finally:
+            is_over.set()
+    evicting.result()

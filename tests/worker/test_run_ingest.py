@@ -1,16 +1,22 @@
 """An ingest ends its data set and its job in one step, whatever happens to either meanwhile."""
 
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 
 import pytest
 from builders import class_folders, encoded, jpeg, slow_jpeg, written, zip_of
 from PIL import Image
 from queue_builders import claim_next, find, submit
 
+from app import holdings
 from app.datasets import catalog
-from app.datasets.ingest import archive_key
+from app.datasets.ingest import archive_key, manifest_key
 from app.db.engine import Database
-from app.db.tables import DatasetRow
+from app.db.tables import DEFAULT_WORKSPACE, DatasetRow
 from app.errors import ArchiveRefused, Conflict
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim, ClaimLost
@@ -127,6 +133,51 @@ def test_data_set_deleted_meanwhile_leaves_no_files(database: Database, storage:
         run_ingest(claim, settings=Settings(_env_file=None), database=database, storage=storage, reporter=reporter)
     assert deleted == [claim.dataset_id]
     assert not storage.exists(f"datasets/{claim.dataset_id}")
+
+
+def test_data_set_deleted_before_its_ingest_was_killed_leaves_no_files(
+    database: Database, storage: LocalStorage
+) -> None:
+    claim = uploaded(database, storage, class_folders(4))
+    url = database.engine.url.render_as_string(hide_password=False)
+    killed = multiprocessing.get_context("spawn").Process(
+        target=ingest_until_deleted_and_killed, args=(claim, url, storage.root)
+    )
+    killed.start()
+    killed.join(timeout=60)
+    assert killed.exitcode == -signal.SIGKILL
+    assert storage.exists(f"datasets/{claim.dataset_id}/manifest.jsonl")
+
+    storage.sweep_announced(partial(holdings.has_row, database), older_than_seconds=-1)
+    assert not storage.exists(f"datasets/{claim.dataset_id}")
+    assert storage.announced_keys() == set()
+
+
+def test_killed_ingest_of_a_data_set_that_is_still_there_leaves_it_its_files(
+    database: Database, storage: LocalStorage, run: Run
+) -> None:
+    claim = uploaded(database, storage, class_folders(4))
+    with pytest.raises(ZeroDivisionError), storage.announced(f"datasets/{claim.dataset_id}", is_wanted=lambda _: 1 / 0):
+        run(claim)  # no word of the database at the end, as of a process that is killed
+    storage.sweep_announced(partial(holdings.has_row, database), older_than_seconds=-1)
+    assert storage.exists(archive_key(claim.dataset_id))
+    assert storage.announced_keys() == set()
+
+
+def ingest_until_deleted_and_killed(claim: Claim, url: str, root: Path) -> None:
+    """As the API deletes a data set, and the worker then kills its child for not heeding the cancel."""
+    database = Database(url).within(DEFAULT_WORKSPACE)
+
+    class Storage(LocalStorage):
+        def publish(self, staged: Path, key: str) -> None:
+            super().publish(staged, key)
+            if key == manifest_key(claim.dataset_id):
+                with database.write() as session:
+                    catalog.delete(session, claim.dataset_id)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    reporter = Reporter(database, claim, shutdown=Wakeup())
+    run_ingest(claim, settings=Settings(_env_file=None), database=database, storage=Storage(root), reporter=reporter)
 
 
 def test_cancelled_ingest_ends_at_the_next_tick(database: Database, storage: LocalStorage, run: Run) -> None:

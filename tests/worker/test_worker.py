@@ -1,13 +1,16 @@
 """What becomes of jobs whose processes end well, badly, late, or not at all. Real processes, real signals."""
 
 import os
+import shlex
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from queue_builders import event_log, find, request_cancel, statuses, write_locked
 from running import command_of
+from worker_process import STORIES
 from workshop import Workshop, is_running, is_stopped, wait_until
 
 from app.datasets import catalog
@@ -15,7 +18,7 @@ from app.errors import DatabaseMismatch
 from app.jobs import queue
 from app.jobs.states import JobKind
 from app.settings import Settings
-from worker.main import run_worker
+from worker.main import Child, run_worker
 from worker.wakeup import Wakeup
 
 
@@ -300,3 +303,32 @@ def test_children_that_cannot_start_cost_no_job_an_attempt(workshop: Workshop) -
     found = find(workshop.database, job)
     assert (found.status, found.attempt, found.fence) == ("queued", 1, 0)
     assert worker.poll() is None
+
+
+def test_worker_outlives_a_child_that_the_system_does_not_start(workshop: Workshop, tmp_path: Path) -> None:
+    program, away = tmp_path / "child", tmp_path / "away"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(STORIES)} "$@"\n')
+    program.chmod(0o755)
+    worker = workshop.start_worker(child_command=[str(program)])
+    wait_until(lambda: sorted(kinds_of_children(worker.pid)) == ["ingest", "training"])
+    ingest = workshop.submit("work_until_released", kind=JobKind.ingest)
+    workshop.wait_for(ingest, "running", kind=JobKind.ingest)
+    program.rename(away)
+    workshop.wait_for(workshop.submit("succeed"), "succeeded")
+    job = workshop.submit("succeed")
+    wait_until(lambda: kinds_of_children(worker.pid) == ["ingest"])
+    beat = find(workshop.database, ingest, kind=JobKind.ingest).beat
+    # By the second beat the worker has tried to start another.
+    wait_until(lambda: find(workshop.database, ingest, kind=JobKind.ingest).beat >= beat + 2)
+
+    away.rename(program)
+    workshop.wait_for(job, "succeeded")
+    found = find(workshop.database, ingest, kind=JobKind.ingest)
+    assert (worker.poll(), found.status, found.fence) == (None, "running", 1)
+
+
+def test_child_that_cannot_be_started_leaves_nothing_open() -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(FileNotFoundError):
+        Child(["/nonexistent"], JobKind.training)
+    assert os.listdir("/proc/self/fd") == before

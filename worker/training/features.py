@@ -5,6 +5,8 @@ augmentation, number of views, precision), so any job that needs the same finds 
 others need the room. Knows networks, pixels and storage; not jobs.
 """
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -113,10 +115,11 @@ class FeatureCache:
 
     def find(self, key: str) -> Activations | None:
         folder = self.storage.path(self._place(key))
-        if not folder.is_dir():
+        try:
+            os.utime(folder)  # used now
+            return _read(folder)
+        except FileNotFoundError:  # not computed yet, or another process just made room
             return None
-        os.utime(folder)  # used now
-        return _read(folder)
 
     @contextmanager
     def writing(self, key: str, shape: Sequence[int], dtype: Any, *, channels_last: bool) -> Iterator[NDArray[Any]]:
@@ -147,14 +150,19 @@ class FeatureCache:
         if incoming_bytes > self.max_bytes:
             raise StorageFull("The features are larger than GRAFT_FEATURE_CACHE_BYTES allows.")
         self.storage.check_room(incoming_bytes)
-        kept = sorted(self.storage.path("datasets").glob("*/features/*"), key=lambda path: path.stat().st_mtime)
-        room = self.max_bytes - incoming_bytes - sum((path / _VALUES).stat().st_size for path in kept)
-        for path in kept:
+        kept: list[tuple[float, int, str]] = []
+        # By `glob`, which passes over folders that go while it looks; Path.glob raises.
+        for name in glob.iglob("*/features/*", root_dir=self.storage.path("datasets")):
+            folder = self.storage.path(f"datasets/{name}")
+            with contextlib.suppress(FileNotFoundError):  # just deleted, with its data set or by another process
+                kept.append((folder.stat().st_mtime, (folder / _VALUES).stat().st_size, name))
+        room = self.max_bytes - incoming_bytes - sum(size for _, size, _ in kept)
+        for _, size, name in sorted(kept):
             if room >= 0:
                 return
-            room += (path / _VALUES).stat().st_size
+            room += size
             # Whoever has it mapped can go on reading it.
-            self.storage.delete(path.relative_to(self.storage.root.resolve()).as_posix())
+            self.storage.delete(f"datasets/{name}")
 
 
 def plain_features(
@@ -241,9 +249,8 @@ def activations(
         return Activations(values, channels_last)
     with cache.writing(key, shape, dtype, channels_last=channels_last) as values:
         fill(values)
-    written = cache.find(key)
-    assert written is not None
-    return written
+    # As they are mapped: what was just published may be gone already, where others need the room.
+    return Activations(values, channels_last)
 
 
 def _key(
