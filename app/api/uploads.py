@@ -1,6 +1,6 @@
 """/v1/uploads: a data set's archive in pieces, by tus 1.0.0, so that a cut connection costs what was on its way."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -19,7 +19,7 @@ from app.api.services import Services
 from app.api.tus import TusResumable, UploadChecksum, UploadLength, UploadMetadata, UploadOffset
 from app.api.upload_endings import complete, expires_at, find
 from app.datasets import partial, uploads
-from app.datasets.partial import Arrival, Checksum
+from app.datasets.partial import Arrival, Checksum, PartialFile
 from app.datasets.upload import StagedUpload
 from app.db.tables import UploadRow, new_id
 from app.errors import ArchiveRefused, Conflict, InvalidRequest, NotFound, TooLarge
@@ -240,15 +240,19 @@ async def _append(
     """The upload as it is after the piece in the body. Whoever repeats the last piece is told the same again."""
     row = await run_in_threadpool(find, services, upload_id)
     with ExitStack() as stack:
+        file: PartialFile | None = None
         if row.status == "open":
             path = services.storage.path(uploads.archive_key(upload_id))
-            file = await run_in_threadpool(stack.enter_context, partial.locked(path))
+            with suppress(NotFound):
+                file = await run_in_threadpool(stack.enter_context, partial.locked(path))
             # Whoever had the lock before may have ended it.
             row = await run_in_threadpool(find, services, upload_id)
         if row.status != "open":
             _check_not_refused(row)
             _check_offset(offset, row.size_bytes)
             return row
+        if file is None:
+            raise _gone()
         _check_offset(offset, file.size_bytes)
         refuse_declared_size(request, max_bytes=row.size_bytes - offset)
         staged = stack.enter_context(services.storage.staging())
@@ -286,7 +290,14 @@ def _shown(services: Services, row: UploadRow) -> Upload:
             offset = partial.arrived_bytes(services.storage.path(uploads.archive_key(row.id)))
         return Upload.of(row, offset=offset, expires_at=expires_at(services, row))
     except FileNotFoundError:
-        raise NotFound("What had come of this upload is not there any more; begin a new one.") from None
+        # Where it has just ended, the file went after the row had said so.
+        if (now := find(services, row.id)).status != "open":
+            return _shown(services, now)
+        raise _gone() from None
+
+
+def _gone() -> NotFound:
+    return NotFound("What had come of this upload is not there any more; begin a new one.")
 
 
 def _headers(upload: Upload) -> dict[str, str]:

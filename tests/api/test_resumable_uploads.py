@@ -31,6 +31,7 @@ from tusclient.exceptions import TusCommunicationError, TusUploadFailed
 
 from app.access import Scope
 from app.api import upload_endings
+from app.api import uploads as upload_routes
 from app.api.services import open_services
 from app.clock import PatientClock, wall_clock
 from app.datasets import uploads
@@ -476,6 +477,19 @@ def test_upload_that_ends_while_others_expire_stays_to_be_asked_for(tmp_path: Pa
         assert client.get(old).status_code == 404
         assert (client.get(ending).json()["status"], client.get(ending).json()["dataset"]) == ("finished", "ds_1")
         assert send(client, ending, len(ARCHIVE), b"").headers["graft-dataset"] == "ds_1"
+
+
+def test_whoever_saw_an_upload_open_right_before_it_ended_is_told_how(
+    server: RunningServer, client: httpx.Client
+) -> None:
+    path = begin(client, len(ARCHIVE))
+    with server.services.database.read() as session:
+        seen_open = uploads.find(session, path.rpartition("/")[2])
+    dataset = send(client, path, 0, ARCHIVE).headers["graft-dataset"]
+
+    shown = upload_routes._shown(server.services, seen_open)
+
+    assert (seen_open.status, shown.status, shown.dataset, shown.offset) == ("open", "finished", dataset, len(ARCHIVE))
 
 
 @pytest.mark.parametrize("jump", [timedelta(days=30), timedelta(days=-30)])
