@@ -149,7 +149,8 @@ def watch_ingest(reach: Callable[[str], None]) -> None:
     )
     watch(LocalStorage, "publish", reach, after="manifest published", only=publishing("/manifest"))
     watch(catalog, "mark_ready", reach, after="getting ready")  # in the transaction, before it is committed
-    watch(importlib.import_module("worker.run_ingest"), "_delete_if_unowned", reach, before="ready")
+    # What it had announced is settled after the last commit.
+    watch(LocalStorage, "_settle", reach, before="ready")
 
 
 def load_story(traps: Path, kind: JobKind) -> child.Story:
