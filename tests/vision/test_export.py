@@ -64,7 +64,7 @@ FAMILIES = [
     ("swin_v2_t", None),
     ("maxvit_t", None),
 ]
-# Each family in one format, which are minutes; with GRAFT_TEST_EXPORTS=all in each format, which are three times as many.
+# Each family in one format, which takes minutes; with GRAFT_TEST_EXPORTS=all in each format, three times as many.
 FAMILIES_AND_FORMATS = [
     (name, layer, file_format)
     for i, (name, layer) in enumerate(FAMILIES)
