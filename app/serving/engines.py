@@ -54,15 +54,14 @@ class Engine(Protocol):
     """name: as it is shown. passes_at_once: how many run best beside each other; more than one, of small batches.
 
     size_bytes: of weights, or what holds them, beside the backbone's own.
-    features: one pass. uint8 (N, 3, S, S), N > 0, on the CPU → float32 (N, D) on the CPU. beside_others: whether other
-    pictures are being worked on, whose threads a lone picture is not to take.
+    features: one pass. uint8 (N, 3, S, S), N > 0, on the CPU → float32 (N, D) on the CPU.
     """
 
     name: str
     passes_at_once: int
     size_bytes: int
 
-    def features(self, pixels: Tensor, *, beside_others: bool = False) -> Tensor: ...
+    def features(self, pixels: Tensor) -> Tensor: ...
 
 
 class TorchEngine:
@@ -81,7 +80,7 @@ class TorchEngine:
         self.size_bytes = sum(tensor.nbytes for tensor in own)
         self._preprocessing, self._device = preprocessing, device
 
-    def features(self, pixels: Tensor, *, beside_others: bool = False) -> Tensor:
+    def features(self, pixels: Tensor) -> Tensor:
         """pixels: also float32 and normalised. Raises Overloaded if there is no memory even for one picture."""
         try:
             return self._forward(pixels)
@@ -129,7 +128,7 @@ class GraphEngine:
             self._graphs[size] = graph, pixels, features
         self.size_bytes = max(0, torch.cuda.memory_reserved(device) - before)
 
-    def features(self, pixels: Tensor, *, beside_others: bool = False) -> Tensor:
+    def features(self, pixels: Tensor) -> Tensor:
         size = next((size for size in _GRAPH_SIZES if size >= len(pixels)), None)
         if size is None:
             return self._plain.features(pixels)
@@ -142,7 +141,7 @@ class GraphEngine:
 
 @dataclass(frozen=True)
 class Threads:
-    """How many threads a pass takes: of a picture that is alone on the server, and of all others.
+    """How many threads a pass takes: of a picture that is alone, and of a batch.
 
     With one thread, passes run beside each other, one per core. Threads that share a pass of a small network wait for
     each other at each of its layers: two of them passed a batch of mobilenet_v3_small in 1.2 ms a picture, and two
@@ -167,8 +166,8 @@ class OnnxEngine:
         for count in (1, 2):  # the first pass allocates: nobody's request should wait for that
             self.features(torch.zeros(count, 3, side, side, dtype=torch.uint8))
 
-    def features(self, pixels: Tensor, *, beside_others: bool = False) -> Tensor:
-        session = self._alone if len(pixels) == 1 and not beside_others else self._batches
+    def features(self, pixels: Tensor) -> Tensor:
+        session = self._alone if len(pixels) == 1 else self._batches
         (found,) = session.run(None, {"pixels": pixels.numpy()})
         return torch.from_numpy(found)
 
@@ -186,13 +185,13 @@ class OpenVinoEngine:
         compiled = {count: _Compiled(path, count, bf16=bf16) for count in {threads.alone, threads.batches}}
         self._alone, self._batches = compiled[threads.alone], compiled[threads.batches]
         self._alone.make_ready(1)
-        for size in range(1, SMALL_BATCH + 1):
+        for size in range(2, SMALL_BATCH + 1):
             self._batches.make_ready(size)
         self.size_bytes = max(_resident_bytes() - before, path.stat().st_size)
         self.passes_at_once = usable_cores() if threads.batches == 1 else 1
 
-    def features(self, pixels: Tensor, *, beside_others: bool = False) -> Tensor:
-        if len(pixels) == 1 and not beside_others:
+    def features(self, pixels: Tensor) -> Tensor:
+        if len(pixels) == 1:
             return self._alone.passed(pixels)
         return torch.cat([self._batches.passed(part) for part in torch.split(pixels, SMALL_BATCH)])
 

@@ -66,13 +66,12 @@ log = structlog.get_logger(__name__)
 class _Asked:
     """A picture on its way through the device. pixels: uint8 (3, S, S), or float32 and normalised already.
 
-    is_compared: whether its similarities are asked for. is_alone: whether no other is on its way, or waits.
+    is_compared: whether its similarities are asked for.
     """
 
     model: LoadedModel
     pixels: Tensor
     is_compared: bool
-    is_alone: bool
 
 
 @dataclass
@@ -485,7 +484,7 @@ class Predictor:
             return
         engine = model.engine_for(pixels)
         deadline = time.monotonic() + self._timeout_seconds
-        asked = _Asked(model, pixels, is_compared, is_alone=self._pending == 1)
+        asked = _Asked(model, pixels, is_compared)
         self._lane_of(engine).batcher.submit(engine, asked, deadline=deadline, future=answer)
         model.asked += 1
         # Again after ten times as many: another model's build may have been under way, or this one's have failed.
@@ -588,8 +587,7 @@ async def _or_refusal(answer: "asyncio.Future[Scores]") -> Scores | ImageRefused
 
 def _run(engine: Engine, asked: Sequence[_Asked]) -> list[Scores]:
     """One forward pass for pictures of any models on this engine's network, and then each model's head."""
-    pixels = torch.stack([one.pixels for one in asked])
-    features = engine.features(pixels, beside_others=not asked[0].is_alone)
+    features = engine.features(torch.stack([one.pixels for one in asked]))
     scores: list[Scores | None] = [None] * len(asked)
     for model in {one.model for one in asked}:
         places = [i for i, one in enumerate(asked) if one.model is model]
