@@ -71,6 +71,7 @@ def test_every_graft_command_that_the_readme_mentions_exists() -> None:
     assert missing == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the README's commands need curl; installed by .ci/run")
 def test_the_commands_of_the_readme_work_in_its_order(reader: tuple[Path, RunningGraft]) -> None:
     folder, graft = reader

@@ -48,6 +48,7 @@ def assert_speaks_of_this_machine(block: str) -> None:
     assert set(re.findall(r"https?://[^\"]*", block)) <= {ADDRESS}
 
 
+@pytest.mark.slow
 def test_following_goes_on_when_the_server_is_killed_and_restarted(tmp_path: Path) -> None:
     for label in range(2):
         (tmp_path / "pets" / str(label)).mkdir(parents=True)

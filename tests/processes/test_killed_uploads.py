@@ -156,6 +156,7 @@ def test_no_acknowledged_byte_is_lost_and_each_archive_becomes_one_data_set(tmp_
         assert {id: hashlib.sha256(archive).hexdigest() for id, archive in stored.items() if id in made} == made
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_each_whole_upload_becomes_one_data_set_however_often_it_was_cut_and_repeated(
     tmp_path: Path, record_property: Callable[[str, object], None]

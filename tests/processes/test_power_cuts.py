@@ -147,6 +147,7 @@ def use_everything(caller: Caller) -> str:
     return str(label)
 
 
+@pytest.mark.slow
 def test_everything_that_was_answered_outlasts_a_power_cut_as_it_is_answered(tmp_path: Path) -> None:
     data, trace = tmp_path / "data", tmp_path / "trace"
     data.mkdir()

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import httpx
+import pytest
 from running import graft_up
 from test_processes import SHORT, ready_dataset, submit
 
 
+@pytest.mark.slow
 def test_files_and_folders_are_their_users_alone(tmp_path: Path) -> None:
     with graft_up(tmp_path) as running, httpx.Client(base_url=running.url, timeout=90) as http:
         job = submit(http, ready_dataset(http), SHORT)

@@ -109,6 +109,7 @@ def test_requests_without_a_trace_begin_one_each_and_probes_are_left_out(
     assert not missed.is_error  # the caller's
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_seen_in_its_workers_span(tmp_path: Path) -> None:
     job = {**JOB, "hyperparameters": {"epochs": 60, "image_size": 64, "batch_size": 2}}
     with collecting() as collector, graft_and_client(tmp_path, otlp_endpoint=collector.url) as (graft, http):
@@ -130,6 +131,7 @@ def test_a_killed_process_is_seen_in_its_workers_span(tmp_path: Path) -> None:
     assert killed.trace_id == TRACE
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_not_there_costs_nobody_anything_but_the_spans(tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{free_port('127.0.0.1')}"
     with graft_and_client(tmp_path, otlp_endpoint=nowhere) as (graft, http):

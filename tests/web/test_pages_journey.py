@@ -7,11 +7,11 @@ from pathlib import Path
 import httpx
 import pytest
 import running
-from browsing import SIZES, drop, overflow, visit
+from browsing import drop, overflow, visit
 from playwright.sync_api import Browser, Page, expect
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["desktop", pytest.param("phone", marks=pytest.mark.slow)])
 def test_from_a_dropped_folder_to_a_dropped_picture(
     browser: Browser, tmp_path: Path, class_folders: Path, size: str
 ) -> None:

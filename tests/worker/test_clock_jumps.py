@@ -16,6 +16,7 @@ JUMPS = ("+3600", "-3600", "+30d", "-10y", "+0", "+10y", "-86400", "+90000")
 pytestmark = pytest.mark.skipif(not LIBRARIES, reason="needs libfaketime (apt-get install libfaketime)")
 
 
+@pytest.mark.slow
 def test_jobs_at_work_are_neither_stolen_nor_called_poison(workshop: Workshop, tmp_path: Path) -> None:
     clocks = [Clock(tmp_path / f"clock-{i}") for i in range(2)]
     for clock in clocks:
