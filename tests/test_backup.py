@@ -41,6 +41,7 @@ def model(server: RunningServer, client: httpx.Client) -> str:
     dataset = upload(server, client, builders.class_folders(8), val_fraction="0.25")
     job = train(server, client, dataset=dataset["id"], method="few_shot", promote="always")
     assert client.post("/predict?store=true", content=builders.jpeg(1)).status_code == 200
+    server.services.traffic.write_down()  # which would come some seconds later, perhaps between a backup and a look
     return str(job["model"])
 
 
