@@ -20,7 +20,7 @@ from sqlalchemy import delete as sql_delete
 from sqlalchemy import exists as exists_row
 from sqlalchemy.orm import Session
 
-from app.db.tables import DeliveryRow, WebhookRow, new_id, utc_now
+from app.db.tables import DeliveryRow, WebhookRow, new_id, rfc3339, utc_now
 from app.errors import Conflict, InvalidRequest, NotFound
 
 Event = Literal[
@@ -146,7 +146,7 @@ def _add(session: Session, webhook_id: str, event: str, data: Mapping[str, Any])
         "id": delivery_id,
         "object": "event",
         "type": event,
-        "timestamp": now.isoformat().replace("+00:00", "Z"),
+        "timestamp": rfc3339(now),
         "data": dict(data),
     }
     row = DeliveryRow(

@@ -35,7 +35,6 @@ from worker.training import methods
 from worker.training.reference import fit_reference
 
 PICTURES = 64
-CLASSES = [f"class {i}" for i in range(10)]
 HERE = Path(__file__).parent
 _WARM_UP_SECONDS = 90.0
 # Trains for as long as anybody measures, and changes nothing that is served.

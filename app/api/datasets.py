@@ -38,6 +38,9 @@ _ARCHIVE_SUFFIX = re.compile(r"(\.zip|\.tar|\.tar\.gz|\.tgz)$", re.IGNORECASE)
 
 router = APIRouter(tags=["data sets"])
 
+# Pictures of one split, or of any. One list, so that a wrong name is pointed at as `#/split`.
+OfSplit = Literal["train", "val", "test", ""]
+
 DatasetId = Annotated[str, Path(max_length=100)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 ValFraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -157,7 +160,7 @@ def list_images(
     services: ServicesDep,
     dataset_id: DatasetId,
     class_name: Annotated[str | None, Query(alias="class", max_length=1000)] = None,
-    split: Literal["train", "val", "test", ""] = "",
+    split: OfSplit = "",
     limit: Limit = 50,
     after: After = None,
 ) -> Listing[DatasetImage]:

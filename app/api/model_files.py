@@ -22,6 +22,7 @@ from app.api.models import ModelName
 from app.api.openapi import problems
 from app.api.services import Services
 from app.datasets import catalog
+from app.db.tables import rfc3339
 from app.errors import NotFound
 from app.serving.exporter import Contents, Exported
 from app.vision.usage import Format
@@ -110,7 +111,7 @@ def _contents(services: Services, model_id: str) -> Contents:
         "weights": model.backbone.get("weights"),
         "weights_license": cards.weights_license(model),
         "metrics": json.dumps(model.metrics, ensure_ascii=False),
-        "created_at": model.created_at.isoformat().replace("+00:00", "Z"),
+        "created_at": rfc3339(model.created_at),
         "graft_version": version("graft"),
         "card": cards.render(facts),
     }

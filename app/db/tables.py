@@ -35,6 +35,11 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(15)}"
 
 
+def rfc3339(moment: datetime) -> str:
+    """A moment in UTC as the API says it, ending in Z."""
+    return moment.isoformat().replace("+00:00", "Z")
+
+
 def utc_now() -> datetime:
     return datetime.now(UTC)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
@@ -110,7 +110,7 @@ def images_page(
     services: ServicesDep,
     dataset_id: PageId,
     class_name: Annotated[str | None, Query(alias="class", max_length=1000)] = None,
-    split: Literal["train", "val", "test", ""] = "",
+    split: datasets.OfSplit = "",
     after: After = None,
 ) -> Response:
     dataset = datasets.read_dataset(services, dataset_id)
