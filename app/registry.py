@@ -18,8 +18,8 @@ from app.errors import Conflict, FieldError, InvalidRequest, NotFound
 
 DEFAULT_ALIAS = "default"
 
-_ALIAS_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_ID_PREFIXES = ("mdl_", "ds_", "job_", "key_")
+# Not as ids begin.
+ALIAS_NAME = r"^(?!mdl_|ds_|job_|key_)[a-z0-9][a-z0-9._-]{0,62}$"
 
 
 def register(
@@ -180,7 +180,7 @@ def point_alias(session: Session, name: str, model_id: str, *, replaces_interim:
     replaces_interim: the one before was only to bridge the time; what is kept in mind is the one before that.
     Raises InvalidRequest for a bad name, NotFound for an unknown model.
     """
-    if not _ALIAS_NAME.fullmatch(name) or name.startswith(_ID_PREFIXES):
+    if not re.fullmatch(ALIAS_NAME, name):
         raise InvalidRequest(
             "An alias has 1 to 63 characters: small letters, digits, '.', '_' and '-', the first a letter or digit; "
             "and it does not begin as an id does (mdl_, ds_, job_, key_).",

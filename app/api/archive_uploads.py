@@ -36,7 +36,11 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
 def form_content(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a form with the archive as `file`, for a route's OpenAPI document. fields: besides the archive."""
     properties = {"file": BINARY["schema"], **as_form_fields(fields)}
-    return {"multipart/form-data": {"schema": {"type": "object", "required": ["file"], "properties": properties}}}
+    return {
+        "multipart/form-data": {
+            "schema": {"type": "object", "required": ["file"], "properties": properties, "additionalProperties": False}
+        }
+    }
 
 
 def archive_body(fields: Mapping[str, Any]) -> dict[str, Any]:

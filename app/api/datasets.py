@@ -15,7 +15,7 @@ from app.access import Caller
 from app.api import archive_uploads
 from app.api.archive_uploads import BINARY, ArchiveUse, Tick, archive_body, created
 from app.api.deps import After, CallerDep, IdempotencyKey, Limit, ServicesDep, Wait, wait_until
-from app.api.openapi import problems
+from app.api.openapi import options_of, problems
 from app.api.schemas import Dataset, DatasetImage, Deleted, Listing
 from app.api.services import Services
 from app.api.strict_json import parse_as
@@ -67,14 +67,7 @@ _UPLOAD: dict[str, Any] = {
     "description": "A zip, tar or tar.gz of images in class folders, with or without train and val folders around "
     "them, or beside a labels.csv, metadata.csv or metadata.jsonl. Structural faults are refused at once and leave "
     "nothing; the images are then checked in the background.",
-    "openapi_extra": archive_body(
-        {
-            "name": {"type": "string", "minLength": 1, "maxLength": 200},
-            "kind": {"type": "string", "enum": ["labelled", "unlabelled"]},
-            "val_fraction": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-            "seed": {"type": "integer", "minimum": 0},
-        }
-    ),
+    "openapi_extra": archive_body({name: of for name, of in options_of(UploadOptions).items() if name != "purpose"}),
 }
 
 

@@ -79,7 +79,11 @@ async def create_job(
                 "style": "deepObject",
                 "explode": True,
                 "description": "Only jobs whose metadata has these texts: metadata[color]=red.",
-                "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+                "schema": {
+                    "type": "object",
+                    "propertyNames": {"pattern": r'^[^"\\]{1,64}$'},
+                    "additionalProperties": {"type": "string"},
+                },
             }
         ]
     },

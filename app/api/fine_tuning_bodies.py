@@ -37,6 +37,14 @@ _EVENT = "ftevent-"
 _THEIR_NAMES = {"n_epochs": "epochs", "batch_size": "batch_size", "learning_rate_multiplier": "learning_rate"}
 
 
+# What goes on as it is.
+_AS_IN_A_JOB = {
+    "model": "backbone",
+    "training_file": "dataset",
+    **{name: name for name in ("seed", "metadata", "recipe", "promote", "budget_seconds", "exclude")},
+}
+
+
 class MethodOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -63,10 +71,20 @@ class FineTuningMethod(BaseModel):
     self_supervised: MethodOptions | None = None
 
 
+def _say_limits_of_a_job(schema: dict[str, Any]) -> None:
+    """Has the document say of what goes on into a JobRequest what it says there."""
+    of_job = JobRequest.model_json_schema()["properties"]
+    for name, ours in _AS_IN_A_JOB.items():
+        said = schema["properties"][name]
+        said = next((kind for kind in said.get("anyOf", ()) if kind["type"] != "null"), said)
+        limits = next((kind for kind in of_job[ours].get("anyOf", ()) if kind["type"] != "null"), of_job[ours])
+        said.update({key: value for key, value in limits.items() if key not in ("title", "description", "default")})
+
+
 class FineTuningRequest(BaseModel):
     """The body of POST /v1/fine_tuning/jobs. Beyond OpenAI's: recipe, promote, budget_seconds, exclude, as in a job."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_say_limits_of_a_job)
 
     model: str = Field(description="A backbone's name, a model's id to start from, or auto.")
     training_file: str = Field(description="Id of a file; if its images are still being checked, they are waited for.")
@@ -78,7 +96,9 @@ class FineTuningRequest(BaseModel):
     seed: int | None = None
     suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(None, description="The job's name.")
     metadata: dict[str, str] | None = None
-    integrations: list[Any] | None = Field(None, description="There are none.")
+    integrations: Annotated[list[Any], Field(json_schema_extra={"maxItems": 0})] | None = Field(
+        None, description="There are none."
+    )
     recipe: str | None = None
     promote: str | None = None
     budget_seconds: float | None = None

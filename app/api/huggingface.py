@@ -40,7 +40,9 @@ class ClassificationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    inputs: Annotated[str, Field(description="The picture in base64, or as a data URL.")]
+    inputs: Annotated[
+        str, Field(json_schema_extra={"minLength": 1}, description="The picture in base64, or as a data URL.")
+    ]
     parameters: ClassificationParameters | None = None
     options: dict[str, Any] | None = Field(None, description="Of the hosted service, such as use_cache; passed over.")
 

@@ -1,5 +1,6 @@
 """/v1/jobs: submit, watch, cancel and stop training jobs."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -28,8 +29,14 @@ router = APIRouter(tags=["jobs"])
 # Room for 10,000 paths of 100 bytes in `exclude`.
 MAX_JOB_BYTES = 1024 * 1024
 JobId = Annotated[str, Path(max_length=100)]
+_POSITION = r"[0-9]{0,18}"
+_position_schema = {"pattern": f"^{_POSITION}$"}
 EventPosition = Annotated[
-    str | None, Query(max_length=20, description="Id of the last event seen; only later ones are answered.")
+    str | None,
+    Query(description="Id of the last event seen; only later ones are answered.", json_schema_extra=_position_schema),
+]
+LastEventId = Annotated[
+    str | None, Header(description="As `after`, sent by a stream's client.", json_schema_extra=_position_schema)
 ]
 
 
@@ -152,14 +159,15 @@ async def job_events(
     job_id: JobId,
     limit: Limit = 50,
     after: EventPosition = None,
-    last_event_id: Annotated[str | None, Header(description="As `after`, sent by a stream's client.")] = None,
+    last_event_id: LastEventId = None,
     accept: Annotated[str, Header()] = "*/*",
 ) -> Response:
+    asked, seen = _position(after), _position(last_event_id)
     if "text/event-stream" not in accept.lower():
-        listing = await run_in_threadpool(_list_events, services, job_id, _position(after), limit)
+        listing = await run_in_threadpool(_list_events, services, job_id, asked, limit)
         return JSONResponse(listing.model_dump(mode="json"))
     # The header is where the client really is; the query may be left from its first connect.
-    position = _position(last_event_id or after)
+    position = seen if last_event_id else asked
     first = await run_in_threadpool(_look, services, job_id, position)
     if position and first.final_status is not None and not first.events:
         return Response(status_code=204)
@@ -302,8 +310,6 @@ def _look(services: Services, job_id: str, position: int) -> Look:
 
 
 def _position(event_id: str | None) -> int:
-    if not event_id:
-        return 0
-    if not (event_id.isascii() and event_id.isdigit() and len(event_id) <= 18):
+    if not re.fullmatch(_POSITION, event_id or ""):
         raise InvalidRequest("Event ids are whole numbers; give the last one that was seen, or none.")
-    return int(event_id)
+    return int(event_id or 0)

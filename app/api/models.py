@@ -21,9 +21,7 @@ router = APIRouter(tags=["models"])
 
 ModelName = Annotated[str, Path(max_length=100, description="A model's id or alias.")]
 AliasName = Annotated[str, Path(max_length=100)]
-NewAliasName = Annotated[
-    str, Path(json_schema_extra={"pattern": r"^(?!mdl_|ds_|job_|key_)[a-z0-9][a-z0-9._-]{0,62}$"}, max_length=63)
-]
+NewAliasName = Annotated[str, Path(json_schema_extra={"pattern": registry.ALIAS_NAME}, max_length=63)]
 
 
 @router.get("/v1/models", response_model=Listing[Model], summary="List models, newest first", responses=problems(404))

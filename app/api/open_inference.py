@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import APIRouter, Depends, Path, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
@@ -116,11 +116,19 @@ class IndexRequest(BaseModel):
 
 
 class LoadRequest(BaseModel):
-    """The body of load and unload; it may be left out. parameters: of unload they are passed over."""
+    """The body of load; it may be left out."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any], Field(json_schema_extra={"maxProperties": 0})] | None = None
+
+
+class UnloadRequest(BaseModel):
+    """The body of unload; it may be left out."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    parameters: dict[str, Any] | None = Field(None, description="Passed over.")
 
 
 @dataclass(frozen=True)
@@ -286,10 +294,10 @@ async def load_model(request: Request, services: ServicesDep, model: ByName) -> 
     summary="Free a model's memory until the next request for it",
     description="The default model stays loaded, since the server is ready only with it: 409.",
     responses=problems(404, 408, 409, 413),
-    openapi_extra=json_request(LoadRequest, required=False),
+    openapi_extra=json_request(UnloadRequest, required=False),
 )
 async def unload_model(request: Request, services: ServicesDep, model: ByName) -> Response:
-    await _optional_body(request, LoadRequest)
+    await _optional_body(request, UnloadRequest)
     if model.row.id == await run_in_threadpool(_default_model_id, services):
         raise Conflict("The default model stays loaded; point `default` at another one first.", code="model-in-use")
     services.predictor.forget(model.row.id)

@@ -74,8 +74,13 @@ class InferInputParameters(_Message):
 
 class InferInput(_Message):
     name: str = Field(description=f"{ENCODED}, or {PREPROCESSED}.")
-    datatype: str = Field(description="BYTES: encoded pictures. FP32: preprocessed ones.")
-    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(max_length=8)]
+    datatype: str = Field(
+        description="BYTES: encoded pictures. FP32: preprocessed ones.", json_schema_extra={"enum": ["BYTES", "FP32"]}
+    )
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(max_length=8)] = Field(
+        description="[n, 1] for BYTES, [n, 3, height, width] for FP32.",
+        json_schema_extra={"minItems": 1, "maxItems": 4},
+    )
     parameters: InferInputParameters | None = None
     data: list[Any] | None = Field(None, description="Pictures in base64, or numbers; flat or nested.")
 

@@ -1,5 +1,6 @@
 """What the OpenAPI document says beyond what FastAPI sees: bodies that we parse ourselves, problems, the key."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from app.api.problems import PROBLEM_JSON
 from app.api.schemas import ProblemDocument
 
 _REFERENCE = "#/components/schemas/{model}"
+
+# In a parameter's schema: it is needed, though the route reads it as one that may be missing, to say that itself.
+REQUIRED = "x-graft-required"
 
 _MEANINGS = {
     400: "The request cannot be read.",
@@ -55,9 +59,18 @@ def options_of(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
     """The schemas of members that may all be left out, by name: without the null that stands for that."""
     found = {}
     for name, schema in _schema(model)["properties"].items():
-        given = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
-        found[name] = (given[0] if len(given) == 1 else {"anyOf": given}) | {"description": schema["description"]}
+        given = _without_null({"anyOf": schema.get("anyOf", [schema])})
+        found[name] = given | {key: schema[key] for key in ("description",) if key in schema}
     return found
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of what may be left out, which in a query, a header or a form is not the same as null."""
+    given = [kind for kind in schema.get("anyOf", ()) if kind.get("type") != "null"]
+    if not given:
+        return schema
+    rest = {key: value for key, value in schema.items() if key != "anyOf"}
+    return given[0] | rest if len(given) == 1 else {"anyOf": given} | rest
 
 
 def as_form_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,6 +125,9 @@ def _document(app: FastAPI) -> dict[str, Any]:
         for operation in operations.values():
             # An empty requirement says that a key is optional, as it is until the first one is created.
             operation["security"] = [] if path in ("/healthz", "/readyz") else [{"key": []}, {}]
+            for parameter in operation.get("parameters", ()):
+                parameter["schema"] = _without_null(parameter["schema"])
+                parameter["required"] = parameter["schema"].pop(REQUIRED, parameter.get("required", False))
             responses = operation["responses"]
             for status, problem in problems(*COMMON_STATUSES).items():
                 if "application/json" in responses.get(str(status), {}).get("content", {}):
@@ -119,7 +135,26 @@ def _document(app: FastAPI) -> dict[str, Any]:
                 responses.setdefault(str(status), problem)
             _share_problems(responses, document["components"].setdefault("responses", {}))
             _collect_definitions(operation, schemas)
+    _link_what_is_made(document["paths"])
     return document
+
+
+def _link_what_is_made(paths: dict[str, Any]) -> None:
+    """Says of each 201 what may be done with the new resource: its `id` is what the paths below the collection ask."""
+    for path, operations in paths.items():
+        below = re.compile(rf"{re.escape(path)}/{{(\w+)}}")
+        links = {
+            operation["operationId"]: {
+                "operationId": operation["operationId"],
+                "parameters": {f"path.{found[1]}": "$response.body#/id"},
+            }
+            for other, of_other in paths.items()
+            if (found := below.match(other)) and other.count("{") == path.count("{") + 1
+            for operation in of_other.values()
+        }
+        for operation in operations.values():
+            if "201" in operation["responses"] and links:
+                operation["responses"]["201"]["links"] = links
 
 
 def _share_problems(responses: dict[str, Any], shared: dict[str, Any]) -> None:

@@ -71,7 +71,9 @@ def form_content(fields: dict[str, Any], *, required: list[str]) -> dict[str, An
     pictures = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
     optional = as_form_fields({name: schema for name, schema in fields.items() if name not in required})
     properties = {"file": pictures, **fields, **optional}
-    form = {"type": "object", "required": ["file", *required], "properties": properties}
+    form = {"type": "object", "required": ["file", *required], "properties": properties, "additionalProperties": False}
+    if "label" in fields:
+        form["patternProperties"] = {"^label:": fields["label"]}
     return {"multipart/form-data": {"schema": form}}
 
 

@@ -14,6 +14,7 @@ from app.api.problems import invalid_fields
 from app.errors import FieldError, InvalidRequest
 
 MAX_JSON_DEPTH = 32
+MAX_WHOLE = 2**53
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -27,7 +28,7 @@ def parse_as(model: type[Body], content: Any) -> Body:
 
 
 def strict_json(body: bytes) -> dict[str, Any]:
-    """A JSON object, and nothing that readers disagree about or that cannot be stored.
+    """A JSON object, and nothing that readers disagree about or that cannot be stored. A member's 5.0 is 5.
 
     Raises InvalidRequest for invalid UTF-8, duplicate names, NaN and infinities, lone surrogates, NUL, nesting beyond
     32, and everything that is not an object.
@@ -66,7 +67,7 @@ def _number_trouble(error: ValueError) -> str:
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
+    members = {name: _whole(value) if type(value) is float else value for name, value in pairs}
     if len(members) != len(pairs):
         twice = _first_repeated([name for name, _ in pairs])
         raise InvalidRequest(
@@ -74,6 +75,11 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             errors=[FieldError(f"#/{_printable(twice)}", "occurs twice")],
         )
     return members
+
+
+def _whole(value: float) -> float | int:
+    """JSON has numbers alone, and 5.0 is the same one as 5; only that far does every reader keep whole ones exactly."""
+    return int(value) if value.is_integer() and abs(value) <= MAX_WHOLE else value
 
 
 def _first_repeated(names: list[str]) -> str:

@@ -8,10 +8,11 @@ import binascii
 import re
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Header, Request
 
+from app.api.openapi import REQUIRED
 from app.datasets.partial import Checksum
 from app.errors import FieldError, InvalidRequest, PreconditionFailed, UnsupportedMediaType
 
@@ -20,28 +21,38 @@ EXTENSIONS = "creation,creation-with-upload,expiration,checksum,termination"
 CHECKSUM_ALGORITHMS = ("sha1", "sha256")
 PIECE = "application/offset+octet-stream"
 
-# Beyond what a file system or a client can count to; Graft's own limit is a setting.
-_LARGEST_NUMBER = 2**53 - 1
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")  # a petabyte is enough; Graft's own limit is a setting
 _METADATA_KEY = re.compile(r"[!-+\--~]{1,100}")  # visible ASCII but the comma
 
-_NUMBER = {"pattern": "^[0-9]{1,16}$"}
+_BASE64 = "[A-Za-z0-9+/]"
+_PAIR = f"{_METADATA_KEY.pattern}( ({_BASE64}{{4}})*({_BASE64}{{2}}==|{_BASE64}{{3}}=)?)?"
+_DIGESTS = f"sha1 {_BASE64}{{27}}=|sha256 {_BASE64}{{43}}="
 
-TusResumable = Annotated[
-    str | None, Header(description=f"The protocol's version: {VERSION}.", json_schema_extra={"enum": [VERSION]})
-]
-UploadLength = Annotated[str | None, Header(description="Of the whole archive, in bytes.", json_schema_extra=_NUMBER)]
+
+def _needed(description: str, **schema: Any) -> Any:
+    """A header that is needed, though what is said where it is missing is not FastAPI's 422."""
+    return Header(description=description, json_schema_extra={REQUIRED: True, **schema})
+
+
+TusResumable = Annotated[str | None, _needed(f"The protocol's version: {VERSION}.", enum=[VERSION])]
+UploadLength = Annotated[str | None, _needed("Of the whole archive, in bytes.", pattern="^[1-9][0-9]{0,14}$")]
 UploadOffset = Annotated[
-    str | None, Header(description="Where the piece begins: how many bytes there are.", json_schema_extra=_NUMBER)
+    str | None, _needed("Where the piece begins: how many bytes there are.", pattern=f"^({_NUMBER.pattern})$")
 ]
 UploadMetadata = Annotated[
     str | None,
     Header(
         description="`filename`, `name`, `kind`, `val_fraction` and `seed` as POST /v1/datasets has them: each key, a "
-        "space, and its value in base64; separated by commas. Other keys are kept and mean nothing."
+        "space, and its value in base64; separated by commas. Other keys are kept and mean nothing.",
+        json_schema_extra={"pattern": f"^({_PAIR}(,{_PAIR})*)?$"},
     ),
 ]
 UploadChecksum = Annotated[
-    str | None, Header(description=f"Of this piece: {' or '.join(CHECKSUM_ALGORITHMS)}, a space, the digest in base64.")
+    str | None,
+    Header(
+        description=f"Of this piece: {' or '.join(CHECKSUM_ALGORITHMS)}, a space, the digest in base64.",
+        json_schema_extra={"pattern": f"^({_DIGESTS})$"},
+    ),
 ]
 
 
@@ -79,7 +90,7 @@ def number(name: str, given: str | None) -> int:
     """Raises InvalidRequest for what is missing or no number of bytes."""
     if given is None:
         raise InvalidRequest(f"The header {name} is missing.", errors=[FieldError(f"#/{name}", "is required")])
-    if not (given.isascii() and given.isdigit() and int(given[:17]) <= _LARGEST_NUMBER and len(given) < 17):
+    if not _NUMBER.fullmatch(given):
         raise InvalidRequest(
             f"The header {name} is not a number of bytes.", errors=[FieldError(f"#/{name}", "is no number of bytes")]
         )

@@ -162,7 +162,7 @@ async def get_upload(request: Request, services: ServicesDep, upload_id: UploadI
         204: {"headers": {"Upload-Offset": _NUMBER, "Upload-Expires": _TEXT, **_DATASET}},
         **problems(400, 404, 408, 409, 412, 413, 423, 460, 507),
     },
-    openapi_extra={"requestBody": {**_PIECE, "required": False}},
+    openapi_extra={"requestBody": {**_PIECE, "required": True}},
 )
 async def append_piece(
     request: Request,

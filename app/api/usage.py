@@ -74,7 +74,10 @@ def get_usage(services: ServicesDep) -> Usage:
 def list_changes(
     services: ServicesDep,
     limit: Limit = 50,
-    after: Annotated[str | None, Query(max_length=18, description="`last_id` of the page before.")] = None,
+    after: Annotated[
+        str | None,
+        Query(max_length=18, description="`last_id` of the page before.", json_schema_extra={"pattern": "^[0-9]*$"}),
+    ] = None,
 ) -> Listing[Change]:
     if after and not (after.isascii() and after.isdigit()):
         raise InvalidRequest("`after` is the id of a change, a whole number; give the last one that was seen, or none.")

@@ -25,6 +25,7 @@ Url = Annotated[
     Field(
         min_length=1,
         max_length=MAX_URL_CHARACTERS,
+        json_schema_extra={"pattern": "^https?://"},
         description="https, at a public address. The operator may allow other networks, and http there.",
     ),
 ]

@@ -147,6 +147,7 @@ class JobRequest(BaseModel):
         default_factory=list,
         description="Paths of images that are left out of training, validation and test, as the data set's images "
         "list them.",
+        json_schema_extra={"uniqueItems": True},
     )
 
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = Field(

@@ -171,3 +171,32 @@ def test_operation_ids_are_unique(document: dict[str, Any]) -> None:
     ids = [operation["operationId"] for operation in operations(document).values()]
 
     assert len(set(ids)) == len(ids)
+
+
+def test_what_is_made_leads_to_what_may_be_done_with_it(document: dict[str, Any]) -> None:
+    links = operations(document)["POST /v1/jobs"]["responses"]["201"]["links"]
+    linked = {link["operationId"] for link in links.values()}
+
+    assert {
+        operations(document)[name]["operationId"] for name in ("GET /v1/jobs/{job_id}", "POST /v1/jobs/{job_id}/stop")
+    } <= linked
+    assert all(link["parameters"] == {"path.job_id": "$response.body#/id"} for link in links.values())
+
+
+def test_a_header_without_which_nothing_goes_is_said_to_be_needed_and_nothing_outside_a_body_to_be_null(
+    document: dict[str, Any],
+) -> None:
+    parameters = {
+        (name, parameter["name"]): parameter
+        for name, operation in operations(document).items()
+        for parameter in operation.get("parameters", ())
+    }
+
+    needed = {
+        name
+        for (operation, name), parameter in parameters.items()
+        if operation == "PATCH /v1/uploads/{upload_id}" and parameter["required"]
+    }
+    assert needed == {"upload_id", "tus-resumable", "upload-offset"}
+    assert '"type": "null"' not in json.dumps([parameter["schema"] for parameter in parameters.values()])
+    assert "x-graft" not in json.dumps(document)

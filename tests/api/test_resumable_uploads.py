@@ -158,6 +158,7 @@ def test_creation_with_a_first_piece_goes_on_after_it(server: RunningServer, cli
         ({**TUS, "Upload-Defer-Length": "1"}, 422, "invalid-request"),
         ({**TUS, "Upload-Length": "-1"}, 422, "invalid-request"),
         ({**TUS, "Upload-Length": "9" * 30}, 422, "invalid-request"),
+        ({**TUS, "Upload-Length": "005"}, 422, "invalid-request"),
         ({**TUS, "Upload-Length": "0"}, 422, "empty-upload"),
         ({**TUS, "Upload-Length": str(10 * 1024**3 + 1)}, 413, "too-large"),
         ({**TUS, "Upload-Length": "5", "Upload-Metadata": "name ?"}, 422, "invalid-request"),

@@ -30,3 +30,17 @@ def test_text_that_cannot_be_stored_is_found_among_very_many_numbers() -> None:
 
     assert [error.pointer for error in refused.value.errors] == ["#/data/1"]
     assert time.perf_counter() - began < LINEAR_SECONDS
+
+
+def test_a_whole_number_is_one_however_it_is_written() -> None:
+    members = strict_json(b'{"a": 5.0, "b": 5e1, "c": -0.0, "d": 5.5, "e": 9007199254740992.0, "f": 1e300, "g": [1.0]}')
+
+    assert {name: type(value) for name, value in members.items() if name != "g"} == {
+        "a": int,
+        "b": int,
+        "c": int,
+        "d": float,
+        "e": int,
+        "f": float,  # not every reader would keep it
+    }
+    assert members["a"] == 5
