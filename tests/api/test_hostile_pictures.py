@@ -116,6 +116,7 @@ def decoders() -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_server(tmp_path_factory: pytest.TempPathFactory) -> None:
     before = set(psutil.Process().children())
     settings = api_builders.settings_for(tmp_path_factory.mktemp("server"), decode_processes=1)
