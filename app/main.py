@@ -11,7 +11,6 @@ from importlib.metadata import version
 import structlog
 from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
-from starlette.staticfiles import StaticFiles
 
 from app import access, logs, telemetry
 from app.allocator import keep_freed_memory
@@ -139,8 +138,8 @@ def create_app(settings: Settings, *, resolve: Resolve | None = None) -> FastAPI
         sign_in,
     ):
         app.include_router(part.router)
-    app.mount("/static", StaticFiles(directory=site.STATIC))
-    app.mount("/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]))
+    app.mount("/static", site.Assets(directory=site.STATIC))
+    app.mount("/swagger", site.Assets(packages=[("fastapi_swagger", "resources")]))
     handle_failures(app, show=site.failure)
     app.openapi = openapi.describe(app)  # type: ignore[method-assign]
     return app

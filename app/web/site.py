@@ -11,6 +11,9 @@ from fastapi import Path as PathParameter
 from fastapi import Request
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Send
+from starlette.types import Scope as AsgiScope
 
 from app.access import Scope
 from app.api.deps import read_body
@@ -34,6 +37,16 @@ HEADERS = {
 
 # Room for 10,000 paths to exclude, as for the body of POST /v1/jobs.
 MAX_FORM_BYTES = 3 * 1024 * 1024
+
+
+class Assets(StaticFiles):
+    """Small files, which are sent whole: a Range is passed over (RFC 9110, 14.2), where Starlette would refuse a
+    bad one in plain text."""
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
 
 PageId = Annotated[str, PathParameter(max_length=100)]
 

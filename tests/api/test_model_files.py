@@ -184,11 +184,12 @@ def test_no_range_breaks_a_download_or_makes_it_larger(client: httpx.Client, mod
 
         answer = client.get(path, headers={"Range": HOSTILE_RANGES[name].encode("latin-1")})
 
-        assert answer.status_code in (200, 206, 400, 416), (path, answer.text[:200])
-        # Each of at most a hundred parts has a header of its own.
-        assert len(answer.content) <= len(whole.content) + 100 * 200, path
-        if answer.status_code == 200:
-            assert answer.content == whole.content
+        if answer.status_code == 416:
+            assert_is_problem(answer, 416, "range-not-satisfiable")
+        elif answer.status_code == 206:
+            assert answer.content in whole.content
+        else:
+            assert (answer.status_code, answer.content) == (200, whole.content), path
 
 
 def test_a_file_is_made_once_and_goes_with_its_model(server: RunningServer, client: httpx.Client) -> None:

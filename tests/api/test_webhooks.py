@@ -373,6 +373,7 @@ def test_workspaces_of_which_there_are_more_than_slots_take_turns() -> None:
     assert begun == [*range(40)] * 4
 
 
+@pytest.mark.slow
 def test_several_processes_send_each_delivery_once(tmp_path: Path, receiver: Receiver) -> None:
     settings = settings_for(tmp_path)
     with (
