@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
 SECONDS ?= 600
-# Two files of tests at a time, or four: many wait for processes of their own. More would need gigabytes for torch.
+# How many files of tests at a time, tests/conftest.py says.
 # A process of tests that dies ends the run and names its test: another in its place has been seen to wait for ever.
-PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n auto --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 # For every platform and every Python from 3.11 on.
 TOOLS := build/tools
@@ -20,6 +20,9 @@ COMPILE = $(TOOLS)/bin/uv pip compile pyproject.toml --universal --python-versio
 ADVISORIES ?= https://api.osv.dev/v1/query
 HAS_ADVISORIES = curl --silent --max-time 5 --data \
 	'{"version": "9.0.0", "package": {"name": "pillow", "ecosystem": "PyPI"}}' $(ADVISORIES) | grep -q '"vulns"'
+
+# Tests start hundreds of processes, each of which would compile Graft anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test test-slow test-all fuzz check docs types lock audit audit-online sbom clean
 .DEFAULT_GOAL := help

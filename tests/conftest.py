@@ -27,6 +27,7 @@ from app.db.engine import Database
 from app.db.migrate import upgrade
 from app.db.tables import DEFAULT_WORKSPACE
 from app.storage import LocalStorage
+from app.vision.device import usable_cores
 
 # The networks of tests are tiny: threads would wait for each other most of the time. Exact results need it, too.
 torch.set_num_threads(1)
@@ -51,6 +52,12 @@ def _shared(folder: str) -> Path:
     if not path.is_dir():
         pytest.skip(f"needs real {folder}: set GRAFT_SHARED_DIR to a folder that has {folder}/")
     return path
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Two files at a time for each core, since many tests wait for processes of their own; beyond four of them torch
+    alone would take gigabytes."""
+    return min(4, 2 * usable_cores())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

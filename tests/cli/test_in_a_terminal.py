@@ -248,6 +248,7 @@ def completed(environment: dict[str, str], *words: str) -> list[str]:
     return ran.stdout.split()
 
 
+@pytest.mark.slow
 def test_the_shell_completes_what_the_server_knows(graft_server: RunningServer, environment: dict[str, str]) -> None:
     job_id = submit(graft_server)
     model_id = api_builders.register_model(graft_server.services)

@@ -77,7 +77,7 @@ def told(file: Path) -> str:
 # What is taken
 
 
-@pytest.mark.parametrize("name", ["theirs.safetensors", "theirs.pth", "old.pth"])
+@pytest.mark.parametrize("name", ["theirs.safetensors", "theirs.pth", pytest.param("old.pth", marks=pytest.mark.slow)])
 def test_a_good_file_is_taken_and_used(
     graft: Graft, tmp_path: Path, folder: Path, state_dict: dict[str, Tensor], name: str
 ) -> None:
@@ -96,6 +96,7 @@ def test_a_good_file_is_taken_and_used(
     assert all(torch.equal(found[name], state_dict[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_a_file_without_its_last_layer_in_half_precision_is_taken(
     graft: Graft, tmp_path: Path, folder: Path, state_dict: dict[str, Tensor]
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_file_that_is_there_is_replaced_only_by_force(
     assert safetensors.torch.load_file(target).keys() == state_dict.keys()
 
 
+@pytest.mark.slow
 def test_a_link_in_the_folder_is_replaced_and_not_followed(
     graft: Graft, tmp_path: Path, folder: Path, state_dict: dict[str, Tensor]
 ) -> None:
@@ -192,6 +194,7 @@ def test_a_bare_pickle_is_refused(graft: Graft, tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.slow
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(graft: Graft, tmp_path: Path) -> None:
     file = tmp_path / "bomb.pth"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("bomb/data/0", "w") as member:
@@ -223,17 +226,15 @@ def test_a_storage_of_a_tebibyte_meets_the_limit_of_memory(graft: Graft, tmp_pat
     assert "takes more memory than its backbone has weights" in refusal(graft, file)
 
 
-def test_a_huge_header_is_refused(graft: Graft, tmp_path: Path) -> None:
+def test_a_huge_header_is_refused(tmp_path: Path) -> None:
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + b" " * (2 * 1024**2)
-    assert "header has 2,097,206 bytes" in refusal(
-        graft, safetensors_file(tmp_path / "a.safetensors", header, bytes(4))
-    )
+    assert "header has 2,097,206 bytes" in told(safetensors_file(tmp_path / "a.safetensors", header, bytes(4)))
 
 
-def test_a_header_that_is_said_to_be_larger_than_the_file_is_refused(graft: Graft, tmp_path: Path) -> None:
+def test_a_header_that_is_said_to_be_larger_than_the_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(struct.pack("<Q", 2**63) + b"{}")
-    assert "cut off" in refusal(graft, file)
+    assert "cut off" in told(file)
 
 
 F32 = {"dtype": "F32", "shape": [2]}
@@ -314,18 +315,18 @@ def test_a_cut_off_file_is_refused(tmp_path: Path, state_dict: dict[str, Tensor]
     assert "cut off" in told(file)
 
 
-def test_what_is_not_a_file_is_refused(graft: Graft, tmp_path: Path, state_dict: dict[str, Tensor]) -> None:
+def test_what_is_not_a_file_is_refused(tmp_path: Path, state_dict: dict[str, Tensor]) -> None:
     file = saved(state_dict, tmp_path / "theirs.safetensors")
     (tmp_path / "link.safetensors").symlink_to(file)
     (tmp_path / "folder.pth").mkdir()
     os.mkfifo(tmp_path / "pipe.pth")
     (tmp_path / "other.bin").touch()
 
-    assert "is a link" in refusal(graft, tmp_path / "link.safetensors")
-    assert "not a file" in refusal(graft, tmp_path / "folder.pth")
-    assert "not a file" in refusal(graft, tmp_path / "pipe.pth")
-    assert "end in .safetensors or .pth" in refusal(graft, tmp_path / "other.bin")
-    assert "No such file" in refusal(graft, tmp_path / "none.pth")
+    assert "is a link" in told(tmp_path / "link.safetensors")
+    assert "not a file" in told(tmp_path / "folder.pth")
+    assert "not a file" in told(tmp_path / "pipe.pth")
+    assert "end in .safetensors or .pth" in told(tmp_path / "other.bin")
+    assert "No such file" in told(tmp_path / "none.pth")
 
 
 def test_a_file_larger_than_any_weights_of_it_is_not_read(graft: Graft, tmp_path: Path) -> None:
@@ -348,6 +349,7 @@ def test_reading_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     assert not (tmp_path / "target").exists()
 
 
+@pytest.mark.slow
 def test_a_buffer_that_is_no_zip_any_more_is_refused(
     graft: Graft, tmp_path: Path, state_dict: dict[str, Tensor]
 ) -> None:

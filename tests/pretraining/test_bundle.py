@@ -158,6 +158,7 @@ def test_a_folder_is_gone_on_with_as_it_was_begun(options: Options) -> None:
     assert begin_or_go_on(replace(options, batch_size=96)) is None
 
 
+@pytest.mark.slow
 def test_options_that_cannot_be_are_told_in_a_sentence(tmp_path: Path) -> None:
     few = command(tmp_path, scenes=50)
     assert (few.returncode, few.stderr.splitlines()[-1]) == (

@@ -144,6 +144,7 @@ def test_three_requests_lead_from_a_zip_to_a_prediction(http: httpx.Client) -> N
     assert predicted["model"] == job["model"]
 
 
+@pytest.mark.slow
 def test_a_data_set_gets_ready_while_a_job_trains(http: httpx.Client) -> None:
     job_id = submit(http, ready_dataset(http), LONG | {"epochs": 1000})
     wait_until(
@@ -177,6 +178,7 @@ def test_from_a_zip_to_predictions_by_way_of_the_event_stream(http: httpx.Client
     assert {entry["label"] for entry in default["predictions"][0]["top"]} == {"colour0", "colour1"}
 
 
+@pytest.mark.slow
 def test_a_job_whose_process_is_killed_goes_on_as_attempt_2(
     graft: RunningGraft, http: httpx.Client, undisturbed: dict[str, Any]
 ) -> None:
@@ -268,6 +270,7 @@ def test_ctrl_c_during_training_leaves_no_process_and_the_job_for_the_next_start
         assert [process for process in left if process.is_running()] == []
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_predicts(graft: RunningGraft, tmp_path: Path) -> None:
     archive, photo = tmp_path / "colours.zip", tmp_path / "photo.png"
     archive.write_bytes(pictures_zip())
@@ -284,6 +287,7 @@ def test_the_command_trains_and_predicts(graft: RunningGraft, tmp_path: Path) ->
     assert json.loads(predicted.stdout)["model"] == model["id"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_watching_leaves_the_job_running(graft: RunningGraft, http: httpx.Client, tmp_path: Path) -> None:
     job_id = submit(http, ready_dataset(http), LONG | {"epochs": 1000})
     command = [sys.executable, "-m", "app.cli", "jobs", "watch", job_id, "--url", graft.url]

@@ -88,6 +88,7 @@ def test_one_trace_leads_from_the_caller_through_the_api_and_the_queue_into_the_
     assert {"request", "job_claimed", "job_started", "job_left"} <= traced
 
 
+@pytest.mark.slow
 def test_requests_without_a_trace_begin_one_each_and_probes_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_a_collector_that_is_not_there_costs_nobody_anything_but_the_spans(tmp_p
     assert (first["attempt"], second["attempt"]) == (1, 1)
 
 
+@pytest.mark.slow
 def test_without_a_collector_nothing_is_traced_or_stored(tmp_path: Path) -> None:
     with graft_and_client(tmp_path) as (graft, http):
         upload(http, **TRACEPARENT)

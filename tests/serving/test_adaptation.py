@@ -137,7 +137,7 @@ def picture() -> Tensor:
         ("resnet18", "normalisation"),
         ("resnet18", "all"),
         ("mobilenet_v3_small", "normalisation"),
-        ("vit_b_16", "normalisation"),
+        pytest.param("vit_b_16", "normalisation", marks=pytest.mark.slow),
         ("squeezenet1_1", "all"),
     ],
 )
@@ -160,7 +160,13 @@ def test_copy_is_surer_and_the_model_is_as_it_was(name: str, parameters: adaptat
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"), [("resnet18", None), ("mobilenet_v3_small", "all"), ("vit_b_16", None), ("swin_t", None)]
+    ("name", "layer"),
+    [
+        ("resnet18", None),
+        ("mobilenet_v3_small", "all"),
+        pytest.param("vit_b_16", None, marks=pytest.mark.slow),
+        ("swin_t", None),
+    ],
 )
 def test_last_stage_is_what_steps_on_a_copy_of_the_whole_network_come_to(name: str, layer: str | None) -> None:
     side = 224 if name == "vit_b_16" else 64

@@ -225,6 +225,7 @@ def broken_openvino(folder: Path, what: str) -> str:
     return os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
 
 
+@pytest.mark.slow
 def test_graft_runs_without_openvino_and_with_it_nothing_reports_to_its_maker(tmp_path: Path) -> None:
     def told(how: str, path: str | None = None) -> list[str]:
         environment = dict(os.environ) | ({"PYTHONPATH": path} if path else {})

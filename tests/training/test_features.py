@@ -191,6 +191,7 @@ def test_leaving_in_the_middle_leaves_nothing_behind(cache: FeatureCache) -> Non
     assert not cache.storage.exists("datasets")
 
 
+@pytest.mark.slow
 def test_features_that_others_delete_meanwhile_fail_nobody(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     is_over = threading.Event()

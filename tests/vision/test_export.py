@@ -64,6 +64,7 @@ FAMILIES = [
     ("swin_v2_t", None),
     ("maxvit_t", None),
 ]
+LARGE = ("vgg16", "vit_b_16", "swin_v2_t", "maxvit_t")
 # Each family in one format, which takes minutes; with GRAFT_TEST_EXPORTS=all in each format, three times as many.
 FAMILIES_AND_FORMATS = [
     (name, layer, file_format)
@@ -143,7 +144,7 @@ def served(model: Artifact, picture: bytes) -> Tensor:
         return probabilities(model.classifier(batch), model.outputs)[0]
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("file_format", ["safetensors", "onnx", pytest.param("pt2", marks=pytest.mark.slow)])
 def test_a_file_answers_as_the_model_where_there_is_no_graft(files: Files, file_format: str) -> None:
     picture = builders.jpeg(3, size=(700, 530), tint=(200, 90, 60))
     path, found = files(file_format)
@@ -230,6 +231,7 @@ def test_a_backbone_alone_answers_features(tmp_path: Path) -> None:
         assert torch.tensor(answer) == pytest.approx(expected, abs=1e-2 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 def test_the_lines_see_pictures_as_graft_does(files: Files) -> None:
     """Turned, grey, without loss."""
     model, (path, _) = model_of(), files("safetensors")
@@ -307,7 +309,10 @@ def test_resizing_in_floating_point_is_within_a_level_of_the_served_one(mode: An
     assert ((found - expected).abs() > 1 / 512).float().mean().item() < 0.06
 
 
-@pytest.mark.parametrize(("name", "layer"), FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [pytest.param(*family, marks=pytest.mark.slow) if family[0] in LARGE else family for family in FAMILIES],
+)
 def test_torchvisions_network_takes_the_weights(name: str, layer: str | None) -> None:
     spec = BACKBONES[name]
     model = model_of(name, layer=layer, preprocessing=spec.preprocessing)

@@ -47,8 +47,8 @@ def heat_of(classifier: Classifier, picture: Tensor, label: int = 1) -> NDArray[
         ("shufflenet_v2_x1_0", None, 64),
         ("swin_t", None, 64),
         ("swin_t", "stage2", 64),
-        ("maxvit_t", None, 224),
-        ("vit_b_16", None, 224),
+        pytest.param("maxvit_t", None, 224, marks=pytest.mark.slow),
+        pytest.param("vit_b_16", None, 224, marks=pytest.mark.slow),
         ("vit_b_16", "stage1", 224),
     ],
 )

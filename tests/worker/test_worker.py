@@ -44,6 +44,7 @@ def test_jobs_are_done_one_after_the_other_and_ingest_beside_them(workshop: Work
     assert workshop.status(first) == "succeeded"
 
 
+@pytest.mark.slow
 def test_child_of_a_batch_is_started_for_it_and_runs_beside_training_at_a_lower_priority(workshop: Workshop) -> None:
     worker = workshop.start_worker()
     training = workshop.submit("work_until_released")
@@ -99,7 +100,7 @@ def test_job_whose_process_dies_is_run_again(workshop: Workshop) -> None:
     ("story", "last_words"),
     [
         ("crash_always", "Its process ended with exit code 3."),
-        ("forget_to_end", "Its process ended without saying how the job went."),
+        pytest.param("forget_to_end", "Its process ended without saying how the job went.", marks=pytest.mark.slow),
     ],
 )
 def test_job_that_always_dies_is_given_up_and_the_next_one_runs(
@@ -241,6 +242,7 @@ def test_worker_that_is_stopped_gives_its_job_back_uncounted(workshop: Workshop,
     assert (found.status, found.attempt, found.crashes, found.owner) == ("queued", 1, 0, None)
 
 
+@pytest.mark.slow
 def test_worker_that_is_stopped_kills_what_does_not_end_and_gives_it_back(workshop: Workshop) -> None:
     worker = workshop.start_worker(shutdown_grace_seconds=0.3)
     job = workshop.submit("be_deaf")
@@ -277,6 +279,7 @@ def test_worker_outlives_a_locked_database(workshop: Workshop) -> None:
     assert worker.poll() is None
 
 
+@pytest.mark.slow
 def test_files_that_a_dead_worker_left_of_ended_jobs_are_swept(workshop: Workshop) -> None:
     queued = workshop.submit("work_until_released")
     for job in (queued, "job_gone"):
@@ -305,6 +308,7 @@ def test_children_that_cannot_start_cost_no_job_an_attempt(workshop: Workshop) -
     assert worker.poll() is None
 
 
+@pytest.mark.slow
 def test_worker_outlives_a_child_that_the_system_does_not_start(workshop: Workshop, tmp_path: Path) -> None:
     program, away = tmp_path / "child", tmp_path / "away"
     program.write_text(f'#!/bin/sh\nexec {shlex.join(STORIES)} "$@"\n')
