@@ -5,6 +5,7 @@ All of its checks, in all of its phases. What fits the document must be accepted
 """
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -131,7 +132,9 @@ def assert_keeps_to_the_document(folder: Path, *, cases: int, key: Callable[[Run
     with served(folder) as server:
         said = run(server, folder, cases=cases, headers=key(server))
 
-        assert [cases_in(said[0]) > 1000, cases_in(said[1]) > 0] == [True, True]
+        cases_alone, cases_in_chains = map(cases_in, said)
+        logging.getLogger(__name__).info("%d cases of operations alone, %d in chains", cases_alone, cases_in_chains)
+        assert cases_alone > 1000 and cases_in_chains > 0
         answered = server.services.metrics.exposition().decode()
     assert not re.search(r'graft_requests_total\{[^}]*status="500"', answered)
     return answered

@@ -258,6 +258,7 @@ import faulthandler, os, signal, sys, threading
 from pathlib import Path
 from app.serving import engines
 faulthandler.enable()
+faulthandler.dump_traceback_later(60, exit=True)  # where it stands still
 assert engines.is_here("openvino")
 held = [engines.OpenVinoEngine(Path(sys.argv[1]), engines.Threads(1, 1), bf16=False)]
 dropping = threading.Thread(target=held.clear)
