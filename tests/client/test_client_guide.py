@@ -17,6 +17,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", GUIDE, flags=re.DOTALL | re.MULTI
 ADDRESS = "http://127.0.0.1:8000"
 
 
+@pytest.mark.slow
 def test_the_code_of_the_guide_runs_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for label, name in enumerate(("daisy", "rose")):
         (tmp_path / "flowers" / name).mkdir(parents=True)

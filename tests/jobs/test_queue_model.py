@@ -25,7 +25,7 @@ from app.jobs.states import JobKind
 
 FINAL = ("succeeded", "failed", "cancelled")
 LEASE_SECONDS = 4
-SEQUENCES = int(os.environ.get("GRAFT_TEST_SEQUENCES", "60"))
+SEQUENCES = int(os.environ.get("GRAFT_TEST_SEQUENCES", "40"))
 WORKSPACES = (DEFAULT_WORKSPACE, "ws_second", "ws_third")
 
 

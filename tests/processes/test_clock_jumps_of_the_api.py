@@ -21,7 +21,10 @@ from app.db.migrate import upgrade
 from app.db.tables import utc_now
 from app.supervisor import free_port
 
-pytestmark = pytest.mark.skipif(not LIBRARIES, reason="needs libfaketime (apt-get install libfaketime)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not LIBRARIES, reason="needs libfaketime (apt-get install libfaketime)"),
+]
 
 JUMPS = {"+2d": timedelta(days=2), "-2d": timedelta(days=-2), "+3700": timedelta(seconds=3700)}
 SOON_SECONDS = 30.0

@@ -159,7 +159,7 @@ def test_a_file_answers_as_the_model_where_there_is_no_graft(files: Files, file_
     assert found.largest_difference < 1e-2
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("file_format", ["safetensors", "onnx", pytest.param("pt2", marks=pytest.mark.slow)])
 def test_a_file_says_what_it_is(files: Files, file_format: str) -> None:
     path, found = files(file_format)
 
