@@ -4,9 +4,9 @@ are what their fields ask for; and no long waits."""
 import base64
 import contextlib
 import hashlib
-import itertools
 import json
 import os
+import uuid
 from typing import Any
 
 import builders
@@ -24,7 +24,6 @@ BESIDE = {
     "normalisation": "entropy",
     "all": "entropy",
 }
-KEYS = itertools.count()
 THERE: dict[str, str] = json.loads(os.environ.get("GRAFT_TEST_THERE", "{}"))
 LISTS = {f"/v1/{kind}s": kind for kind in ("dataset", "job", "model", "webhook")} | {"/v1/batches": "batch"}
 
@@ -78,7 +77,7 @@ def _keep_unwritten_rules(case: schemathesis.Case) -> None:
             case.query["after"] = THERE[LISTS[path]]
     for name in list(case.headers):
         if name.lower() == "idempotency-key":
-            case.headers[name] = f"key-{next(KEYS)}"  # one that came before belongs to another request
+            case.headers[name] = uuid.uuid4().hex  # one that came before belongs to another request
     case.query = _without_what_no_database_keeps(dict(case.query))
     if isinstance(case.body, dict | list):
         case.body = _with_a_file(_without_what_no_database_keeps(case.body), path)
@@ -97,6 +96,9 @@ def _keep_unwritten_rules(case: schemathesis.Case) -> None:
     elif path == "/v1/fine_tuning/jobs" and isinstance(case.body, dict):
         case.body["model"] = "auto"
         _ask_for_one_method(case.body)
+    elif path.endswith("/feedback") and isinstance(case.body, dict):
+        case.body.pop("task", None)  # the model tells one thing
+        case.body["label"] = LABEL
     elif path.startswith("/hf/"):
         case.body = case.body | {"inputs": IN_BASE64} if isinstance(case.body, dict) else PICTURE
     elif path.endswith("/infer"):
