@@ -32,6 +32,9 @@ class Fetched(HTMLParser):
         self.addresses += [value for name, value in attributes if (tag, name) in FETCHED and value]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")

@@ -133,6 +133,7 @@ def test_models_can_be_deleted(client: openai.OpenAI) -> None:
         client.models.retrieve(model_id)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="docs/protocols.md needs curl; installed by .ci/run")
 def test_the_page_on_clients_runs(graft: RunningGraft, tmp_path: Path) -> None:
     (tmp_path / "flowers.zip").write_bytes(pictures_zip(per_class=8, seed=3))

@@ -353,6 +353,7 @@ def test_build_under_way_is_ended_at_shutdown_and_a_later_one_never_begins(tmp_p
         builder.build(tmp_path / "model", tmp_path / "built", pixels=noise(1), are_own=True)
 
 
+@pytest.mark.slow
 def test_engine_that_cannot_be_built_leaves_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictor, "BUILD_AFTER_PICTURES", 1)
     storage = LocalStorage(tmp_path)

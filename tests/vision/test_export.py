@@ -144,7 +144,9 @@ def served(model: Artifact, picture: bytes) -> Tensor:
         return probabilities(model.classifier(batch), model.outputs)[0]
 
 
-@pytest.mark.parametrize("file_format", ["safetensors", "onnx", pytest.param("pt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "file_format", ["onnx", *(pytest.param(other, marks=pytest.mark.slow) for other in ("safetensors", "pt2"))]
+)
 def test_a_file_answers_as_the_model_where_there_is_no_graft(files: Files, file_format: str) -> None:
     picture = builders.jpeg(3, size=(700, 530), tint=(200, 90, 60))
     path, found = files(file_format)
@@ -190,6 +192,7 @@ def test_onnx_takes_pictures_of_any_size_several_at_once(files: Files) -> None:
         assert answer == pytest.approx(torch.stack(expected).numpy(), abs=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [2, 64, 73, 224, 256, 672])
 def test_pt2_takes_square_pictures_and_others(files: Files, side: int) -> None:
     """torch.export writes down what it takes for granted of a size, and refuses others."""
@@ -272,6 +275,7 @@ def test_a_damaged_model_is_reported_as_such(tmp_path: Path) -> None:
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = safetensors.torch.load_file
     monkeypatch.setattr(safetensors.torch, "load_file", lambda path: {name: -t for name, t in read(path).items()})
