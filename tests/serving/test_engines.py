@@ -311,7 +311,7 @@ def test_busy_network_changes_its_engine_between_two_requests_and_a_new_start_ha
         (plain,) = await busy.predict("a", [picture])
         assert busy.engine_of("a") == "torch"
         assert isinstance(plain, Scores)
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(240):
             while busy.engine_of("a") == "torch":
                 (outcome,) = await busy.predict("a", [picture])
                 assert isinstance(outcome, Scores)

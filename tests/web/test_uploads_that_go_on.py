@@ -66,8 +66,9 @@ def slow_line(page: Page, bytes_a_second: int) -> Iterator[None]:
     limits = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": bytes_a_second}
     session.send("Network.emulateNetworkConditions", limits)
     yield
-    session.send("Network.emulateNetworkConditions", {**limits, "uploadThroughput": -1})
-    session.detach()
+    if not page.is_closed():
+        session.send("Network.emulateNetworkConditions", {**limits, "uploadThroughput": -1})
+        session.detach()
 
 
 def sending(page: Page, megabytes: str) -> None:
@@ -134,7 +135,7 @@ def test_the_same_folder_dropped_again_goes_on_after_the_page_was_left(
         with slow_line(page, 8_000_000):
             drop(page, "[data-upload]", noise_folder)
             sending(page, r"1\d")
-        page.close()
+            page.close()  # before what is on its way could arrive at once
         page = opened.new_page()
         asked = uploads_of(page)
         page.goto("/")
