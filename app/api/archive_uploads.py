@@ -20,7 +20,7 @@ from app.access import Caller
 from app.api import idempotency
 from app.api.deps import declared_bytes, refuse_declared_size
 from app.api.idempotency import Claim
-from app.api.openapi import as_form_fields
+from app.api.openapi import as_form_fields, form
 from app.api.services import Services
 from app.datasets.upload import MAX_OVERHEAD_BYTES, StagedUpload, receive
 from app.errors import Overloaded
@@ -35,12 +35,7 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 def form_content(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a form with the archive as `file`, for a route's OpenAPI document. fields: besides the archive."""
-    properties = {"file": BINARY["schema"], **as_form_fields(fields)}
-    return {
-        "multipart/form-data": {
-            "schema": {"type": "object", "required": ["file"], "properties": properties, "additionalProperties": False}
-        }
-    }
+    return form({"file": BINARY["schema"], **as_form_fields(fields)}, required=["file"])
 
 
 def archive_body(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,8 @@ IdempotencyKey = Annotated[
 After = Annotated[
     str | None, Query(max_length=200, description="`last_id` of the page before; the list goes on after it.")
 ]
+# Of ids that are numbers: a job's events, changes. None at all is the same as none given.
+NUMBERED_ID = "[0-9]{0,18}"
 Wait = Annotated[
     float, Query(ge=0, le=60, description="Hold the answer until a final state, for so many seconds at most.")
 ]

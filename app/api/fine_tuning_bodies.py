@@ -36,7 +36,6 @@ _EVENT = "ftevent-"
 # Their name → ours. What else a method's hyperparameters may be has our names.
 _THEIR_NAMES = {"n_epochs": "epochs", "batch_size": "batch_size", "learning_rate_multiplier": "learning_rate"}
 
-
 # What goes on as it is.
 _AS_IN_A_JOB = {
     "model": "backbone",

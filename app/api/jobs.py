@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from app.api import event_stream, idempotency, training
-from app.api.deps import After, CallerDep, IdempotencyKey, Limit, ServicesDep, Wait, json_body, wait_until
+from app.api.deps import NUMBERED_ID, After, CallerDep, IdempotencyKey, Limit, ServicesDep, Wait, json_body, wait_until
 from app.api.event_stream import Look
 from app.api.idempotency import Claim
 from app.api.openapi import json_request, problems
@@ -29,8 +29,7 @@ router = APIRouter(tags=["jobs"])
 # Room for 10,000 paths of 100 bytes in `exclude`.
 MAX_JOB_BYTES = 1024 * 1024
 JobId = Annotated[str, Path(max_length=100)]
-_POSITION = r"[0-9]{0,18}"
-_position_schema = {"pattern": f"^{_POSITION}$"}
+_position_schema = {"pattern": f"^{NUMBERED_ID}$"}
 EventPosition = Annotated[
     str | None,
     Query(description="Id of the last event seen; only later ones are answered.", json_schema_extra=_position_schema),
@@ -310,6 +309,6 @@ def _look(services: Services, job_id: str, position: int) -> Look:
 
 
 def _position(event_id: str | None) -> int:
-    if not re.fullmatch(_POSITION, event_id or ""):
+    if not re.fullmatch(NUMBERED_ID, event_id or ""):
         raise InvalidRequest("Event ids are whole numbers; give the last one that was seen, or none.")
     return int(event_id or 0)

@@ -1,7 +1,7 @@
 """What the OpenAPI document says beyond what FastAPI sees: bodies that we parse ourselves, problems, the key."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -82,6 +82,12 @@ def as_form_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         kind = {key: value for key, value in schema.items() if key != "description"}
         found[name] = {"anyOf": [kind, empty], **described}
     return found
+
+
+def form(properties: Mapping[str, Any], *, required: Sequence[str], **more: Any) -> dict[str, Any]:
+    """The `content` of a form that has these fields alone. more: further keywords of its schema."""
+    schema = {"type": "object", "required": required, "properties": properties, "additionalProperties": False, **more}
+    return {"multipart/form-data": {"schema": schema}}
 
 
 def query_of(model: type[BaseModel]) -> dict[str, Any]:

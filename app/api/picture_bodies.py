@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from app.api.data_urls import bytes_of
 from app.api.deps import read_body, refuse_declared_size
-from app.api.openapi import as_form_fields
+from app.api.openapi import as_form_fields, form
 from app.api.problems import pointer_to
 from app.api.schemas import PicturesRequest
 from app.api.strict_json import parse_as, strict_json
@@ -70,11 +70,8 @@ def form_content(fields: dict[str, Any], *, required: list[str]) -> dict[str, An
     """The schemas of a form and of raw pictures, for a route's OpenAPI document. fields: besides the pictures."""
     pictures = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
     optional = as_form_fields({name: schema for name, schema in fields.items() if name not in required})
-    properties = {"file": pictures, **fields, **optional}
-    form = {"type": "object", "required": ["file", *required], "properties": properties, "additionalProperties": False}
-    if "label" in fields:
-        form["patternProperties"] = {"^label:": fields["label"]}
-    return {"multipart/form-data": {"schema": form}}
+    of_tasks = {"patternProperties": {"^label:": fields["label"]}} if "label" in fields else {}
+    return form({"file": pictures, **fields, **optional}, required=["file", *required], **of_tasks)
 
 
 def form_or_json(

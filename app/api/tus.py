@@ -21,7 +21,8 @@ EXTENSIONS = "creation,creation-with-upload,expiration,checksum,termination"
 CHECKSUM_ALGORITHMS = ("sha1", "sha256")
 PIECE = "application/offset+octet-stream"
 
-_NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")  # a petabyte is enough; Graft's own limit is a setting
+_ABOVE_ZERO = "[1-9][0-9]{0,14}"  # a petabyte is enough; Graft's own limit is a setting
+_NUMBER = re.compile(f"0|{_ABOVE_ZERO}")
 _METADATA_KEY = re.compile(r"[!-+\--~]{1,100}")  # visible ASCII but the comma
 
 _BASE64 = "[A-Za-z0-9+/]"
@@ -35,7 +36,7 @@ def _needed(description: str, **schema: Any) -> Any:
 
 
 TusResumable = Annotated[str | None, _needed(f"The protocol's version: {VERSION}.", enum=[VERSION])]
-UploadLength = Annotated[str | None, _needed("Of the whole archive, in bytes.", pattern="^[1-9][0-9]{0,14}$")]
+UploadLength = Annotated[str | None, _needed("Of the whole archive, in bytes.", pattern=f"^{_ABOVE_ZERO}$")]
 UploadOffset = Annotated[
     str | None, _needed("Where the piece begins: how many bytes there are.", pattern=f"^({_NUMBER.pattern})$")
 ]

@@ -1,5 +1,6 @@
 """/v1/usage and /v1/audit: what a workspace has and may have, and who changed what in it."""
 
+import re
 from datetime import datetime
 from typing import Annotated, Literal, Self
 
@@ -7,7 +8,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from app import audit, workspaces
-from app.api.deps import Limit, ServicesDep
+from app.api.deps import NUMBERED_ID, Limit, ServicesDep
 from app.api.schemas import Listing
 from app.db.tables import AuditRow
 from app.errors import InvalidRequest
@@ -76,10 +77,14 @@ def list_changes(
     limit: Limit = 50,
     after: Annotated[
         str | None,
-        Query(max_length=18, description="`last_id` of the page before.", json_schema_extra={"pattern": "^[0-9]*$"}),
+        Query(
+            max_length=18,
+            description="`last_id` of the page before.",
+            json_schema_extra={"pattern": f"^{NUMBERED_ID}$"},
+        ),
     ] = None,
 ) -> Listing[Change]:
-    if after and not (after.isascii() and after.isdigit()):
+    if not re.fullmatch(NUMBERED_ID, after or ""):
         raise InvalidRequest("`after` is the id of a change, a whole number; give the last one that was seen, or none.")
     with services.database.read() as session:
         rows = audit.list_changes(session, limit=limit + 1, before_seq=int(after) if after else None)

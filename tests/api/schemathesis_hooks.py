@@ -81,7 +81,7 @@ def _keep_unwritten_rules(case: schemathesis.Case) -> None:
     case.query = _without_what_no_database_keeps(dict(case.query))
     if isinstance(case.body, dict | list):
         case.body = _with_a_file(_without_what_no_database_keeps(case.body), path)
-    for name in ("name", "suffix", "label"):
+    for name in ("name", "suffix"):
         if isinstance(case.body, dict) and isinstance(case.body.get(name), str):
             case.body[name] = "".join(c if c.isprintable() and not c.isspace() else "_" for c in case.body[name])
     if path in UPLOADS:
