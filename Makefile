@@ -63,12 +63,12 @@ fuzz: setup  ## fuzz the doors for archives, pictures and /v2 by coverage, SECON
 	for target in archive picture open_inference; do \
 		nice -n 15 $(BIN)/python tests/fuzz/run.py $$target --seconds $(SECONDS) || exit 1; done
 
-check: setup  ## formatting, lint, types, the Dockerfile, who may import whom, the packages' licences, and `audit` if online
+check: setup  ## formatting, lint, types, the Dockerfile, imports, licences, the types for TypeScript, `audit` if online
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; fi
-	$(BIN)/python -m pytest -q tests/test_import_directions.py tests/test_supply_chain.py
+	$(BIN)/python -m pytest -q $(addprefix tests/,test_import_directions.py test_supply_chain.py client/test_typescript_types.py)
 	@$(MAKE) --no-print-directory audit-online
 
 docs: setup  ## build the documentation's pages into build/site; a link that leads nowhere ends it

@@ -75,12 +75,13 @@ def two_tasks(count: int, *, without: Mapping[int, str] | None = None, first_see
 
 
 def zip_of(files: Mapping[str, bytes], *, folders: Sequence[str] = (), compression: int = zipfile.ZIP_STORED) -> bytes:
+    """Always the same bytes for the same files, whatever the time."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         for folder in folders:
-            archive.writestr(f"{folder}/", b"")
+            archive.writestr(zipfile.ZipInfo(f"{folder}/"), b"")
         for name, content in files.items():
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content, compress_type=compression)
     return file.getvalue()
 
 

@@ -86,8 +86,7 @@ def test_job_whose_disk_stays_full_says_so_and_fails_and_the_next_one_succeeds(w
     assert [line["message"].split(":")[0] for line in told if line.get("reason") == "disk_full"] == [
         "The server's disk is full"
     ]
-    wait_until(lambda: not checkpoints.exists())
-    assert list(workshop.storage.path("staging").iterdir()) == []
+    wait_until(lambda: not checkpoints.exists() and not list(workshop.storage.path("staging").iterdir()))
 
     (disk / "filler").unlink()
     short = Job(
