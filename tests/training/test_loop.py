@@ -21,7 +21,7 @@ from worker.training.checkpoint import Checkpoints
 from worker.training.loop import Hooks, Plan, StepProgress, fit, is_gain, predict_logits, trains_batch_norm
 from worker.training.optim import Schedule
 from worker.training.pixels import Source, batch_positions
-from worker.training.state import LoopState, Measured
+from worker.training.state import AVERAGED_STEPS, LoopState, Measured, move_average
 
 
 def test_losses_equal_the_textbook_loop_written_by_hand() -> None:
@@ -501,6 +501,27 @@ def test_the_average_of_the_weights_is_what_is_validated_and_kept() -> None:
     assert state.ema is not None
     assert builders.same(state.best.weights, {name: t.contiguous() for name, t in state.ema.items()})
     assert not builders.same(state.best.weights, builders.weights(state.network))
+
+
+def test_the_average_moves_as_far_in_four_steps_at_once_as_in_four() -> None:
+    at_once, one_by_one = ({"a": torch.zeros(3), "count": torch.tensor(0)} for _ in range(2))
+    live = {"a": torch.tensor([1.0, -2.0, 3.0]), "count": torch.tensor(7)}
+    move_average(at_once, live, decay=0.9, steps=range(100, 104))
+    for step in range(100, 104):
+        move_average(one_by_one, live, decay=0.9, steps=range(step, step + 1))
+    assert torch.allclose(at_once["a"], (1 - 0.9**4) * live["a"])
+    assert torch.allclose(at_once["a"], one_by_one["a"])
+    assert at_once["count"] == one_by_one["count"] == 7
+
+
+def test_no_step_of_an_epoch_is_left_out_of_the_average() -> None:
+    state = builders.state(builders.network(), ema=1e-9)  # it holds on to nothing
+    plan = builders.plan(epochs=1)
+    list(fit(state, plan))
+    assert state.total_steps % AVERAGED_STEPS != 0
+    assert state.best is not None
+    for name, tensor in state.live.items():
+        assert torch.allclose(state.best.weights[name], tensor, atol=1e-7), name
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.5])

@@ -171,7 +171,7 @@ class Run:
         (figures,) = self._passes(*self._batch())
         nn.utils.clip_grad_norm_(self.network.parameters(), LARGEST_GRADIENT)
         self.optimizer.step()
-        move_average(self.average, self._live, decay=EMA_DECAY, step=self.step)
+        move_average(self.average, self._live, decay=EMA_DECAY, steps=range(self.step, self.step + 1))
         return figures
 
     def _pass(self, images: Tensor, labels: Tensor) -> tuple[Tensor]:

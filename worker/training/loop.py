@@ -36,7 +36,7 @@ from worker.training.pixels import (
     training_batches,
 )
 from worker.training.precision import Precision, autocast
-from worker.training.state import EpochResult, LoopState, Measured, copy_into, move_average
+from worker.training.state import AVERAGED_STEPS, EpochResult, LoopState, Measured, copy_into
 from worker.training.tasks import Tasks
 
 MAX_HALVINGS = 4
@@ -218,6 +218,8 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", held: _Held) -> bo
             _step_in_memory(state, plan, batch, held, pace.hooks)
             state.step += 1
             state.total_steps += 1
+            if state.step % AVERAGED_STEPS == 0:
+                state.average(AVERAGED_STEPS)
             lead.after_step()
             if pace.after_step(len(batch)):
                 return True
@@ -280,8 +282,6 @@ def _step(state: LoopState, plan: Plan, batch: Batch, passes: RecordedPasses) ->
             for part in _parts(len(labels), state.micro_batches)
         ]
     state.optimizer.step()
-    if state.ema is not None:
-        move_average(state.ema, state.live, decay=state.ema_decay, step=state.total_steps)
     # Last, so that an attempt that runs out of memory is counted once.
     loss_sum, right, images_seen = state.sums.unbind()
     for loss, right_here in found:
@@ -358,6 +358,7 @@ def _averaged(state: LoopState) -> Iterator[None]:
     if state.ema is None:
         yield
         return
+    state.average(state.step % AVERAGED_STEPS)
     own = {name: tensor.clone() for name, tensor in state.live.items()}
     copy_into(state.live, state.ema)
     try:
