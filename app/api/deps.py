@@ -28,7 +28,7 @@ MAX_JSON_BYTES = 64 * 1024
 FIRST_POLL_SECONDS = 0.05
 LONGEST_POLL_SECONDS = 0.5
 # Work that takes longer is given up when its client leaves.
-WATCHED_AFTER_SECONDS = 0.05
+WATCHED_AFTER_SECONDS = 0.25
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
