@@ -90,6 +90,7 @@ def is_true(node: ast.expr | None) -> bool:
     return isinstance(node, ast.Constant) and node.value is True
 
 
+@pytest.mark.slow
 def test_importing_graft_opens_no_connection_and_starts_no_thread() -> None:
     modules = [
         ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)

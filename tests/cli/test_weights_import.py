@@ -329,6 +329,7 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path, state_dict: dict[str, Ten
     assert "No such file" in told(tmp_path / "none.pth")
 
 
+@pytest.mark.slow
 def test_a_file_larger_than_any_weights_of_it_is_not_read(graft: Graft, tmp_path: Path) -> None:
     file = tmp_path / "vast.safetensors"
     with file.open("wb") as stream:

@@ -136,9 +136,9 @@ def kill_again_and_again(api: KilledApi, kills: int, uploader: Uploader) -> None
     uploader.stop()
 
 
-@pytest.mark.parametrize(
-    "kills", [2, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])], ids=["few", "many"]
-)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kills", [MANY])
 def test_no_acknowledged_byte_is_lost_and_each_archive_becomes_one_data_set(tmp_path: Path, kills: int) -> None:
     with killed_api(tmp_path) as api:
         uploader = InPieces(api.url, seed=kills)

@@ -74,6 +74,7 @@ def opened(storage: LocalStorage, **options: Any) -> Predictor:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # engines are built at low priority, and the machine is busy with tests
 @pytest.mark.parametrize("feature_layer", [None, "all"])
 def test_built_engines_give_torchs_features_for_batches_of_any_size(tmp_path: Path, feature_layer: str | None) -> None:
     model = save(tmp_path / "model", feature_layer=feature_layer)
@@ -144,6 +145,7 @@ def test_the_fastest_is_chosen_of_those_that_may_be(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_half_precision_answers_for_those_models_alone_that_it_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +228,7 @@ def broken_openvino(folder: Path, what: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_graft_runs_without_openvino_and_with_it_nothing_reports_to_its_maker(tmp_path: Path) -> None:
     def told(how: str, path: str | None = None) -> list[str]:
         environment = dict(os.environ) | ({"PYTHONPATH": path} if path else {})
@@ -240,6 +243,7 @@ def test_graft_runs_without_openvino_and_with_it_nothing_reports_to_its_maker(tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(engines.openvino_version() is None, reason="needs OpenVINO")
 def test_engine_that_kills_the_build_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "model")
@@ -271,6 +275,8 @@ print(*asked)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(engines.openvino_version() is None, reason="needs OpenVINO")
 def test_process_whose_engine_another_thread_dropped_still_stops_when_asked_to(tmp_path: Path) -> None:
     shape = [None, 3, 8, 8]
@@ -296,6 +302,7 @@ def test_every_task_is_looked_at() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_busy_network_changes_its_engine_between_two_requests_and_a_new_start_has_it_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +361,7 @@ def test_build_under_way_is_ended_at_shutdown_and_a_later_one_never_begins(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_engine_that_cannot_be_built_leaves_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictor, "BUILD_AFTER_PICTURES", 1)
     storage = LocalStorage(tmp_path)
