@@ -543,6 +543,8 @@ class _Pace:
         self._count_time()
         self.hooks.save(self._state)
         self._saved = time.monotonic()
+        # It may have waited for room, and the run been asked to end meanwhile: the next step looks.
+        self._reported = -math.inf
 
     def end_start(self) -> None:
         """What came before the first epoch has taken its time, and says nothing of how long an epoch takes."""
