@@ -16,7 +16,7 @@ LONG = 30.0
 
 
 class Question:
-    """How many classes of jobs there are, by the database; takes until it is let go on."""
+    """How many aliases there are, by the database; takes until it is let go on."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -32,9 +32,13 @@ class Question:
         return int(count)
 
 
+Story = Callable[[Remembered, Question], Coroutine[Any, Any, None]]
+Run = Callable[[Story], None]
+
+
 @pytest.fixture
-def run(database: Database) -> Callable[[Callable[[Remembered, Question], Coroutine[Any, Any, None]]], None]:
-    def run(story: Callable[[Remembered, Question], Coroutine[Any, Any, None]]) -> None:
+def run(database: Database) -> Run:
+    def run(story: Story) -> None:
         remembered = Remembered(database)
         try:
             asyncio.run(story(remembered, Question(database)))
@@ -48,9 +52,6 @@ def change(database: Database) -> None:
     with database.write() as session:
         session.execute(text("CREATE TABLE IF NOT EXISTS changes (number INTEGER)"))
         session.execute(text("INSERT INTO changes VALUES (1)"))
-
-
-Run = Callable[[Callable[[Remembered, Question], Coroutine[Any, Any, None]]], None]
 
 
 def test_many_who_ask_at_once_cost_one_question(run: Run) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,8 +74,12 @@ def opened(storage: LocalStorage, **options: Any) -> Predictor:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # engines are built at low priority, and the machine is busy with tests
+def builds_engines(test: Callable[..., None]) -> Callable[..., None]:
+    """Slow, and slower where the machine is busy with other tests: engines are built at low priority."""
+    return pytest.mark.slow(pytest.mark.timeout(900)(test))
+
+
+@builds_engines
 @pytest.mark.parametrize("feature_layer", [None, "all"])
 def test_built_engines_give_torchs_features_for_batches_of_any_size(tmp_path: Path, feature_layer: str | None) -> None:
     model = save(tmp_path / "model", feature_layer=feature_layer)
@@ -144,8 +149,7 @@ def test_the_fastest_is_chosen_of_those_that_may_be(monkeypatch: pytest.MonkeyPa
     assert chosen(GOOD, fast, half) == (GOOD, None)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@builds_engines
 def test_half_precision_answers_for_those_models_alone_that_it_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,8 +231,7 @@ def broken_openvino(folder: Path, what: str) -> str:
     return os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@builds_engines
 def test_graft_runs_without_openvino_and_with_it_nothing_reports_to_its_maker(tmp_path: Path) -> None:
     def told(how: str, path: str | None = None) -> list[str]:
         environment = dict(os.environ) | ({"PYTHONPATH": path} if path else {})
@@ -242,8 +245,7 @@ def test_graft_runs_without_openvino_and_with_it_nothing_reports_to_its_maker(tm
     assert told("with", broken) == ["['onnxruntime']", "[]"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@builds_engines
 @pytest.mark.skipif(engines.openvino_version() is None, reason="needs OpenVINO")
 def test_engine_that_kills_the_build_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "model")
@@ -275,8 +277,7 @@ print(*asked)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@builds_engines
 @pytest.mark.skipif(engines.openvino_version() is None, reason="needs OpenVINO")
 def test_process_whose_engine_another_thread_dropped_still_stops_when_asked_to(tmp_path: Path) -> None:
     shape = [None, 3, 8, 8]
@@ -301,8 +302,7 @@ def test_every_task_is_looked_at() -> None:
     assert not engine_builder._same_top(expected, torch.tensor([[0.9, 0.1, 0.6, 0.4]]), outputs)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@builds_engines
 def test_busy_network_changes_its_engine_between_two_requests_and_a_new_start_has_it_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,8 +360,7 @@ def test_build_under_way_is_ended_at_shutdown_and_a_later_one_never_begins(tmp_p
         builder.build(tmp_path / "model", tmp_path / "built", pixels=noise(1), are_own=True)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@builds_engines
 def test_engine_that_cannot_be_built_leaves_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictor, "BUILD_AFTER_PICTURES", 1)
     storage = LocalStorage(tmp_path)
