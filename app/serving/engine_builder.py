@@ -39,7 +39,7 @@ from app.vision.device import usable_cores
 from app.vision.outputs import Output, of_outputs, probabilities
 from app.vision.preprocessing import Preprocessing, normalise
 
-_FORMAT_VERSION = 4  # of what a build leaves
+_FORMAT_VERSION = 5  # of what a build leaves
 # The largest difference of any class's score that an engine may make; measured ones are below 1e-5.
 SCORE_TOLERANCE = 1e-3
 # In half precision, with two digits less in every feature: as much as an exported file may differ by.
@@ -289,16 +289,21 @@ def _timed(
 
 
 def _least_seconds(actions: Sequence[Callable[[], object]]) -> list[float]:
-    """Of several runs of each, after one to warm up. In turns: what else the machine does then meets all of them."""
+    """Of several runs of each, in turns: what else the machine does then meets all of them.
+
+    Each has a run before, which does not count: the one after another's finds no cache of its own, and threads of the
+    other that still spin. That cost passes beside each other most, and so the wrong number of threads was chosen.
+    """
     rounds = []
-    for _ in range(1 + _MEASURED_RUNS):
+    for _ in range(_MEASURED_RUNS):
         seconds = []
         for action in actions:
+            action()
             start = time.perf_counter()
             action()
             seconds.append(time.perf_counter() - start)
         rounds.append(seconds)
-    return [min(each) for each in zip(*rounds[1:], strict=True)]
+    return [min(each) for each in zip(*rounds, strict=True)]
 
 
 if __name__ == "__main__":

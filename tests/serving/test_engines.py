@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,19 @@ def test_the_fastest_is_chosen_of_those_that_may_be(monkeypatch: pytest.MonkeyPa
     # The folder of another machine, or of before a package was taken away.
     monkeypatch.setattr(engine_builder, "is_here", lambda name: name == "onnxruntime")
     assert chosen(GOOD, fast, half) == (GOOD, None)
+
+
+def test_what_an_engine_takes_is_measured_where_it_comes_after_itself() -> None:
+    """As under load: the run after another engine's pays for that one's threads and for empty caches."""
+    before = None
+
+    def run(name: str) -> None:
+        nonlocal before
+        time.sleep(0.001 if before == name else 0.05)
+        before = name
+
+    seconds = engine_builder._least_seconds([partial(run, "one"), partial(run, "another")])
+    assert max(seconds) < 0.05, seconds
 
 
 @builds_engines
