@@ -247,6 +247,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_killed_backup_leaves_none_and_a_killed_restore_can_be_done_again(
     server: RunningServer, tmp_path: Path
 ) -> None:

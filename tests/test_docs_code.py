@@ -40,7 +40,7 @@ ELSEWHERE = {
 }
 # Pages about the server's own database: they get one of their own, so that its keys lock nobody else out.
 OF_OPERATORS = frozenset({"operations.md"})
-MARKS = dict.fromkeys(("tutorial.md", "export.md", "operations.md"), pytest.mark.slow)
+MARKS = dict.fromkeys(("tutorial.md", "export.md", "operations.md", "adaptation.md"), pytest.mark.slow)
 PATIENCE_SECONDS = 240  # for one command
 CLASSES = ("daisy", "rose")
 

@@ -192,6 +192,7 @@ def test_no_range_breaks_a_download_or_makes_it_larger(client: httpx.Client, mod
             assert (answer.status_code, answer.content) == (200, whole.content), path
 
 
+@pytest.mark.slow
 def test_a_file_is_made_once_and_goes_with_its_model(server: RunningServer, client: httpx.Client) -> None:
     model = api_builders.register_model(server.services, aliases=())
     path = export_path(model, "safetensors")
@@ -209,6 +210,7 @@ def test_a_file_is_made_once_and_goes_with_its_model(server: RunningServer, clie
     assert_is_problem(client.get(path), 404, "model-not-found")
 
 
+@pytest.mark.slow
 def test_a_model_deleted_while_it_is_exported_leaves_nothing(server: RunningServer, client: httpx.Client) -> None:
     model = api_builders.register_model(server.services, aliases=())
     found: list[httpx.Response] = []
@@ -229,6 +231,7 @@ def test_a_model_deleted_while_it_is_exported_leaves_nothing(server: RunningServ
     assert not server.services.storage.exists(f"models/{model}")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_told(server: RunningServer, client: httpx.Client) -> None:
     model = api_builders.register_model(server.services, aliases=())
     problem = assert_is_problem(client.get(export_path(model, "tflite")), 422, "invalid-request")

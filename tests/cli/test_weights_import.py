@@ -77,7 +77,10 @@ def told(file: Path) -> str:
 # What is taken
 
 
-@pytest.mark.parametrize("name", ["theirs.safetensors", "theirs.pth", pytest.param("old.pth", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    ["theirs.safetensors", *(pytest.param(other, marks=pytest.mark.slow) for other in ("theirs.pth", "old.pth"))],
+)
 def test_a_good_file_is_taken_and_used(
     graft: Graft, tmp_path: Path, folder: Path, state_dict: dict[str, Tensor], name: str
 ) -> None:
@@ -205,6 +208,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(graft: Graft, tmp_path: Pat
     assert "unpacks to more than it has" in refusal(graft, file)
 
 
+@pytest.mark.slow
 def test_a_storage_of_a_tebibyte_meets_the_limit_of_memory(graft: Graft, tmp_path: Path) -> None:
     """Files of before torch 1.6 state sizes that are allocated before a byte of them is read."""
     file = tmp_path / "vast.pth"
@@ -300,6 +304,7 @@ def test_what_is_not_a_flat_table_of_dense_tensors_is_refused(tmp_path: Path, st
         assert sentence in told(saved(value, tmp_path / f"{name}.pth"))
 
 
+@pytest.mark.slow
 def test_a_sparse_tensor_is_refused(graft: Graft, tmp_path: Path, state_dict: dict[str, Tensor]) -> None:
     sparse = {"features.0.weight": state_dict["features.0.weight"].to_sparse()}
     assert "not a dense tensor" in refusal(graft, saved(state_dict | sparse, tmp_path / "sparse.pth"))

@@ -97,6 +97,7 @@ def look_at_the_model(client: openai.OpenAI, job: FineTuningJob) -> None:
         client.models.delete(model.id)
 
 
+@pytest.mark.slow
 def test_file_that_is_still_being_checked_is_waited_for_and_a_running_job_is_cancelled(client: openai.OpenAI) -> None:
     file = client.files.create(file=("colours.zip", pictures_zip(seed=1)), purpose="fine-tune")
 
@@ -115,6 +116,7 @@ def test_file_that_is_still_being_checked_is_waited_for_and_a_running_job_is_can
         client.fine_tuning.jobs.cancel(job.id)
 
 
+@pytest.mark.slow
 def test_models_can_be_deleted(client: openai.OpenAI) -> None:
     file = client.files.create(file=("colours.zip", pictures_zip(seed=2)), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(

@@ -307,6 +307,7 @@ def test_ctrl_c_while_watching_leaves_the_job_running(graft: RunningGraft, http:
     assert finished(http, job_id)["status"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_up_refuses_another_address_without_a_key(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "app.cli", "up", "--host", "0.0.0.0", "--port", "0"]
     refused = subprocess.run(

@@ -63,6 +63,7 @@ def ancestors(span: Seen, collector: Collector) -> list[str]:
     return [*names, span.parent_id]
 
 
+@pytest.mark.slow
 def test_one_trace_leads_from_the_caller_through_the_api_and_the_queue_into_the_jobs_process(tmp_path: Path) -> None:
     with collecting() as collector, graft_and_client(tmp_path, otlp_endpoint=collector.url) as (graft, http):
         dataset = upload(http, **TRACEPARENT)

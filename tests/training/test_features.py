@@ -96,7 +96,7 @@ def test_what_the_head_sees_is_kept_exactly(cache: FeatureCache) -> None:
     assert torch.equal(found.rows(0, np.arange(64)), first)
 
 
-@pytest.mark.parametrize("backbone", ["swin_t", "vit_b_16", "mobilenet_v3_small"])
+@pytest.mark.parametrize("backbone", ["swin_t", pytest.param("vit_b_16", marks=pytest.mark.slow), "mobilenet_v3_small"])
 def test_maps_of_every_layout_keep_their_shape(backbone: str) -> None:
     network = classifier(trainable=1, backbone=backbone).eval()
     side = 224 if backbone == "vit_b_16" else 32

@@ -165,7 +165,9 @@ def test_a_file_answers_as_the_model_where_there_is_no_graft(files: Files, file_
     assert found.largest_difference < 1e-2
 
 
-@pytest.mark.parametrize("file_format", ["safetensors", "onnx", pytest.param("pt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "file_format", ["safetensors", *(pytest.param(other, marks=pytest.mark.slow) for other in ("onnx", "pt2"))]
+)
 def test_a_file_says_what_it_is(files: Files, file_format: str) -> None:
     path, found = files(file_format)
 

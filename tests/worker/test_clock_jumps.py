@@ -43,6 +43,7 @@ def test_jobs_at_work_are_neither_stolen_nor_called_poison(workshop: Workshop, t
         assert statuses == ["queued", "running", "succeeded"]
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_noticed_whatever_the_clocks_say(workshop: Workshop, tmp_path: Path) -> None:
     """Decades apart from each other, and the job of the dead one is taken over after a lease."""
     clocks = [Clock(tmp_path / f"clock-{i}") for i in range(2)]

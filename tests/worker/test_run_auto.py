@@ -121,6 +121,7 @@ def test_the_probe_is_served_first_and_gives_way_and_a_roll_back_leads_past_it(
     assert set(served_between) == {made["probe"].id}
 
 
+@pytest.mark.slow
 def test_epochs_count_on_from_one_method_to_the_next_and_say_whose_they_are(
     auto: Callable[..., Job], database: Database
 ) -> None:
@@ -175,6 +176,7 @@ def test_preparing_a_method_is_paid_from_the_budget_too(
     assert table["full_fine_tuning"]["dropped"] == "budget_seconds is spent"
 
 
+@pytest.mark.slow
 def test_a_heat_is_a_part_of_the_epochs_that_the_budget_has_room_for(
     auto: Callable[..., Job], database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

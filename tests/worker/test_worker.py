@@ -64,6 +64,7 @@ def kinds_of_children(pid: int) -> list[str]:
     return sorted(command[command.index("--kind") + 1] for command in commands if "--kind" in command)
 
 
+@pytest.mark.slow
 def test_batch_of_a_dead_child_is_run_again(workshop: Workshop) -> None:
     workshop.start_worker()
     batch = workshop.submit("crash_once", kind=JobKind.prediction)
@@ -162,6 +163,7 @@ def test_child_dies_with_its_worker_and_the_next_worker_goes_on(workshop: Worksh
     assert workshop.storage.exists(f"jobs/{job}/1")
 
 
+@pytest.mark.slow
 def test_paused_worker_loses_its_job_and_stops_its_child_when_it_wakes(workshop: Workshop) -> None:
     paused = workshop.start_worker()
     job = workshop.submit("work_until_released")
