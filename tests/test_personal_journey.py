@@ -83,6 +83,24 @@ def test_copy_learns_ones_own_pictures_and_keeps_what_it_knew(
     assert "learnt a few labelled pictures more" in client.get(f"/v1/models/{made['id']}/card").text
 
 
+def test_validation_pictures_that_are_learnt_are_no_longer_measured_on(client: httpx.Client, model: str) -> None:
+    dataset = client.get(f"/v1/models/{model}").json()["dataset"]
+    rows = client.get(f"/v1/datasets/{dataset}/images", params={"limit": 100}).json()["data"]
+    files = builders.class_folders(16)
+    held_out = [row["path"] for row in rows if row["split"] == "val"]
+    mine = form("cat", [files[path] for path in held_out if path.startswith("cat/")][:3])
+
+    made = client.post(f"/v1/models/{model}/personalise", files=mine).json()
+
+    evaluation = client.get(f"/v1/models/{made['id']}/evaluation").json()
+    assert sum(map(sum, evaluation["confusion_matrix"])) == len(held_out) - 3
+    again = client.post(f"/v1/models/{made['id']}/personalise", files=form("cat", MINE[:1])).json()
+    evaluation = client.get(f"/v1/models/{again['id']}/evaluation").json()
+    assert sum(map(sum, evaluation["confusion_matrix"])) == len(held_out) - 3
+    everything = [("label", (None, "cat")), *(("file", (path, files[path])) for path in held_out)]
+    assert_is_problem(client.post(f"/v1/models/{model}/personalise", files=everything), 409, "no-validation-pictures")
+
+
 def test_json_does_the_same_and_copies_can_be_personalised_again(client: httpx.Client, model: str) -> None:
     wanted = other_than_said(client, model)
     images = [{"b64": base64.b64encode(each).decode(), "label": wanted} for each in MINE]

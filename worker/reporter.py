@@ -18,7 +18,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from app.db.engine import Database, is_full
-from app.db.tables import utc_now
+from app.db.tables import rfc3339, utc_now
 from app.errors import Overloaded, StorageFull
 from app.jobs import queue
 from app.jobs.queue import Cancelled, Claim, ClaimLost, Signal
@@ -301,7 +301,7 @@ class Reporter:
             "itself once there is some. Delete data sets or models, or ask the operator to make room.",
             stage=WAITING_STAGE,
             reason="disk_full",
-            until=until.isoformat(),
+            until=rfc3339(until),
         )
 
     def _tell(self, message: str, *, stage: str | None = None, **details: Any) -> None:

@@ -128,6 +128,7 @@ class Workbench:
             surroundings=Surroundings(
                 cache=FeatureCache(self.storage, self.claim.dataset_id, self.settings.feature_cache_bytes),
                 on_features=on_features,
+                tick=self.reporter.tick,
                 log=self.reporter.log,
             ),
         )
@@ -184,13 +185,13 @@ class Workbench:
             while True:
                 try:
                     result = next(epochs, None)
+                    if result is None:
+                        return
+                    self._record(result, training.epochs, share)
                 except ShuttingDown:
-                    # Raised within the loop, whose state is whole again once it has been left.
+                    # Raised within the loop, whose state is whole again once it has been left, or beside it.
                     save(training.state)
                     raise
-                if result is None:
-                    return
-                self._record(result, training.epochs, share)
                 if is_enough():
                     training.state.is_finished = True
                     save(training.state)

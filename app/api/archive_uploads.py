@@ -73,13 +73,15 @@ async def receive_once(
 ) -> tuple[Answer, bool]:
     """The answer to the upload, and whether it was given before under the same Idempotency-Key."""
     _refuse_declared_size(request, services.settings)
-    await run_in_threadpool(_refuse_beyond_quota, request, services)
     key = idempotency.parse_key(idempotency_key)
     scope = f"{caller.key_id} {request.method} {request.url.path}"
     claim = None
     if key is not None:
         claim = await run_in_threadpool(idempotency.begin, services.database, services.clock, scope=scope, key=key)
     try:
+        # What was answered before takes no more room than it has.
+        if claim is None or claim.answered is None:
+            await run_in_threadpool(_refuse_beyond_quota, request, services)
         answer = await _receive(request, services, claim, use)
     except BaseException:
         if claim is not None:

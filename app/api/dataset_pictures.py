@@ -4,7 +4,7 @@ and those of training, which a copy of it is tuned to.
 Knows the storage's models and data sets; not HTTP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,17 +49,27 @@ class Validation:
     images: Sequence[tuple[str, str]]
 
 
-def validation_of(model_id: str, storage: LocalStorage, *, most: int = MOST_MEASURED) -> Validation | None:
-    """What a model was validated on, `most` of it spread over all; None where the data set, or all of it, is gone."""
+def validation_of(
+    model_id: str, storage: LocalStorage, *, most: int = MOST_MEASURED, without: Collection[str] = ()
+) -> Validation | None:
+    """What a model was validated on, `most` of it spread over all; None where the data set, or all of it, is gone.
+
+    without: digests of pictures that are left out, as those are that the model was made of since.
+    """
     try:
-        metadata = artifact.load_description(storage.path(f"models/{model_id}"))["metadata"]
+        folder = storage.path(f"models/{model_id}")
+        metadata = artifact.load_description(folder)["metadata"]
         dataset = metadata["dataset"]
         manifest = Manifest.read(storage.path(manifest_key(dataset)))
-        pictures = PackedPixels(storage.path(packed_key(dataset, PACKED_SIDE)))
+        pictures = _packed(dataset, storage, side=artifact.read_preprocessing(folder).side)
     except (ModelUnavailable, OSError, ValueError, KeyError, TypeError):
         return None
     excluded = frozenset((metadata.get("spec") or {}).get("exclude") or ())
-    of_validation = manifest.indices("val", exclude=excluded)
+    learnt = frozenset([*without, *metadata.get("shots", [])])
+    held_out = [
+        i for i in manifest.indices("val", exclude=excluded).tolist() if manifest.records[i].digest not in learnt
+    ]
+    of_validation = np.array(held_out, dtype=np.int64)
     places = np.linspace(0, len(of_validation) - 1, min(most, len(of_validation))).round().astype(np.int64)
     chosen = of_validation[places]
     if not len(chosen):
@@ -72,16 +82,27 @@ def validation_of(model_id: str, storage: LocalStorage, *, most: int = MOST_MEAS
     )
 
 
-def training_pictures(dataset_id: str, image_ids: Sequence[str | None], storage: LocalStorage) -> list[Pixels | None]:
-    """uint8 (H, W, 3) of each, mapped and not read yet; None for what is in no data set, or in one that is gone."""
+def training_pictures(
+    dataset_id: str, image_ids: Sequence[str | None], storage: LocalStorage, *, side: int
+) -> list[Pixels | None]:
+    """uint8 (H, W, 3) of each, mapped and not read yet; None for what is in no data set, or in one that is gone.
+
+    side: as Preprocessing has it, of the model that is to see them.
+    """
     path = storage.path(manifest_key(dataset_id))
     try:
         places = _places(path, path.stat().st_mtime_ns)
-        pictures = PackedPixels(storage.path(packed_key(dataset_id, PACKED_SIDE)))
+        pictures = _packed(dataset_id, storage, side=side)
     except (OSError, ValueError):
         return [None] * len(image_ids)
     found = [None if image_id is None else places.get(image_id) for image_id in image_ids]
     return [None if place is None else pictures[place] for place in found]
+
+
+def _packed(dataset_id: str, storage: LocalStorage, *, side: int) -> PackedPixels:
+    """As the model's training had them; the smaller ones of ingest where those are gone. Raises OSError, ValueError."""
+    key = packed_key(dataset_id, side)
+    return PackedPixels(storage.path(key if storage.exists(key) else packed_key(dataset_id, PACKED_SIDE)))
 
 
 @lru_cache(maxsize=8)

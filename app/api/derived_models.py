@@ -99,10 +99,15 @@ def _stored(storage: LocalStorage, key: str, made: Artifact, evaluation: Mapping
         return saved
 
 
+def digest_of(picture: bytes) -> str:
+    """Of an encoded picture, as a manifest has it."""
+    return hashlib.sha256(picture).hexdigest()
+
+
 def _described(derived: Derived, model_id: str, *, parent_id: str, shots: Sequence[bytes]) -> Artifact:
     """shots: kept as digests, as a manifest has them, so that the promotion gate knows what the model has seen."""
     made = derived.artifact
-    digests = [hashlib.sha256(picture).hexdigest() for picture in shots]
+    digests = [digest_of(picture) for picture in shots]
     made.metadata = {
         **made.metadata,
         "model": model_id,

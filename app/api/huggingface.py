@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.api.classifiers import model_id_of, scores_of
 from app.api.data_urls import bytes_of
-from app.api.deps import ServicesDep, read_body
+from app.api.deps import ServicesDep, read_body, unless_disconnected
 from app.api.openapi import json_request, problems
 from app.api.schemas import DEFAULT_TOP_K, ClassScore
 from app.api.strict_json import parse_as, strict_json
@@ -75,7 +75,7 @@ async def classify(
     model_id = await model_id_of(services, model)
     body = await read_body(request, max_bytes=services.settings.max_predict_bytes)
     picture, parameters = await run_in_threadpool(_read, body)
-    [outcome] = await scores_of(services, model_id, [picture])
+    [outcome] = await unless_disconnected(request, scores_of(services, model_id, [picture]))
     if isinstance(outcome, ImageRefused):
         raise ImageRefused(f"The picture cannot be read: {outcome.detail}.", code=outcome.code, errors=outcome.errors)
     return ranked(outcome, parameters)

@@ -202,7 +202,7 @@ def submit_once(
 
     scope: what keys are unique within: API key, method and path.
     """
-    print_of_request = idempotency.fingerprint(request.model_dump(mode="json"))
+    print_of_request = idempotency.fingerprint(_meant(request))
     claim = None if key is None else idempotency.begin(services.database, services.clock, scope=scope, key=key)
     if claim is not None and claim.answered is not None:
         idempotency.check_same(claim, print_of_request)
@@ -213,6 +213,15 @@ def submit_once(
         if claim is not None:
             idempotency.release(services.database, claim)
         raise
+
+
+def _meant(request: JobRequest) -> dict[str, Any]:
+    """The request with its defaults: the same for all that ask for the same."""
+    meant, asked = request.model_dump(mode="json"), request.hyperparameters
+    if "early_stopping_patience" in asked.model_fields_set and asked.early_stopping_patience is None:
+        # Given, null is never; left out, it is the recipe's.
+        meant["hyperparameters"]["early_stopping_patience"] = "never"
+    return meant
 
 
 def resolve(session: Session, services: Services, request: JobRequest) -> TrainingSpec:

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from app import registry
 from app.api import open_inference_wire as wire
 from app.api.classifiers import find_classifier, scores_of
-from app.api.deps import MAX_JSON_BYTES, ServicesDep, read_body
+from app.api.deps import MAX_JSON_BYTES, ServicesDep, read_body, unless_disconnected
 from app.api.open_inference_wire import ENCODED, PREPROCESSED, SCORES, InferRequest, OutputTensor, WantedOutput
 from app.api.openapi import json_request, problems
 from app.api.problems import Problem
@@ -354,7 +354,7 @@ async def _infer(request: Request, services: Services, model: Named) -> Response
         max_pictures=services.settings.max_predict_images,
         raw_shape=(3, preprocessing.crop, preprocessing.crop),
     )
-    scores = await _scores(services, model, asked)
+    scores = await unless_disconnected(request, _scores(services, model, asked))
     answer, header_length = wire.encode(
         _output(scores, asked.output), model_name=model.name, model_version=model.row.id, request_id=asked.id
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from app.api.classifiers import find_classifier
 from app.api.dataset_pictures import Validation, validation_of
 from app.api.deps import ServicesDep, unless_disconnected
-from app.api.derived_models import encoded_pictures, open_parent, publish
+from app.api.derived_models import digest_of, encoded_pictures, open_parent, publish
 from app.api.openapi import problems
 from app.api.picture_bodies import Picture, form_or_json, read_pictures
 from app.api.problems import pointer_to
@@ -33,7 +33,7 @@ router = APIRouter(tags=["models"])
     response_model=Model,
     summary="Make a model of one's own from a few labelled pictures",
     description="A copy of the model's head learns the pictures and rehearses what it knew; measured on the same "
-    "validation images, 1,000 of them at most, and on the pictures themselves by parts left out "
+    "validation images but those that it learns, 1,000 at most, and on the pictures themselves by parts left out "
     "(`metrics.personal`). The model itself stays as it is, and aliases stay where they point. In a form a `label` is "
     "that of the files behind it. Of a model that tells several things a picture may have a label of each, "
     "`label:colour` and so on in a form; what no picture has a label of is answered as before.",
@@ -50,7 +50,7 @@ async def personalise_model(
     settings = services.settings
     body = await read_pictures(request, schema=PersonaliseRequest, max_bytes=settings.max_predict_bytes)
     pictures = encoded_pictures(body, most=settings.max_predict_images)
-    parent = await run_in_threadpool(_open, services, model)
+    parent = await run_in_threadpool(_open, services, model, pictures)
     labels = _labels(body.pictures, parent.row)
     predictor, model_id = services.predictor, parent.row.id
     mine = await unless_disconnected(request, predictor.features(model_id, pictures))
@@ -64,12 +64,13 @@ class _Parent:
     validation: Validation
 
 
-def _open(services: Services, model: str) -> _Parent:
+def _open(services: Services, model: str, pictures: Sequence[bytes]) -> _Parent:
     row = find_classifier(services, model)
-    validation = validation_of(row.id, services.storage)
+    validation = validation_of(row.id, services.storage, without=[digest_of(picture) for picture in pictures])
     if validation is None:
         raise Conflict(
-            "The validation pictures of this model's data set are gone, and a new model could not be measured.",
+            "The validation pictures of this model's data set are gone, or all of them are to be learnt: a new model "
+            "could not be measured.",
             code="no-validation-pictures",
         )
     return _Parent(row, validation)

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -14,6 +15,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from app.api.middleware import LINGER_SECONDS
 from app.api.problems import PROBLEM_JSON, Problem
 from app.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 # Between two requests of one connection; longer than the pauses of a client that polls each second or two.
 KEEP_ALIVE_SECONDS = 20
@@ -77,6 +80,7 @@ class _Protocol(HttpToolsProtocol):
     header_timeout_seconds: float  # of the subclass that a server makes, since uvicorn takes a class
     _headers_due: asyncio.TimerHandle | None = None
     _header_bytes = 0
+    url = b""  # of the request that is being read, as far as it has come
     _is_deaf = False  # something was sent that nothing can come after
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -104,6 +108,10 @@ class _Protocol(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
             raise ValueError("not one Host header")
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self.url = b""  # what comes next may never say its own
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_expecting()
@@ -148,13 +156,18 @@ class _Protocol(HttpToolsProtocol):
             # It was the body that broke: whoever reads it is told that no more comes, and says nothing any more.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        request_id = secrets.token_hex(16)
-        body = json.dumps(problem.document(request_id=request_id, path="/")).encode()
-        head = (
-            f"HTTP/1.1 {problem.status} {problem.title}\r\nContent-Type: {PROBLEM_JSON}\r\n"
-            f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\nConnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode("ascii") + body)
+        request_id, path = secrets.token_hex(16), self.url.decode("latin-1").partition("?")[0] or "/"
+        body = json.dumps(problem.document(request_id=request_id, path=path)).encode()
+        headers = {
+            "Content-Type": PROBLEM_JSON,
+            "Content-Length": str(len(body)),
+            "X-Request-ID": request_id,
+            "Connection": "close",
+            **problem.response_headers(path=path),
+        }
+        lines = [f"HTTP/1.1 {problem.status} {problem.title}", *(f"{name}: {text}" for name, text in headers.items())]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode("ascii") + body)
+        log.info("request", request_id=request_id, path=path, status=problem.status)
         # A connection closed while more arrives can lose the answer on its way.
         if self.transport.can_write_eof():
             self.transport.write_eof()

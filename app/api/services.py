@@ -106,7 +106,9 @@ def open_services(settings: Settings, *, resolve: Resolve) -> Services:
         timeout_seconds=settings.predict_timeout_seconds,
         engine_policy=settings.serving_engine,
         check_pixels=lambda model_id, preprocessing: check_pixels(model_id, preprocessing, storage),
-        training_pictures=lambda dataset_id, image_ids: training_pictures(dataset_id, image_ids, storage),
+        training_pictures=lambda dataset_id, image_ids, side: training_pictures(
+            dataset_id, image_ids, storage, side=side
+        ),
         on_pending=lambda count: precedence.claim() if count else precedence.release(),
         on_load=lambda is_loaded: metrics.count_model_load(is_loaded=is_loaded),
         on_batch=metrics.observe_batch,
@@ -150,6 +152,10 @@ async def follow_aliases(services: Services) -> None:
             pause = RETRY_INTERVAL_SECONDS
         except SQLAlchemyError as error:
             log.error("database does not answer", error=type(error).__name__)
+            pause = RETRY_INTERVAL_SECONDS
+        except Exception:
+            # Whatever it is: a server that no longer follows its aliases serves the wrong model, or never gets ready.
+            log.exception("aliases cannot be followed")
             pause = RETRY_INTERVAL_SECONDS
         await asyncio.sleep(pause)
 

@@ -15,10 +15,11 @@ _SNIFFED_BYTES = 16
 
 @dataclass(frozen=True)
 class Inventory:
-    """All of an archive but its tables and what operating systems leave about."""
+    """All of an archive but what operating systems leave about. tables: paths of files that `layout.is_table`."""
 
     files: Sequence[File]
     folders: Sequence[str]
+    tables: Sequence[str]
 
 
 def inspect(
@@ -40,7 +41,8 @@ def inspect(
         on_picture=on_picture,
         on_table=tables.__setitem__ if kind == "labelled" else None,
     )
-    return layout.recognise(found.files, folders=found.folders, tables=tables, kind=kind)
+    unread = [File(path, "a table, and no labels are asked for") for path in found.tables if path not in tables]
+    return layout.recognise([*found.files, *unread], folders=found.folders, tables=tables, kind=kind)
 
 
 def take_inventory(
@@ -63,12 +65,14 @@ def take_inventory(
     size_bytes = max(path.stat().st_size, 1)
     files: list[File] = []
     folders: list[str] = []
+    tables: list[str] = []
     table_bytes = 0
     for member, pieces in archive.stream(path, limits=limits):
         tick(min(member.position / size_bytes, 1.0))
         if member.is_folder:
             folders.append(member.path)
         elif layout.is_table(member.path):
+            tables.append(member.path)
             if on_table is not None:
                 table = _whole(pieces, max_bytes=limits.max_member_bytes - table_bytes)
                 table_bytes += len(table)
@@ -79,7 +83,7 @@ def take_inventory(
             files.append(file)
             if on_picture is not None and file.why_not is None:
                 on_picture(file.path, b"".join([head, *pieces]))
-    return Inventory(files, folders)
+    return Inventory(files, folders, tables)
 
 
 def _whole(pieces: Iterator[bytes], *, max_bytes: int) -> bytes:

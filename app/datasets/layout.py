@@ -154,7 +154,7 @@ def check_enough(pictures: int) -> None:
 def _by_folders_despite(tree: "_Tree", fault: "_UnusableTable") -> Layout:
     """Tables of captions or boxes lie beside class folders too; only without such folders is their fault to be told."""
     try:
-        layout = _by_folders(tree)
+        layout = _by_folders(tree, fault)
         check(layout, layout.pictures)
     except ArchiveRefused:
         raise ArchiveRefused(f"The archive's table cannot be used: {fault}.", code="no-usable-layout") from None
@@ -281,8 +281,8 @@ def _split_of(folder: str) -> Split | None:
 # Folders -------------------------------------------------------------------------------------------------------------
 
 
-def _by_folders(tree: _Tree) -> Layout:
-    """Class folders, within split folders where there are some."""
+def _by_folders(tree: _Tree, fault: "_UnusableTable | None" = None) -> Layout:
+    """Class folders, within split folders where there are some. fault: why the tables are not used, if it is theirs."""
     depth = 1 if tree.has_split_folders else 0  # of the class's name in the path
     classes: set[str] = set()
     pictures: list[Picture] = []
@@ -304,6 +304,11 @@ def _by_folders(tree: _Tree) -> Layout:
             pictures.append(Picture(file.path, parts[depth], _split_of(parts[0]) if depth else None))
     if not pictures:
         raise ArchiveRefused(f"{_what_lacks(tree)} {_WHAT_TO_SEND}", code="no-usable-layout")
+    in_place = _tables_in_place(tree)
+    rejected += [
+        Rejected(path, f"not used, so the folders are the classes: {fault}" if path in in_place else "not a picture")
+        for path in tree.tables
+    ]
     return Layout(sorted(classes), pictures, rejected)
 
 
@@ -344,16 +349,7 @@ class _Row:
 
 def _by_tables(tree: _Tree) -> Layout | None:
     """The layout by the tables at the top or in split folders; None without any. Raises _UnusableTable."""
-    splits_by_folder = {"": None, **{f"{name}/": _split_of(name) for name in tree.top_folders if _split_of(name)}}
-    used: dict[str, tuple[str, Split | None]] = {}  # by the table's path: the folder above it, and its split
-    for folder, split in sorted(splits_by_folder.items()):
-        above = tree.root + folder
-        here = {
-            path.rpartition("/")[2].casefold(): path for path in tree.tables if path.rpartition("/")[0] == above[:-1]
-        }
-        table = next((here[name] for name in TABLE_NAMES if name in here), None)
-        if table is not None:
-            used[table] = (above, split)
+    used = _tables_in_place(tree)
     if not used:
         return None
     # Read twice, since all rows at once take ten times what is made of them.
@@ -362,6 +358,21 @@ def _by_tables(tree: _Tree) -> Layout | None:
         for row in _rows(table, tree.tables[table]):
             labelling.add(row, above=above, folder_split=split)
     return labelling.layout(tables=used.keys())
+
+
+def _tables_in_place(tree: _Tree) -> dict[str, tuple[str, Split | None]]:
+    """Of each folder where a table counts the first kind that is there, by its path: the folder above it, its split."""
+    splits_by_folder = {"": None, **{f"{name}/": _split_of(name) for name in tree.top_folders if _split_of(name)}}
+    found: dict[str, tuple[str, Split | None]] = {}
+    for folder, split in sorted(splits_by_folder.items()):
+        above = tree.root + folder
+        here = {
+            path.rpartition("/")[2].casefold(): path for path in tree.tables if path.rpartition("/")[0] == above[:-1]
+        }
+        table = next((here[name] for name in TABLE_NAMES if name in here), None)
+        if table is not None:
+            found[table] = (above, split)
+    return found
 
 
 def _task_names(rows: Iterable[_Row]) -> list[str]:
@@ -417,7 +428,8 @@ class _Labelling:
             for file in self._tree.files
             if file.path not in known
         ]
-        rejected = [*self._rejected.values(), *unnamed]
+        unused = [Rejected(path, "another table says the labels") for path in self._tree.tables if path not in known]
+        rejected = [*self._rejected.values(), *unnamed, *unused]
         if len(self._tasks) < 2:
             return Layout(sorted({picture.class_name for picture in pictures}), pictures, rejected)
         tasks = [

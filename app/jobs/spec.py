@@ -293,6 +293,8 @@ def _resolved(
     asked = _with_implied(request.hyperparameters, reasons)
     _check_combinations(request, asked, method, start.backbone)
     preprocessing = _preprocessing(request, start)
+    if request.recipe == "classic" and start.model is not None:
+        reasons.append("preprocessing: the earlier model's own, which its weights are used to, and not the textbook's.")
     values = _classic(asked, method) if request.recipe == "classic" else _modern(asked, method, start, dataset)
     if method == "self_supervised":
         values |= SELF_SUPERVISED | _given(asked)
@@ -342,6 +344,12 @@ def _check_dataset(dataset: DatasetFacts, request: JobRequest) -> None:
             "few_shot learns one thing of each picture, and the data set has several label columns. Use "
             '"method": "feature_extraction", which learns all of them in seconds.',
             errors=[FieldError("#/method", "learns one task only")],
+        )
+    if any(sum(c.train for c in classes) == 0 for classes in dataset.further):
+        raise InvalidRequest(
+            "One of the data set's label columns has no training image with a label, so it cannot be learnt. Upload "
+            "the data set with more labels of it, with a split of your own, or without that column.",
+            errors=[FieldError("#/dataset", "has no training images with a label of each column")],
         )
     trainable = sum(c.train > 0 for c in dataset.classes)
     if trainable < 2 or sum(c.val for c in dataset.classes) == 0:

@@ -41,6 +41,7 @@ from app.serving.loaded import (
 from app.serving.scores import Adapted, Scores
 from app.settings import ServingEngine
 from app.storage import LocalStorage
+from app.vision.classifier import Classifier
 from app.vision.decoding import Decoders
 from app.vision.device import usable_cores
 from app.vision.heatmaps import drawn
@@ -123,9 +124,9 @@ class Predictor:
         timeout_seconds: float,
         engine_policy: ServingEngine,
         check_pixels: Callable[[str, Preprocessing], Tensor | None] = lambda _model_id, _preprocessing: None,
-        training_pictures: Callable[[str, Sequence[str | None]], Sequence[Pixels | None]] = lambda _dataset_id, ids: [
-            None for _ in ids
-        ],
+        training_pictures: Callable[[str, Sequence[str | None], int], Sequence[Pixels | None]] = (
+            lambda _dataset_id, ids, _side: [None for _ in ids]
+        ),
         on_pending: Callable[[int], None] = lambda _count: None,
         on_load: Callable[[bool], None] = lambda is_loaded: None,
         on_batch: Callable[[int], None] = lambda _size: None,
@@ -134,7 +135,8 @@ class Predictor:
 
         timeout_seconds: the longest that a picture waits for the device. engine_policy: what a busy network may be
         given that is faster than torch. check_pixels: validation pictures of a model, uint8 (N, 3, S, S), to compare
-        engines on. training_pictures: a data set's, by their ids; None for those that are not to be had. on_pending:
+        engines on. training_pictures: a data set's, by their ids, with short sides of up to a model's preprocessing's
+        `side`; None for those that are not to be had. on_pending:
         told how many pictures wait or are worked on, when that changes and with each batch. on_load: told of each load
         whether it succeeded. on_batch: told of each batch's size.
         """
@@ -471,7 +473,7 @@ class Predictor:
     def _neighbours(self, model: LoadedModel) -> Sequence[Pixels | None]:
         assert model.reference is not None, "checked by who asks for neighbours"
         image_ids = [image and image[0] for image in model.reference.images]
-        return self._training_pictures(model.dataset_id or "", image_ids)
+        return self._training_pictures(model.dataset_id or "", image_ids, model.preprocessing.side)
 
     def _lane_of(self, engine: Engine) -> _Lane:
         return self._lane if engine.passes_at_once == 1 else self._lane_side_by_side
@@ -503,7 +505,9 @@ class Predictor:
             network = self._networks.get(key)
             if network is None:
                 # In the forward thread, since it makes a first pass; loads come one after the other.
-                network = await self._batcher.alone(Network, key, loaded.classifier, loaded.preprocessing, self._device)
+                network = await self._batcher.alone(
+                    _network_in_memory, key, loaded.classifier, loaded.preprocessing, self._device
+                )
                 network = self._networks.setdefault(key, network)
                 await loop.run_in_executor(self._loader, open_built_engine, self._storage, network, self._engine_policy)
             model = LoadedModel(model_id, loaded, network)
@@ -600,6 +604,12 @@ def _run(engine: Engine, asked: Sequence[_Asked]) -> list[Scores]:
         for i, row in zip(places, rows, strict=True):
             scores[i] = Scores.of(row, model.outputs, features=features[i], similarities=likes.get(i))
     return [one for one in scores if one is not None]
+
+
+def _network_in_memory(key: str, classifier: Classifier, preprocessing: Preprocessing, device: torch.device) -> Network:
+    """Raises Overloaded where the device has no memory for it."""
+    with memory_or_overloaded():
+        return Network(key, classifier, preprocessing, device)
 
 
 def _advanced_in_memory(turns: Generator[None, None, Tensor]) -> Tensor | None:

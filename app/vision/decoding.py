@@ -146,14 +146,16 @@ class _Process:
             "memory_bytes": memory_bytes,
             "cpu_seconds": cpu_seconds,
         }
-        self._process = subprocess.Popen(
-            [*PROGRAM, json.dumps(order)],
-            stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), descriptor),
-            env=_environment(),
-        )
-        theirs.close()
-        os.close(descriptor)
+        try:
+            self._process = subprocess.Popen(
+                [*PROGRAM, json.dumps(order)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), descriptor),
+                env=_environment(),
+            )
+        finally:
+            theirs.close()
+            os.close(descriptor)
         try:
             self._received(1)
         except (EOFError, OSError):

@@ -248,7 +248,7 @@ def prediction_set(probabilities: Sequence[float], errors: NDArray[np.float32], 
     can be promised, but by all classes.
     """
     order = sorted(range(len(probabilities)), key=lambda label: -probabilities[label])
-    rank = _rank(len(errors), coverage)
+    rank = max(1, _rank(len(errors), coverage))
     if rank > len(errors):
         return order
     limit = errors[rank - 1]

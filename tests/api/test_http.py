@@ -1,7 +1,9 @@
 """What arrives on a connection before it is a request: slow, endless, ambiguous and broken heads, and what follows."""
 
+import io
 import json
 import re
+import socket
 from pathlib import Path
 
 import api_builders
@@ -39,6 +41,34 @@ def test_headers_without_an_end_are_refused(server: RunningServer, endless: byte
 
     assert answer.startswith(b"HTTP/1.1 431 ")
     assert problem_in(answer) == "/problems/headers-too-large"
+
+
+@pytest.mark.parametrize(("path", "kind"), [("/v2/models/x/infer", str), ("/hf/x", str), ("/v1/jobs?limit=1", dict)])
+def test_what_was_refused_is_in_the_log_and_told_as_its_path_has_it(
+    server: RunningServer, printed: io.StringIO, path: str, kind: type
+) -> None:
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Long: ".encode()
+    answer, _, body = api_builders.raw_exchange(server, head + b"x" * 200_000).partition(b"\r\n\r\n")
+
+    problem = json.loads(body)
+    assert type(problem["error"]) is kind
+    assert (b"X-Error-Message: " in answer) == (kind is str)
+    (line,) = [line for line in printed.getvalue().splitlines() if problem["request_id"] in line]
+    assert f"path={path.partition('?')[0]}" in line
+    assert "status=431" in line
+
+
+def test_what_is_no_http_behind_a_request_is_not_taken_for_that_ones_path(
+    server: RunningServer, printed: io.StringIO
+) -> None:
+    with socket.create_connection(server.address, timeout=api_builders.DEADLINE_SECONDS) as connection:
+        connection.sendall(GOOD + b"\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"\x16\x03 hello\r\n\r\n")
+        assert b"HTTP/1.1 400 " in b"".join(iter(lambda: connection.recv(65536), b""))
+
+    (line,) = [line for line in printed.getvalue().splitlines() if "status=400" in line]
+    assert "path=/ " in f"{line} "
 
 
 @pytest.mark.parametrize(

@@ -158,3 +158,12 @@ def test_refused_upload_leaves_its_key_free(client: httpx.Client) -> None:
     assert upload(client, "k1", b"no archive").status_code == 422
 
     assert upload(client, "k1").status_code == 201
+
+
+def test_never_to_stop_early_is_another_request_than_the_recipes_patience(client: httpx.Client, dataset: str) -> None:
+    submit(client, dataset, "k1")
+    never = {"early_stopping_patience": None}
+
+    assert_is_problem(submit(client, dataset, "k1", hyperparameters=never), 422, "idempotency-key-reused")
+    assert submit(client, dataset, "k2", hyperparameters=never).status_code == 201
+    assert submit(client, dataset, "k2", hyperparameters=never).headers["idempotent-replayed"] == "true"

@@ -1,5 +1,6 @@
 """POST /predict with several models, none, or a damaged one; and within its limits."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import httpx
 import pytest
 from api_builders import RunningServer, assert_is_problem
 from test_predict import BROKEN, PICTURE, assert_answers, b64
+
+from app.serving.predictor import Predictor
 
 
 @pytest.fixture
@@ -64,3 +67,22 @@ def test_predictions_are_counted(client: httpx.Client, model: str) -> None:
     assert 'graft_model_loads_total{outcome="loaded"} 1.0' in metrics
     assert 'graft_models_loaded{engine="torch"} 1.0' in metrics
     assert 'graft_requests_total{method="POST",route="/predict",status="200"} 1.0' in metrics
+
+
+def test_a_default_that_cannot_be_loaded_for_whatever_reason_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, failures = Predictor.keep, iter([RuntimeError("the driver says no"), MemoryError()])
+
+    async def failing(predictor: Predictor, default: str | None, *, aliased: Collection[str] = ()) -> None:
+        if default is not None and (failure := next(failures, None)):
+            raise failure
+        await keep(predictor, default, aliased=aliased)
+
+    monkeypatch.setattr(Predictor, "keep", failing)
+    monkeypatch.setattr("app.api.services.RETRY_INTERVAL_SECONDS", 0.05)
+    with api_builders.running(api_builders.settings_for(tmp_path)) as server, api_builders.client_of(server) as client:
+        model = api_builders.register_model(server.services)
+        api_builders.wait_for(lambda: server.services.predictor.engine_of(model) == "torch")
+        api_builders.wait_for(lambda: client.get("/readyz").status_code == 200)
+    assert next(failures, None) is None

@@ -1,5 +1,7 @@
 """Predictions while clients leave, aliases move, and too much comes at once."""
 
+import base64
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -41,15 +43,23 @@ def held(model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threadin
     released.set()
 
 
+INFER = json.dumps(
+    {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(PICTURE).decode()]}]}
+).encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/predict", PICTURE), ("/hf/default", PICTURE), ("/v2/models/default/infer", INFER)]
+)
 def test_client_that_leaves_takes_its_pictures_along(
-    server: RunningServer, client: httpx.Client, held: tuple[threading.Event, threading.Event]
+    server: RunningServer, client: httpx.Client, held: tuple[threading.Event, threading.Event], path: str, body: bytes
 ) -> None:
     (taken, released), predictor = held, server.services.predictor
-    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(PICTURE)}\r\n\r\n".encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     connections = []
     for count in (1, 2):
         connections.append(socket.create_connection(server.address))
-        connections[-1].sendall(head + PICTURE)
+        connections[-1].sendall(head + body)
         api_builders.wait_for(lambda count=count: taken.is_set() and predictor.pending == count)  # type: ignore[misc]
 
     for connection in connections:

@@ -220,6 +220,22 @@ def test_metrics_are_the_operators(server: RunningServer) -> None:
             assert_is_problem(other.get("/metrics"), 403, "scope-too-small")
 
 
+def test_a_repeated_upload_gets_its_answer_though_the_quota_has_no_room_for_another(server: RunningServer) -> None:
+    archive = api_builders.archive_of_classes()
+    limits = Limits(max_bytes=int(1.1 * len(archive)))
+    with client_with(server, key_for(server, "small", limits=limits)) as client:
+
+        def upload(key: str) -> httpx.Response:
+            return client.post("/v1/datasets", content=archive, headers={"Idempotency-Key": key})
+
+        first, again = upload("k1"), upload("k1")
+        assert (first.status_code, again.status_code, again.json()) == (201, 201, first.json())
+        assert again.headers["idempotent-replayed"] == "true"
+        assert_is_problem(upload("k2"), 429, "quota-of-bytes-spent")
+        client.delete(f"/v1/datasets/{first.json()['id']}")
+        assert upload("k2").status_code == 201  # what was refused has left its key free
+
+
 def test_uploads_at_once_never_exceed_the_quota_of_bytes(any_server: RunningServer) -> None:
     server = any_server
     archive = api_builders.archive_of_classes()

@@ -48,6 +48,7 @@ def test_many_tables_take_no_more_memory_than_the_limit(tmp_path: Path, kind: Ki
         elif kind == "unlabelled":
             layout = inspect(archive, limits=limits, image_limits=IMAGE_LIMITS, kind="unlabelled")
             assert len(layout.pictures) == len(PICTURES)
+            assert [rejected.path for rejected in layout.rejected] == list(tables)
         else:
             with pytest.raises(TooLarge):
                 inspect(archive, limits=limits, image_limits=IMAGE_LIMITS)

@@ -305,6 +305,15 @@ def test_unknown_split_in_a_table_is_listed() -> None:
 def test_table_of_captions_does_not_hide_class_folders() -> None:
     layout = found(*CLASSES, metadata__csv="file_name,text\ncat/1.jpg,a cat\n")
     assert layout.classes == ["cat", "dog"]
+    assert [rejected.path for rejected in layout.rejected] == ["metadata.csv"]
+    assert 'does not begin with a line that names "filename" and "label"' in layout.rejected[0].reason
+
+
+def test_tables_that_say_nothing_are_listed() -> None:
+    table = "filename,label\n1.jpg,cat\n2.jpg,dog\n3.jpg,cat\n4.jpg,dog\n"
+    assert left_out(found(*CLASSES, labels__csv_in_cat=table)) == {"cat/labels.csv": "not a picture"}
+    beside = found(*IMAGES, labels__csv=table, metadata__csv="id,text\n")
+    assert left_out(beside) == {"metadata.csv": "another table says the labels"}
 
 
 @pytest.mark.parametrize(

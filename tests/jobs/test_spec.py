@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -496,3 +497,14 @@ def test_every_backbone_resolves_under_both_recipes_with_every_method(name: str)
             spec = resolved(backbone=name, method=method, recipe=recipe, weights={name: "IMAGENET1K_V1"})
             fixed = BACKBONES[name].fixed_image_size
             assert fixed is None or spec.hyperparameters.image_size == fixed
+
+
+def test_column_without_a_training_label_cannot_be_learnt() -> None:
+    given, held_out = (
+        (ClassFacts("red", 8, 2), ClassFacts("blue", 8, 2)),
+        (ClassFacts("big", 0, 2), ClassFacts("small", 0, 2)),
+    )
+    for method in ("auto", "feature_extraction", "fine_tuning"):
+        error = refusal(dataset=replace(facts(), further=(given, held_out)), method=method)
+        assert "label columns has no training image" in str(error.detail)
+    assert resolved(dataset=replace(facts(), further=(given,)), method="feature_extraction")

@@ -1,6 +1,7 @@
 """Who may go on, who wins, and how that is told."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,14 @@ def test_a_solved_head_has_no_past_so_it_is_its_whole_accuracy_that_counts() -> 
     assert survives([0.90, 0.955], probe)
     assert survives([0.90, 0.94], probe)
     assert not survives([0.90, 0.935], probe)
+
+
+def test_of_several_labels_an_image_counts_once_on_both_sides() -> None:
+    # 50 images with one label, half of them right, and 50 with two, all right: 125 of 150 labels, and 0.75 an image.
+    probe = replace(contender("feature_extraction", right=125, images=150), val_accuracies=(0.75,))
+    assert probe.val_accuracy > 0.83
+    assert survives([0.70, 0.80], probe)
+    assert not survives([0.60, 0.70], probe)
 
 
 @pytest.mark.parametrize(

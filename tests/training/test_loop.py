@@ -524,6 +524,46 @@ def test_no_step_of_an_epoch_is_left_out_of_the_average() -> None:
         assert torch.allclose(state.best.weights[name], tensor, atol=1e-7), name
 
 
+def test_no_step_counts_twice_in_the_average_where_a_run_ends_in_validation_and_goes_on() -> None:
+    class Left(Exception):
+        pass
+
+    undisturbed, left, resumed = (builders.state(builders.network(), ema=0.9) for _ in range(3))
+    list(fit(undisturbed, builders.plan()))
+
+    moments = 0
+
+    def leave_in_the_first_validation() -> None:
+        nonlocal moments
+        moments += (left.epoch, left.step) == (0, 5)
+        if moments == 2:  # the first is after the step
+            raise Left
+
+    with pytest.raises(Left):
+        list(fit(left, builders.plan(), Hooks(on_step=leave_in_the_first_validation)))
+    assert left.step % AVERAGED_STEPS != 0
+    resumed.restore(left.tensors(), left.numbers())
+    list(fit(resumed, builders.plan()))
+
+    assert undisturbed.ema is not None
+    assert resumed.ema is not None
+    assert builders.same(undisturbed.ema, resumed.ema)
+    assert undisturbed.best is not None
+    assert resumed.best is not None
+    assert builders.same(undisturbed.best.weights, resumed.best.weights)
+
+
+def test_a_checkpoint_that_does_not_say_how_far_the_average_is_goes_on_as_it_was_written() -> None:
+    state = builders.state(builders.network(), ema=0.9)
+    hooks = Hooks(on_progress=lambda _progress: True)
+    list(fit(state, builders.plan(), hooks))
+    state.step, state.total_steps = 3, 11
+    numbers = {name: value for name, value in state.numbers().items() if name != "averaged_steps"}
+
+    state.restore(state.tensors(), numbers)
+    assert state.averaged_steps == 8
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 def test_a_network_that_has_been_elsewhere_and_back_goes_on_and_gets_its_best_weights(ema: float) -> None:
     def run(*, moves: bool) -> dict[str, torch.Tensor]:

@@ -324,3 +324,38 @@ def test_few_shot_computes_its_head_and_keeps_what_a_further_class_needs() -> No
     logits = prepared.classifier.head(support.features)
     assert (logits.argmax(1) == support.labels).double().mean().item() == conclusion.metrics["val_accuracy"]
     assert training(spec("feature_extraction", recipe="modern", image_size=32)).support is None
+
+
+@pytest.mark.parametrize("part", ["the head", "the forecast"])
+def test_solving_for_a_head_says_often_that_it_moves(part: str) -> None:
+    class Left(Exception):
+        pass
+
+    said = 0
+
+    def tick() -> None:
+        nonlocal said
+        said += 1
+        if part == "the head" and said == 3:
+            raise Left
+
+    wanted = spec("feature_extraction", recipe="modern", epochs=None, batch_size=None)
+
+    def prepared() -> Training:
+        return methods.prepare(
+            wanted,
+            classifier=methods.build_classifier(wanted, 3),
+            manifest=split_in_three(),
+            images=builders.split(24).images,
+            device=torch.device("cpu"),
+            surroundings=Surroundings(tick=tick),
+        )
+
+    if part == "the head":
+        with pytest.raises(Left):
+            prepared()
+        return
+    training, before = prepared(), said
+    assert training.forecast is not None
+    training.forecast()
+    assert said > before

@@ -131,6 +131,13 @@ def test_coverage_that_so_few_pictures_cannot_promise_takes_all_classes() -> Non
     assert prediction_set([0.1, 0.2, 0.7], errors_of(np.zeros(0)), 0.01) == [2, 1, 0]
 
 
+def test_next_to_no_coverage_takes_the_smallest_set() -> None:
+    errors = errors_of(np.array([0.97, 0.9, 0.8, 0.1]))
+
+    for coverage in (0.2, 1e-3, 1e-12):
+        assert prediction_set([0.9, 0.06, 0.04], errors, coverage) == [0]
+
+
 def test_products_that_are_whole_numbers_are_taken_as_whole_numbers() -> None:
     errors = np.arange(99, dtype=np.float32) / 100  # 100 * 0.55 is 55.00000000000001
 

@@ -31,6 +31,7 @@ from app.vision.outputs import probabilities
 from app.vision.preprocessing import eval_pixels, normalise
 from worker import run_job
 from worker.reporter import Reporter, ShuttingDown
+from worker.training import loop
 from worker.wakeup import Wakeup
 
 
@@ -213,6 +214,28 @@ def test_a_job_given_back_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(
     disturbed.run()
     assert disturbed.row.attempt == 1
     assert "Going on from epoch 1, step 1." in disturbed.messages
+    assert same_weights(disturbed.weights(), undisturbed.weights())
+
+
+def test_a_job_given_back_while_an_epoch_is_written_down_goes_on_behind_that_epoch(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, disturbed = (job(method="from_scratch", hyperparameters={"ema": 0.9}) for _ in range(2))
+    undisturbed.run()
+    fit = loop.fit
+
+    def watched(state: Any, plan: Any, hooks: Any) -> Any:
+        for result in fit(state, plan, hooks):
+            disturbed.shutdown.set()
+            yield result
+
+    monkeypatch.setattr(loop, "fit", watched)
+    with pytest.raises(ShuttingDown):
+        disturbed.run()
+    monkeypatch.undo()
+    disturbed.give_back()
+    disturbed.run()
+    assert "Going on from epoch 1, step 0." in disturbed.messages
     assert same_weights(disturbed.weights(), undisturbed.weights())
 
 

@@ -219,7 +219,7 @@ def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", held: _Held) -> bo
             state.step += 1
             state.total_steps += 1
             if state.step % AVERAGED_STEPS == 0:
-                state.average(AVERAGED_STEPS)
+                state.average()
             lead.after_step()
             if pace.after_step(len(batch)):
                 return True
@@ -358,7 +358,7 @@ def _averaged(state: LoopState) -> Iterator[None]:
     if state.ema is None:
         yield
         return
-    state.average(state.step % AVERAGED_STEPS)
+    state.average()
     own = {name: tensor.clone() for name, tensor in state.live.items()}
     copy_into(state.live, state.ema)
     try:

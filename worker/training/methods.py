@@ -83,11 +83,13 @@ class Training:
 class Surroundings:
     """What a training may use besides its data: where frozen features are kept, and who hears how far it is.
 
-    on_features: images done and images in all of a pass through frozen stages; may raise to leave.
+    on_features: images done and images in all of a pass through frozen stages; tick: called often while a head is
+    solved for. Both may raise to leave.
     """
 
     cache: FeatureCache | None = None
     on_features: Callable[[int, int], None] = lambda _done, _all: None
+    tick: Callable[[], None] = lambda: None
     log: Callable[[str], None] = lambda _message: None
 
 
@@ -328,6 +330,7 @@ class _Frozen:
             class_count,
             class_weights=_balanced(known, class_count) if self._is_balanced else None,
             seed=self.spec.seed,
+            tick=self.surroundings.tick,
         )
 
     @property
@@ -366,6 +369,7 @@ class _Frozen:
             self._class_count,
             seed=self.spec.seed,
             strength=probed.strength or DEFAULT_STRENGTH,
+            tick=self.surroundings.tick,
         )
         return forecast([Point(images, accuracy, len(val)) for images, accuracy in curve], seed=self.spec.seed)
 

@@ -167,11 +167,13 @@ def learning_curve(
     seed: int,
     strength: float,
     shares: Sequence[float] = (0.1, 0.25, 0.5, 1.0),
+    tick: Callable[[], None] = lambda: None,
 ) -> list[tuple[int, float]]:
     """(training images, validation accuracy) for growing shares of the training images, at least one of each class.
 
     Small shares are drawn several times, stratified and from `seed` alone: what a small sample shows depends most on
-    which it is. A share that comes to the same number of images as the one before is left out.
+    which it is. A share that comes to the same number of images as the one before is left out. tick: called often; may
+    raise to stop.
     """
     truth = torch.from_numpy(val_labels)
     points: list[tuple[int, float]] = []
@@ -181,7 +183,8 @@ def learning_curve(
             part = _stratified_part(labels, share, seed=seed, draw=draw)
             if len(part) in seen:
                 break
-            probe = fit_probe(features[torch.from_numpy(part)], labels[part], class_count, seed=seed, strength=strength)
+            some = features[torch.from_numpy(part)]
+            probe = fit_probe(some, labels[part], class_count, seed=seed, strength=strength, tick=tick)
             accuracy = (probe.logits(val_features).argmax(1) == truth).double().mean().item()
             points.append((len(part), accuracy))
     return points

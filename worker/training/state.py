@@ -78,6 +78,7 @@ class LoopState:
     epoch: int = 0
     step: int = 0
     total_steps: int = 0
+    averaged_steps: int = 0  # of these, those that the average of the weights has been moved by
     micro_batches: int = 1
     epochs_without_gain: int = 0
     reached_accuracy: float = -1.0  # the last gain that chance does not explain; below all before the first epoch
@@ -149,6 +150,7 @@ class LoopState:
             "epoch": self.epoch,
             "step": self.step,
             "total_steps": self.total_steps,
+            "averaged_steps": self.averaged_steps,
             "micro_batches": self.micro_batches,
             "epochs_without_gain": self.epochs_without_gain,
             "reached_accuracy": self.reached_accuracy,
@@ -174,16 +176,18 @@ class LoopState:
             copy_into(self.ema, parts["ema"])
         self.sums.copy_(tensors["sums"])
         plain = {name: value for name, value in numbers.items() if name != "best"}
+        # Checkpoints of earlier versions do not say it.
+        plain.setdefault("averaged_steps", plain["total_steps"] - plain["step"] % AVERAGED_STEPS)
         for name, value in plain.items():
             setattr(self, name, value)
         self.best = Best(**numbers["best"], weights=parts["best"]) if numbers["best"] else None
 
-    def average(self, steps: int) -> None:
-        """Moves the average of the weights by the last so many steps, by what they have come to in the end."""
-        if self.ema is None or steps == 0:
-            return
-        done = range(self.total_steps - steps, self.total_steps)
-        move_average(self.ema, self.live, decay=self.ema_decay, steps=done)
+    def average(self) -> None:
+        """Moves the average of the weights by the steps since it was moved, by what they have come to in the end."""
+        steps = range(self.averaged_steps, self.total_steps)
+        if self.ema is not None and steps:
+            move_average(self.ema, self.live, decay=self.ema_decay, steps=steps)
+        self.averaged_steps = self.total_steps
 
     @property
     def rate_divisor(self) -> float:
@@ -204,6 +208,7 @@ class LoopState:
             copy_into(self.ema, self.live)
         self.sums.zero_()
         self.total_steps -= self.step
+        self.averaged_steps = self.total_steps
         self.step = 0
         self.setbacks += 1
         return best.epoch if best else 0
