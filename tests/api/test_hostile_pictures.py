@@ -87,6 +87,7 @@ def test_in_one_request_only_the_hostile_picture_is_refused(server: RunningServe
     assert TOO_LARGE in vast["error"]["detail"]
 
 
+@pytest.mark.slow
 def test_decoders_that_are_killed_at_work_cost_no_request(server: RunningServer) -> None:
     """As a machine without memory kills them."""
     pictures = [builders.encoded(builders.picture(seed, size=(900, 700))) for seed in range(4)]
@@ -97,7 +98,7 @@ def test_decoders_that_are_killed_at_work_cost_no_request(server: RunningServer)
         def answers() -> list[Any]:
             return [pool.submit(predicted, client, picture) for picture in pictures]
 
-        expected = [answer.result().json()["predictions"] for answer in answers()]
+        expected = [scores_in(answer.result()) for answer in answers()]
         for _ in range(12):
             asked = answers()
             threading.Event().wait(pauses.uniform(0, 0.05))
@@ -105,7 +106,14 @@ def test_decoders_that_are_killed_at_work_cost_no_request(server: RunningServer)
                 child.kill()
             found = [answer.result() for answer in asked]
             assert [answer.status_code for answer in found] == [200] * len(pictures)
-            assert [answer.json()["predictions"] for answer in found] == expected
+            for answer, wanted in zip(found, expected, strict=True):
+                # The last digits depend on what was in the batch beside it.
+                assert scores_in(answer) == pytest.approx(wanted, abs=1e-5)
+
+
+def scores_in(answer: httpx.Response) -> dict[str, float]:
+    [prediction] = answer.json()["predictions"]
+    return {row["label"]: row["score"] for row in prediction["top"]}
 
 
 def decoders() -> list[psutil.Process]:

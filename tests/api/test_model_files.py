@@ -78,9 +78,8 @@ def scores(client: httpx.Client, model: str, picture: bytes) -> dict[str, float]
     return {row["label"]: row["score"] for row in prediction["top"]}
 
 
-@pytest.mark.parametrize(
-    "file_format", ["onnx", *(pytest.param(other, marks=pytest.mark.slow) for other in ("pt2", "safetensors"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("file_format", ["onnx", "pt2", "safetensors"])
 def test_a_file_answers_pictures_as_predict_does(
     client: httpx.Client, model: str, tmp_path: Path, file_format: str
 ) -> None:

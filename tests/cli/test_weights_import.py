@@ -189,6 +189,7 @@ def test_a_program_in_a_pickle_is_not_run(
     assert mark.exists()  # it would have been
 
 
+@pytest.mark.slow
 def test_a_bare_pickle_is_refused(graft: Graft, tmp_path: Path) -> None:
     file = tmp_path / "bare.pth"
     file.write_bytes(pickle.dumps(Harm(tmp_path / "harm")))

@@ -21,7 +21,7 @@ from tusclient.exceptions import TusCommunicationError, TusUploadFailed
 from app.storage import LocalStorage
 
 FINISH_WITHIN_SECONDS = 120.0
-MANY = int(os.environ.get("GRAFT_TEST_KILLS", "50"))
+MANY = int(os.environ.get("GRAFT_TEST_KILLS", "30"))
 OF_WHOLE_UPLOADS = int(os.environ.get("GRAFT_TEST_KILLS", "5"))
 
 

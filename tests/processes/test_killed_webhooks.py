@@ -49,6 +49,7 @@ def pass_time(api: KilledApi) -> None:
     database.dispose()
 
 
+@pytest.mark.slow
 def test_what_was_written_down_is_sent_after_a_kill(api: KilledApi) -> None:
     port = hook_receiver.unused_port()
     webhook, secret = webhook_for(api, f"http://127.0.0.1:{port}/")

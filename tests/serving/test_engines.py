@@ -82,9 +82,8 @@ def builds_engines(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @builds_engines
-@pytest.mark.parametrize("feature_layer", [None, "all"])
-def test_built_engines_give_torchs_features_for_batches_of_any_size(tmp_path: Path, feature_layer: str | None) -> None:
-    model = save(tmp_path / "model", feature_layer=feature_layer)
+def test_built_engines_give_torchs_features_for_batches_of_any_size(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", feature_layer="all")  # as the harder of the two ways to read a backbone
     pixels = torch.randint(0, 256, (9, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     (tmp_path / "built").mkdir()
 

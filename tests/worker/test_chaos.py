@@ -116,7 +116,7 @@ def test_nothing_is_lost_and_nothing_done_twice_under_kills_and_pauses(tmp_path:
     finally:
         thawer.is_over.set()
         workshop.close()
-    assert thawer.count > KILLS / 10
+    assert thawer.count > KILLS / 20  # how many of those that are frozen are seen so depends on the machine
     look_back(workshop, poison)
 
 

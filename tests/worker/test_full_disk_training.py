@@ -102,6 +102,7 @@ def test_job_whose_disk_stays_full_says_so_and_fails_and_the_next_one_succeeds(w
     assert is_running(worker.pid)
 
 
+@pytest.mark.slow
 def test_job_keeps_its_lease_on_a_full_disk(workshop: Workshop, disk: Path) -> None:
     Database(workshop.settings().resolved_database_url, ballast_bytes=MEBIBYTE).keep_ballast()
     workshop.start_worker(ballast_bytes=MEBIBYTE)

@@ -191,6 +191,7 @@ def test_a_heat_is_a_part_of_the_epochs_that_the_budget_has_room_for(
     assert {entry["dropped"] for entry in done.row.metrics["candidates"][1:]} == {"behind in its heat"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_an_auto_job_given_back_in_a_heat_ends_as_if_it_had_not_been(
     auto: Callable[..., Job],
