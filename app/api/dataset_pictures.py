@@ -57,19 +57,17 @@ def validation_of(
     without: digests of pictures that are left out, as those are that the model was made of since.
     """
     try:
-        folder = storage.path(f"models/{model_id}")
-        metadata = artifact.load_description(folder)["metadata"]
+        description = artifact.load_description(storage.path(f"models/{model_id}"))
+        metadata, preprocessing = description["metadata"], Preprocessing.from_dict(description["preprocessing"])
         dataset = metadata["dataset"]
         manifest = Manifest.read(storage.path(manifest_key(dataset)))
-        pictures = _packed(dataset, storage, side=artifact.read_preprocessing(folder).side)
+        pictures = _packed(dataset, storage, side=preprocessing.side)
     except (ModelUnavailable, OSError, ValueError, KeyError, TypeError):
         return None
     excluded = frozenset((metadata.get("spec") or {}).get("exclude") or ())
     learnt = frozenset([*without, *metadata.get("shots", [])])
-    held_out = [
-        i for i in manifest.indices("val", exclude=excluded).tolist() if manifest.records[i].digest not in learnt
-    ]
-    of_validation = np.array(held_out, dtype=np.int64)
+    of_validation = manifest.indices("val", exclude=excluded)
+    of_validation = of_validation[[manifest.records[i].digest not in learnt for i in of_validation.tolist()]]
     places = np.linspace(0, len(of_validation) - 1, min(most, len(of_validation))).round().astype(np.int64)
     chosen = of_validation[places]
     if not len(chosen):

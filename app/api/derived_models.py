@@ -1,6 +1,5 @@
 """Models that are made from another one without a job: stored whole, then registered, with the other as `parent`."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from app import holdings, registry
 from app.api.picture_bodies import PictureBody
 from app.api.schemas import Model
 from app.api.services import Services
+from app.datasets.manifest import digest_of
 from app.db.tables import ModelRow, new_id
 from app.errors import FieldError, ImageRefused, InvalidRequest, StorageFull
 from app.serving.extension import Derived
@@ -97,11 +97,6 @@ def _stored(storage: LocalStorage, key: str, made: Artifact, evaluation: Mapping
         (folder / "evaluation.json").write_text(json.dumps(evaluation, ensure_ascii=False), "utf-8")
         storage.publish(folder, key)
         return saved
-
-
-def digest_of(picture: bytes) -> str:
-    """Of an encoded picture, as a manifest has it."""
-    return hashlib.sha256(picture).hexdigest()
 
 
 def _described(derived: Derived, model_id: str, *, parent_id: str, shots: Sequence[bytes]) -> Artifact:

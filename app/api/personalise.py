@@ -14,12 +14,13 @@ from torch import Tensor
 from app.api.classifiers import find_classifier
 from app.api.dataset_pictures import Validation, validation_of
 from app.api.deps import ServicesDep, unless_disconnected
-from app.api.derived_models import digest_of, encoded_pictures, open_parent, publish
+from app.api.derived_models import encoded_pictures, open_parent, publish
 from app.api.openapi import problems
 from app.api.picture_bodies import Picture, form_or_json, read_pictures
 from app.api.problems import pointer_to
 from app.api.schemas import Model, PersonaliseRequest
 from app.api.services import Services
+from app.datasets.manifest import digest_of
 from app.db.tables import ModelRow
 from app.errors import Conflict, FieldError, InvalidRequest, listed
 from app.serving.personal import NO_LABEL, Labelled, personalise

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from app.datasets.archive import ArchiveLimits, shown
 from app.datasets.inventory import inspect
 from app.datasets.layout import Kind, Layout, Picture, Rejected, check, check_enough
-from app.datasets.manifest import SPLITS, UNLABELLED, Manifest, Record, Split, Task
+from app.datasets.manifest import SPLITS, UNLABELLED, Manifest, Record, Split, Task, digest_of
 from app.datasets.packed import PackedPixels, PackedWriter, folder_bytes
 from app.datasets.quality import THUMBNAIL_SIDE, Fingerprint, Fingerprints, fingerprint, group_near_copies
 from app.datasets.report import MAX_LISTED_REJECTED, IngestReport, merged, warning
@@ -298,7 +298,7 @@ def _decode_one(picture: Picture, encoded: bytes, decoded: Callable[[bytes], Pix
         pixels = decoded(encoded)
     except ImageRefused as refusal:
         return Rejected(picture.path, refusal.detail)
-    return _Decoded(picture, pixels, hashlib.sha256(encoded).hexdigest(), fingerprint(pixels))
+    return _Decoded(picture, pixels, digest_of(encoded), fingerprint(pixels))
 
 
 # Comparing and splitting

@@ -4,6 +4,7 @@ A text file of JSON lines: first what holds for all, then one image a line. Line
 pixels.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -29,6 +30,11 @@ class Task:
     classes: Sequence[str]
 
 
+def digest_of(encoded: bytes) -> str:
+    """By which a picture is known again: SHA-256 of it as it is encoded, hexadecimal."""
+    return hashlib.sha256(encoded).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One image."""
@@ -37,7 +43,7 @@ class Record:
     path: str  # within the archive
     label: int  # index into the manifest's classes, or UNLABELLED; of several tasks, the first one's
     split: Split
-    digest: str  # SHA-256 of the encoded picture, hexadecimal
+    digest: str  # as digest_of has it
     width: int  # of the packed pixels
     height: int
     labels: Sequence[int] = ()  # one for each of the manifest's tasks, each an index into its classes, or UNLABELLED

@@ -192,7 +192,7 @@ def test_a_heat_is_a_part_of_the_epochs_that_the_budget_has_room_for(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed_at", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("killed_at", [1, 5])
 def test_an_auto_job_given_back_in_a_heat_ends_as_if_it_had_not_been(
     auto: Callable[..., Job],
     every_step: None,
