@@ -3,6 +3,8 @@
 import functools
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,3 +90,15 @@ def test_lines_below_the_level_are_left_out(printed: Printed) -> None:
     structlog.get_logger().warning("kept")
 
     assert [line["event"] for line in printed.lines] == ["kept"]
+
+
+def test_a_full_disk_under_the_lines_ends_nothing() -> None:
+    told_on = "import structlog; from app import logs; from app.settings import Settings; "
+    told_on += "logs.configure(Settings(_env_file=None)); structlog.get_logger().info('lost'); print('went on')"
+
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-c", told_on], stdout=subprocess.PIPE, stderr=full, text=True, check=False
+        )
+
+    assert ran.stdout == "went on\n"
