@@ -28,7 +28,9 @@ def ask(client: httpx.Client, picture: bytes, options: str = OPTIONS) -> dict[st
         {"method": "feature_extraction", "recipe": "classic", "hyperparameters": SHORT},
         {"method": "fine_tuning", "hyperparameters": SHORT},
         {"method": "full_fine_tuning", "hyperparameters": SHORT},
-        {"method": "from_scratch", "backbone": "resnet18", "hyperparameters": SHORT},
+        pytest.param(
+            {"method": "from_scratch", "backbone": "resnet18", "hyperparameters": SHORT}, marks=pytest.mark.slow
+        ),
         {"method": "auto", "budget_seconds": 4, "hyperparameters": SMALL},
     ],
     ids=lambda request: f"{request['method']}-{request.get('recipe', 'modern')}",

@@ -115,6 +115,7 @@ def test_a_file_without_its_last_layer_in_half_precision_is_taken(
     assert all(any(torch.equal(tensor, other) for other in built.state_dict().values()) for tensor in expected.values())
 
 
+@pytest.mark.slow
 def test_a_file_that_is_there_is_replaced_only_by_force(
     graft: Graft, tmp_path: Path, folder: Path, state_dict: dict[str, Tensor]
 ) -> None:
@@ -175,7 +176,7 @@ class Harm:
         return (os.mkdir, (str(self.mark),))
 
 
-@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("is_old", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_program_in_a_pickle_is_not_run(
     graft: Graft, tmp_path: Path, state_dict: dict[str, Tensor], is_old: bool
 ) -> None:

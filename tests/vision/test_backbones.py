@@ -10,13 +10,16 @@ from app.vision import backbones
 from app.vision.backbones import BACKBONES, choose
 from app.vision.classifier import Classifier
 
+LARGE = ("vgg16", "vit_b_16", "maxvit_t", "wide_resnet50_2", "convnext_small")
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in BACKBONES]
+
 
 def small_images(name: str, count: int = 2) -> torch.Tensor:
     side = BACKBONES[name].min_image_size
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", NAMES)
 def test_stages_compose_to_torchvisions_forward_up_to_its_last_layer(name: str) -> None:
     torch.manual_seed(0)
     network = torchvision.models.get_model(BACKBONES[name].architecture, weights=None).eval()
@@ -40,7 +43,7 @@ def test_stages_compose_to_torchvisions_forward_up_to_its_last_layer(name: str) 
         torch.testing.assert_close(from_features, logits)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_last_stage_and_the_head_train_while_the_rest_stays(name: str) -> None:
     classifier = Classifier.new(name, 3, seed=0).train()
     classifier.freeze(1)

@@ -89,7 +89,7 @@ def test_a_feature_layer_drops_the_stages_behind_it() -> None:
     assert torch.equal(whole.features(images()), whole.features(images(), "stage4"))
 
 
-@pytest.mark.parametrize("name", [NAME, "vit_b_16", "swin_t"])
+@pytest.mark.parametrize("name", [NAME, pytest.param("vit_b_16", marks=pytest.mark.slow), "swin_t"])
 def test_a_head_that_reads_all_layers_sees_each_ones_mean_and_deviation(name: str) -> None:
     side = 224 if name == "vit_b_16" else 64
     pictures = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))

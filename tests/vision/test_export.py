@@ -64,7 +64,7 @@ FAMILIES = [
     ("swin_v2_t", None),
     ("maxvit_t", None),
 ]
-LARGE = ("vgg16", "vit_b_16", "swin_v2_t", "maxvit_t")
+LARGE = ("vgg16", "vit_b_16", "swin_t", "swin_v2_t", "maxvit_t", "densenet121", "convnext_tiny", "efficientnet_v2_s")
 # One of each kind of output (maps of either layout, tokens, features; one layer, all layers) in one format, which takes
 # minutes; with GRAFT_TEST_EXPORTS=all each family in each format, eight times as many.
 USUAL = [

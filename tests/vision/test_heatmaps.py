@@ -49,7 +49,7 @@ def heat_of(classifier: Classifier, picture: Tensor, label: int = 1) -> NDArray[
         ("swin_t", "stage2", 64),
         pytest.param("maxvit_t", None, 224, marks=pytest.mark.slow),
         pytest.param("vit_b_16", None, 224, marks=pytest.mark.slow),
-        ("vit_b_16", "stage1", 224),
+        pytest.param("vit_b_16", "stage1", 224, marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_network_has_a_map_of_its_input_size(name: str, layer: str | None, side: int) -> None:
@@ -162,7 +162,9 @@ def small_convolutions() -> Backbone:
     return Classifier.new("resnet18", 2, feature_layer="layer1", seed=0).backbone
 
 
-@pytest.mark.parametrize(("make", "at_least"), [(tiny_transformer, 27), (small_convolutions, 40)])
+@pytest.mark.parametrize(
+    ("make", "at_least"), [(tiny_transformer, 27), pytest.param(small_convolutions, 40, marks=pytest.mark.slow)]
+)
 def test_trained_network_is_found_to_look_at_the_spot(make: Callable[[], Backbone], at_least: int) -> None:
     """By chance it would be 2 or 3 of the 40. In a transformer tokens mix, so that what is seen is not where it was."""
     backbone = make()

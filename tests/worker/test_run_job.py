@@ -391,7 +391,10 @@ class Killed(Exception):
     """In place of a signal that lets nothing be stored."""
 
 
-@pytest.mark.parametrize(("setbacks", "steps"), [(0, 1), (1, 1), (2, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("setbacks", "steps"),
+    [(0, 1), pytest.param(1, 1, marks=pytest.mark.slow), (2, 1), pytest.param(2, 4, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("end", ["killed", "given back"])
 def test_a_job_that_ends_around_a_setback_goes_on_as_if_it_had_not(
     job: Callable[..., Job],
