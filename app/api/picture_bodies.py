@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -85,6 +86,10 @@ def form_or_json(
 
 async def _read_form(request: Request, *, known: set[str], has_labels: bool, max_bytes: int) -> PictureBody:
     refuse_declared_size(request, max_bytes=max_bytes)
+    _, options = parse_options_header(request.headers["content-type"])
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"us-ascii"):
+        # Python knows charsets that decode to what is no text, or to nothing at all.
+        raise InvalidRequest("A form is read as UTF-8; leave `charset` out of its Content-Type.")
     counted = Request(request.scope, _counting(request.receive, max_bytes))
     pictures: list[Picture] = []
     fields: dict[str, Any] = {}
@@ -132,8 +137,8 @@ def _counting(receive: Any, max_bytes: int) -> Any:
 
 
 def _base_name(filename: str | None) -> str | None:
-    """Only text for the answer; never a path of ours."""
-    return re.split(r"[/\\]", filename)[-1] if filename else None
+    """Only text for the answer; never a path of ours. Without NUL, which PostgreSQL keeps in no text."""
+    return re.split(r"[/\\]", filename)[-1].replace("\0", "\N{REPLACEMENT CHARACTER}") if filename else None
 
 
 def _read_json(body: bytes, schema: type[PicturesRequest]) -> PictureBody:

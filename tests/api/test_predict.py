@@ -184,6 +184,29 @@ def test_request_without_pictures_is_refused_with_advice(
     assert problem["detail"]
 
 
+def form_of(filename: bytes) -> bytes:
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="' + filename + b'"\r\n\r\n'
+    return head + PICTURE + b"\r\n--x--\r\n"
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "utf-7"])
+def test_a_form_in_a_charset_that_makes_no_text_is_refused(client: httpx.Client, model: str, charset: str) -> None:
+    headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+    content = form_of(b"+2AA-\xff.jpg")  # a half of a surrogate in UTF-7
+
+    problem = assert_is_problem(client.post("/predict", content=content, headers=headers), 422, "invalid-request")
+
+    assert "UTF-8" in problem["detail"]
+
+
+def test_a_name_with_a_nul_is_answered_without_it(client: httpx.Client, model: str) -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=x; charset=UTF-8"}
+
+    response = client.post("/predict", content=form_of(b"a\x00b.jpg"), headers=headers)
+
+    assert_answers(response, model, ["a\N{REPLACEMENT CHARACTER}b.jpg"])
+
+
 def test_more_than_64_pictures_are_refused(client: httpx.Client, model: str) -> None:
     parts = [("file", (f"{i}.jpg", b"x")) for i in range(65)]
 
