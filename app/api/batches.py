@@ -261,16 +261,16 @@ def _create(
     model = registry.find(session, options["model"])
     check_predicts(model)
     services.workspace.check_jobs(session)
-    services.traffic.take_predictions(services.workspace, files)
     spec = BatchSpec(top_k=options["top_k"], files=files, size_bytes=upload.size_bytes, sha256=upload.sha256)
-    row = queue.submit(
-        session,
-        kind=JobKind.prediction,
-        job_id=batch_id,
-        dataset_id="",
-        model_id=model.id,
-        spec=spec.model_dump(mode="json"),
-    )
+    with services.traffic.predicting(services.workspace, files):
+        row = queue.submit(
+            session,
+            kind=JobKind.prediction,
+            job_id=batch_id,
+            dataset_id="",
+            model_id=model.id,
+            spec=spec.model_dump(mode="json"),
+        )
     return _render(session, row).model_dump(mode="json")
 
 

@@ -48,7 +48,8 @@ async def add_class(
     body = await read_pictures(request, schema=ClassRequest, max_bytes=settings.max_predict_bytes)
     name, pictures = _name(body), encoded_pictures(body, most=settings.max_predict_images)
     parent = await run_in_threadpool(_open, services, model, name)
-    features = await services.predictor.features(parent.row.id, pictures)
+    loaded = await services.predictor.load(parent.row.id)
+    features = await services.predictor.features(loaded, pictures)
     return await run_in_threadpool(_publish, services, parent, _NewClass(name, pictures, features))
 
 

@@ -7,6 +7,7 @@ from app.api.evaluation import check_predicts
 from app.api.services import Services
 from app.db.tables import ModelRow
 from app.errors import ImageRefused, TooLarge
+from app.serving.loaded import LoadedModel
 from app.serving.scores import Scores
 
 
@@ -32,11 +33,17 @@ async def model_id_of(services: Services, name: str) -> str:
     )
 
 
-async def scores_of(services: Services, model_id: str, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
+async def loaded_of(services: Services, name: str) -> LoadedModel:
+    """Ready for use. Who resolves a name once, and holds what it led to, is not lost when the name moves and the model
+    is deleted. name and errors as above; raises ModelUnavailable if its files cannot be used."""
+    return await services.predictor.load(await model_id_of(services, name))
+
+
+async def scores_of(services: Services, model: LoadedModel, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
     """As `Predictor.predict`, counted. Raises TooLarge for a single picture that is."""
     refuse_large_single(pictures, services.settings.max_image_bytes)
-    services.traffic.take_predictions(services.workspace, len(pictures))
-    outcomes = await services.predictor.predict(model_id, pictures)
+    with services.traffic.predicting(services.workspace, len(pictures)):
+        outcomes = await services.predictor.predict(model, pictures)
     refused = sum(isinstance(outcome, ImageRefused) for outcome in outcomes)
     services.metrics.count_predictions(answered=len(outcomes) - refused, refused=refused)
     return outcomes

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from app.api.classifiers import model_id_of, scores_of
+from app.api.classifiers import loaded_of, scores_of
 from app.api.data_urls import bytes_of
 from app.api.deps import ServicesDep, read_body, unless_disconnected
 from app.api.openapi import json_request, problems
@@ -72,10 +72,10 @@ async def classify(
     services: ServicesDep,
     model: Annotated[str, Path(max_length=100, description="A model's id or alias.")],
 ) -> list[ClassScore]:
-    model_id = await model_id_of(services, model)
+    loaded = await loaded_of(services, model)
     body = await read_body(request, max_bytes=services.settings.max_predict_bytes)
     picture, parameters = await run_in_threadpool(_read, body)
-    [outcome] = await unless_disconnected(request, scores_of(services, model_id, [picture]))
+    [outcome] = await unless_disconnected(request, scores_of(services, loaded, [picture]))
     if isinstance(outcome, ImageRefused):
         raise ImageRefused(f"The picture cannot be read: {outcome.detail}.", code=outcome.code, errors=outcome.errors)
     return ranked(outcome, parameters)

@@ -28,6 +28,7 @@ from app.api.strict_json import Body, parse_as, strict_json
 from app.api.system import readiness
 from app.db.tables import ModelRow
 from app.errors import Conflict, FieldError, ImageRefused, InvalidRequest, NotFound
+from app.serving.loaded import LoadedModel
 from app.serving.scores import Scores
 from app.vision import artifact
 
@@ -345,16 +346,16 @@ def _index(services: Services) -> list[RepositoryModel]:
 
 
 async def _infer(request: Request, services: Services, model: Named) -> Response:
+    loaded = await services.predictor.load(model.row.id)
     body = await read_body(request, max_bytes=services.settings.max_predict_bytes)
-    preprocessing = await run_in_threadpool(artifact.read_preprocessing, _folder(services, model))
     asked = await run_in_threadpool(
         wire.parse,
         body,
         header_length=request.headers.get(HEADER_LENGTH),
         max_pictures=services.settings.max_predict_images,
-        raw_shape=(3, preprocessing.crop, preprocessing.crop),
+        raw_shape=(3, loaded.preprocessing.crop, loaded.preprocessing.crop),
     )
-    scores = await unless_disconnected(request, _scores(services, model, asked))
+    scores = await unless_disconnected(request, _scores(services, loaded, asked))
     answer, header_length = wire.encode(
         _output(scores, asked.output), model_name=model.name, model_version=model.row.id, request_id=asked.id
     )
@@ -364,13 +365,13 @@ async def _infer(request: Request, services: Services, model: Named) -> Response
     return Response(answer, media_type="application/octet-stream", headers=headers)
 
 
-async def _scores(services: Services, model: Named, asked: wire.Inference) -> list[Scores]:
+async def _scores(services: Services, model: LoadedModel, asked: wire.Inference) -> list[Scores]:
     if not isinstance(asked.tensor, list):
-        services.traffic.take_predictions(services.workspace, len(asked.tensor))
-        scores = await services.predictor.scores(model.row.id, torch.from_numpy(asked.tensor))
+        with services.traffic.predicting(services.workspace, len(asked.tensor)):
+            scores = await services.predictor.scores(model, torch.from_numpy(asked.tensor))
         services.metrics.count_predictions(answered=len(scores), refused=0)
         return scores
-    outcomes = await scores_of(services, model.row.id, asked.tensor)
+    outcomes = await scores_of(services, model, asked.tensor)
     refused = [(index, outcome) for index, outcome in enumerate(outcomes) if isinstance(outcome, ImageRefused)]
     if refused:
         raise _unreadable(refused, of=len(outcomes))

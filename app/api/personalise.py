@@ -53,9 +53,9 @@ async def personalise_model(
     pictures = encoded_pictures(body, most=settings.max_predict_images)
     parent = await run_in_threadpool(_open, services, model, pictures)
     labels = _labels(body.pictures, parent.row)
-    predictor, model_id = services.predictor, parent.row.id
-    mine = await unless_disconnected(request, predictor.features(model_id, pictures))
-    known = await unless_disconnected(request, predictor.features_of(model_id, parent.validation.pictures))
+    predictor, loaded = services.predictor, await services.predictor.load(parent.row.id)
+    mine = await unless_disconnected(request, predictor.features(loaded, pictures))
+    known = await unless_disconnected(request, predictor.features_of(loaded, parent.validation.pictures))
     return await run_in_threadpool(_publish, services, parent, pictures, Labelled(mine, labels), known)
 
 

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app import registry
 from app.api import failures
 from app.api.answers import answer, check_has_reference, coverage_of, plan_of
-from app.api.classifiers import model_id_of, refuse_large_single
+from app.api.classifiers import loaded_of, refuse_large_single
 from app.api.deps import ServicesDep, refuse_unknown, unless_disconnected
 from app.api.openapi import options_of, problems, query_of
 from app.api.picture_bodies import Picture, form_content, read_pictures
@@ -89,13 +89,12 @@ async def answered(request: Request, services: Services) -> Predictions:
         )
     refuse_large_single([picture.encoded for picture in asked.pictures], services.settings.max_image_bytes)
     name = options.model or registry.DEFAULT_ALIAS
-    model_id = await model_id_of(services, name)
-    loaded = await services.predictor.load(model_id)
+    loaded = await loaded_of(services, name)
     check_has_reference(loaded, options)
-    services.traffic.take_predictions(services.workspace, len(asked.pictures))
     encoded = [picture.encoded for picture in asked.pictures if isinstance(picture.encoded, bytes)]
-    predicting = services.predictor.predict(model_id, encoded, are_compared=True)
-    outcomes = iter(await unless_disconnected(request, predicting))
+    with services.traffic.predicting(services.workspace, len(asked.pictures)):
+        predicting = services.predictor.predict(loaded, encoded, are_compared=True)
+        outcomes = iter(await unless_disconnected(request, predicting))
     results = [
         (picture, next(outcomes) if isinstance(picture.encoded, bytes) else picture.encoded)
         for picture in asked.pictures
@@ -117,9 +116,9 @@ async def answered(request: Request, services: Services) -> Predictions:
         for picture, outcome in results
     ]
     if options.store:
-        alias = None if name == model_id else name
-        predictions = await run_in_threadpool(_kept, services, model_id, alias, asked.pictures, predictions)
-    return Predictions(model=model_id, coverage=coverage_of(loaded, options), predictions=predictions)
+        alias = None if name == loaded.id else name
+        predictions = await run_in_threadpool(_kept, services, loaded.id, alias, asked.pictures, predictions)
+    return Predictions(model=loaded.id, coverage=coverage_of(loaded, options), predictions=predictions)
 
 
 Results = Sequence[tuple[Picture, Scores | ImageRefused]]
@@ -145,11 +144,11 @@ async def _answers(
     adapted: Sequence[Adapted | None] = [None] * len(read)
     if plan is not None:
         own = [scores for _, scores in read]
-        adapted = await unless_disconnected(request, services.predictor.adapt(loaded.id, encoded, own, plan))
+        adapted = await unless_disconnected(request, services.predictor.adapt(loaded, encoded, own, plan))
     explanations: Sequence[bytes | None] = [None] * len(read)
     if options.explain:
         labels = [(copy.scores if copy else scores).best for (_, scores), copy in zip(read, adapted, strict=True)]
-        explanations = await unless_disconnected(request, services.predictor.explain(loaded.id, encoded, labels))
+        explanations = await unless_disconnected(request, services.predictor.explain(loaded, encoded, labels))
     return [
         answer(scores, loaded, options, adapted=copy, filename=picture.filename, explanation=explanation)
         for (picture, scores), copy, explanation in zip(read, adapted, explanations, strict=True)

@@ -9,13 +9,14 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, date, datetime
 
 from app import access, workspaces
 from app.access import Caller
 from app.db.engine import Database
-from app.errors import TooManyRequests
+from app.errors import GraftError, TooManyRequests
 from app.workspaces import Workspace
 
 # What may come at once, in seconds of the long-run rate.
@@ -49,7 +50,7 @@ class Throttle:
 
 
 class Traffic:
-    """Counts, and refuses what is too much with TooManyRequests. Belongs to one event loop, but `take_predictions` and
+    """Counts, and refuses what is too much with TooManyRequests. Belongs to one event loop, but `predicting` and
     `note_use`."""
 
     def __init__(self, database: Database, today: Callable[[], date] = lambda: datetime.now(UTC).date()) -> None:
@@ -81,12 +82,19 @@ class Traffic:
                 "Too many requests with wrong keys came from this address.", retry_after_seconds=math.ceil(wait)
             )
 
-    def take_predictions(self, workspace: Workspace, count: int) -> None:
-        """Of pictures. All of them count, or none."""
+    @contextmanager
+    def predicting(self, workspace: Workspace, count: int) -> Iterator[None]:
+        """Counts so many pictures for what is done inside. All of them count, or none where it is refused."""
         counted = (workspace.id, self._today())
         with self._lock:
             workspace.check_predictions(self._count(counted), count)
             self._unwritten[counted] += count
+        try:
+            yield
+        except GraftError:
+            with self._lock:
+                self._unwritten[counted] -= count
+            raise
 
     def note_use(self, caller: Caller) -> None:
         """Later: a request that only reads waits for no lock of the database, and needs no room on its disk."""

@@ -93,7 +93,7 @@ class Batcher(Generic[Item, Result]):
                 continue
             if waiting.deadline < now:
                 _fail([waiting], Overloaded("The picture waited too long; try again soon.", retry_after_seconds=1))
-            elif batch and waiting.key is not batch[0].key:
+            elif batch and waiting.key != batch[0].key:
                 left.append(waiting)
             else:
                 batch.append(waiting)

@@ -178,15 +178,15 @@ class Predictor:
         self._lane_side_by_side = _Lane(self._side_by_side, self._decoders)
 
     async def predict(
-        self, model_id: str, pictures: Sequence[bytes], *, are_compared: bool = False
+        self, model: LoadedModel, pictures: Sequence[bytes], *, are_compared: bool = False
     ) -> list[Scores | ImageRefused]:
         """Scores for each encoded picture; in the place of one that cannot be read, the reason.
 
+        model: from `load`; here and below it may have been deleted since, for who holds it ends on it.
         are_compared: whether the scores are to have similarities, where the model has a reference.
-        Raises Overloaded when too much is waiting, ModelUnavailable if the model's files cannot be used.
+        Raises Overloaded when too much is waiting.
         """
         with self._place_for(len(pictures)):
-            model = await self.load(model_id)
             # All are on their way before the first is waited for.
             answers = [self._answer(model, picture, is_compared=are_compared) for picture in pictures]
             try:
@@ -197,7 +197,7 @@ class Predictor:
                         answer.exception()  # seen, even where another picture's error is told
                     answer.cancel()
 
-    async def scores(self, model_id: str, batch: Tensor) -> list[Scores]:
+    async def scores(self, model: LoadedModel, batch: Tensor) -> list[Scores]:
         """Scores for pictures that the caller has preprocessed as the model's `preprocessing` says.
 
         batch: float32 (N, 3, S, S), normalised.
@@ -205,7 +205,6 @@ class Predictor:
         of, and what `predict` raises.
         """
         with self._place_for(len(batch)):
-            model = await self.load(model_id)
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._decoders, _check_preprocessed, batch, model.preprocessing)
             answers: list[asyncio.Future[Scores]] = [loop.create_future() for _ in batch]
@@ -216,13 +215,12 @@ class Predictor:
                 raise InvalidRequest("The network makes no numbers of this tensor: its values are far too large.")
             return found
 
-    async def features(self, model_id: str, pictures: Sequence[bytes]) -> Tensor:
+    async def features(self, model: LoadedModel, pictures: Sequence[bytes]) -> Tensor:
         """What the model's head sees of each picture: float32 (N, D), N > 0; to the bit the same for the same pictures.
 
         Raises ImageRefused, which points at each picture that cannot be read, and what `predict` raises.
         """
         with self._place_for(len(pictures)):
-            model = await self.load(model_id)
             decoded = await asyncio.gather(*(self._decode(model, picture) for picture in pictures))
             refused = [(i, pixels) for i, pixels in enumerate(decoded) if isinstance(pixels, ImageRefused)]
             if refused:
@@ -238,13 +236,12 @@ class Predictor:
             ]
             return torch.cat(parts)
 
-    async def features_of(self, model_id: str, pictures: Sequence[Pixels]) -> Tensor:
+    async def features_of(self, model: LoadedModel, pictures: Sequence[Pixels]) -> Tensor:
         """The same of decoded pictures, uint8 (H, W, 3), as many as there are, a batch at a time between others'.
 
         Raises what `predict` raises.
         """
         with self._place_for(min(FORWARD_BATCH_SIZE, self._max_pending)):
-            model = await self.load(model_id)
             loop = asyncio.get_running_loop()
 
             def prepared(start: int) -> Tensor:
@@ -257,19 +254,18 @@ class Predictor:
                 parts.append(await self._alone(model.network.torch.features, batch))
             return torch.cat(parts)
 
-    async def explain(self, model_id: str, pictures: Sequence[bytes], labels: Sequence[int]) -> list[bytes]:
+    async def explain(self, model: LoadedModel, pictures: Sequence[bytes], labels: Sequence[int]) -> list[bytes]:
         """PNGs of the pictures, with a heat map of what speaks for these labels of the first task.
 
         One picture at a time, so that other forward passes come in between and memory holds one backward pass.
         Raises ImageRefused for a picture that cannot be read, and what `predict` raises.
         """
         with self._place_for(len(pictures)):
-            model = await self.load(model_id)
             asked = zip(pictures, labels, strict=True)
             return [await self._explain(model, picture, label) for picture, label in asked]
 
     async def adapt(
-        self, model_id: str, pictures: Sequence[bytes], scores: Sequence[Scores], plan: Plan
+        self, model: LoadedModel, pictures: Sequence[bytes], scores: Sequence[Scores], plan: Plan
     ) -> list[Adapted]:
         """What copies of the model say, each tuned to one of the pictures. scores: the model's own, of each.
 
@@ -277,7 +273,6 @@ class Predictor:
         Raises Conflict where there is nothing to tune to, ImageRefused, and what `predict` raises.
         """
         with self._place_for(len(pictures)):
-            model = await self.load(model_id)
             known: Sequence[Pixels | None] = []
             if plan.method == "neighbors":
                 # Looked for each time: what is kept mapped would outlive its deletion.
@@ -487,7 +482,9 @@ class Predictor:
         engine = model.engine_for(pixels)
         deadline = time.monotonic() + self._timeout_seconds
         asked = _Asked(model, pixels, is_compared)
-        self._lane_of(engine).batcher.submit(engine, asked, deadline=deadline, future=answer)
+        # Pictures and what was made of pictures do not stack: levels would pass for numbers that are normalised.
+        key = (engine, pixels.dtype)
+        self._lane_of(engine).batcher.submit(key, asked, deadline=deadline, future=answer)
         model.asked += 1
         # Again after ten times as many: another model's build may have been under way, or this one's have failed.
         if model.asked == BUILD_AFTER_PICTURES * 10**model.builds and self._engine_policy != "torch":
@@ -589,8 +586,9 @@ async def _or_refusal(answer: "asyncio.Future[Scores]") -> Scores | ImageRefused
         return refusal
 
 
-def _run(engine: Engine, asked: Sequence[_Asked]) -> list[Scores]:
+def _run(key: tuple[Engine, torch.dtype], asked: Sequence[_Asked]) -> list[Scores]:
     """One forward pass for pictures of any models on this engine's network, and then each model's head."""
+    engine, _ = key
     features = engine.features(torch.stack([one.pixels for one in asked]))
     scores: list[Scores | None] = [None] * len(asked)
     for model in {one.model for one in asked}:

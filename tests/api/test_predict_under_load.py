@@ -16,6 +16,7 @@ from api_builders import RunningServer, assert_is_problem
 
 from app import registry
 from app.db.engine import Database
+from app.db.tables import DEFAULT_WORKSPACE
 from app.serving.engines import TorchEngine
 
 PICTURE = builders.jpeg(1)
@@ -92,6 +93,7 @@ def test_what_is_too_much_is_refused_with_the_time_to_come_back(
             assert refused.headers["retry-after"] == "1"
             released.set()
             assert [answer.result().status_code for answer in waiting] == [200, 200]
+        assert client.get("/v1/usage").json()["predictions_today"]["used"] == 3  # not of the one that was refused
 
 
 def test_no_request_is_lost_while_an_alias_moves(server: RunningServer, client: httpx.Client, model: str) -> None:
@@ -116,6 +118,49 @@ def test_no_request_is_lost_while_an_alias_moves(server: RunningServer, client: 
 
     assert {answer.status_code for answer in answers} == {200}
     assert {answer.json()["model"] for answer in answers} == set(models)
+
+
+@pytest.mark.parametrize("query", ["", "explain=true", "adapt=entropy"])
+def test_request_under_way_ends_on_its_model_though_that_is_deleted(
+    server: RunningServer,
+    client: httpx.Client,
+    model: str,
+    held: tuple[threading.Event, threading.Event],
+    query: str,
+) -> None:
+    taken, released = held
+    other = api_builders.register_model(server.services, seed=1, aliases=())
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.post, f"{server.url}/predict?{query}", content=PICTURE, timeout=60)
+        assert taken.wait(api_builders.DEADLINE_SECONDS)
+        with server.services.database.within(DEFAULT_WORKSPACE).write() as session:
+            registry.point_alias(session, "default", other)
+        assert client.delete(f"/v1/models/{model}").status_code == 200
+        released.set()
+
+        answer = asked.result()
+
+    assert (answer.status_code, answer.json()["model"]) == (200, model)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/hf/default", PICTURE), ("/v2/models/default/infer", INFER)])
+def test_request_whose_body_is_slow_ends_on_its_model_though_that_is_deleted(
+    server: RunningServer, client: httpx.Client, model: str, path: str, body: bytes
+) -> None:
+    predictor = server.services.predictor
+    predictor.forget(model)
+    other = api_builders.register_model(server.services, seed=1, aliases=())
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(server.address) as connection:
+        connection.sendall(head.encode() + body[:100])
+        api_builders.wait_for(lambda: predictor.is_loaded(model))
+        assert client.put("/v1/aliases/default", json={"model": other}).status_code == 200
+        assert client.delete(f"/v1/models/{model}").status_code == 200
+        connection.sendall(body[100:])
+
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+
+    assert answer.startswith(b"HTTP/1.1 200 "), answer
 
 
 def test_alias_that_another_process_moved_is_followed_by_the_next_request(

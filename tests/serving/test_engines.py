@@ -440,8 +440,8 @@ def test_a_gpu_answers_as_a_cpu_does_and_loading_another_model_disturbs_nobody(
             engine_policy="auto",
         )
         try:
-            first = predictor.predict("mdl_a", pictures)
-            second = predictor.predict("mdl_b", pictures)
+            first = predictor.predict(await predictor.load("mdl_a"), pictures)
+            second = predictor.predict(await predictor.load("mdl_b"), pictures)
             found = await asyncio.gather(first, second)
             assert predictor.engine_of("mdl_a") == ("cuda-graphs" if device.type == "cuda" else "torch")
             return [list(outcome.values) for outcomes in found for outcome in outcomes if isinstance(outcome, Scores)]

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,10 @@ def with_predictor(models: Path) -> Callable[..., list[int]]:
     return run
 
 
+async def predicted(predictor: Predictor, name: str, pictures: Sequence[bytes]) -> list[Scores | ImageRefused]:
+    return await predictor.predict(await predictor.load(name), pictures)
+
+
 def values(outcome: Scores | ImageRefused) -> list[float]:
     assert isinstance(outcome, Scores)
     return list(outcome.values)
@@ -92,7 +96,7 @@ def expected(models: Path, name: str, picture: bytes) -> list[float]:
 
 def test_scores_are_the_calibrated_probabilities_in_order(models: Path, with_predictor: Callable[..., None]) -> None:
     async def story(predictor: Predictor) -> None:
-        outcomes = await predictor.predict("a", PICTURES)
+        outcomes = await predicted(predictor, "a", PICTURES)
 
         for picture, outcome in zip(PICTURES, outcomes, strict=True):
             assert values(outcome) == pytest.approx(expected(models, "a", picture), abs=1e-5)
@@ -102,8 +106,8 @@ def test_scores_are_the_calibrated_probabilities_in_order(models: Path, with_pre
 
 def test_unreadable_picture_keeps_its_place(with_predictor: Callable[..., None]) -> None:
     async def story(predictor: Predictor) -> None:
-        first, broken, last = await predictor.predict("a", [PICTURES[0], BROKEN, PICTURES[1]])
-        alone = (await predictor.predict("a", [PICTURES[0]]), await predictor.predict("a", [PICTURES[1]]))
+        first, broken, last = await predicted(predictor, "a", [PICTURES[0], BROKEN, PICTURES[1]])
+        alone = (await predicted(predictor, "a", [PICTURES[0]]), await predicted(predictor, "a", [PICTURES[1]]))
 
         assert isinstance(broken, ImageRefused)
         assert values(first) == pytest.approx(values(alone[0][0]), abs=1e-6)
@@ -114,7 +118,7 @@ def test_unreadable_picture_keeps_its_place(with_predictor: Callable[..., None])
 
 def test_nothing_to_predict_is_answered_with_nothing(with_predictor: Callable[..., None]) -> None:
     async def story(predictor: Predictor) -> None:
-        assert await predictor.predict("a", []) == []
+        assert await predicted(predictor, "a", []) == []
 
     with_predictor(story)
 
@@ -124,9 +128,9 @@ def test_preprocessed_pictures_score_as_encoded_ones_do(models: Path, with_predi
         decoded = [images.decode(picture, side=SMALL.side, limits=LIMITS) for picture in PICTURES]
         batch = normalise(torch.stack([eval_pixels(pixels, SMALL) for pixels in decoded]), SMALL)
 
-        for picture, scores in zip(PICTURES, await predictor.scores("a", batch), strict=True):
+        for picture, scores in zip(PICTURES, await predictor.scores(await predictor.load("a"), batch), strict=True):
             assert list(scores.values) == pytest.approx(expected(models, "a", picture), abs=1e-5)
-        assert await predictor.scores("a", batch[:0]) == []
+        assert await predictor.scores(await predictor.load("a"), batch[:0]) == []
         assert predictor.pending == 0
 
     with_predictor(story)
@@ -149,8 +153,38 @@ def test_tensor_that_is_not_what_the_model_takes_is_refused(
 ) -> None:
     async def story(predictor: Predictor) -> None:
         with pytest.raises(InvalidRequest, match=reason):
-            await predictor.scores("a", batch)
+            await predictor.scores(await predictor.load("a"), batch)
         assert predictor.pending == 0
+
+    with_predictor(story)
+
+
+def test_tensors_and_pictures_that_wait_together_are_no_batch(
+    models: Path, with_predictor: Callable[..., None]
+) -> None:
+    left, busy = threading.Event(), threading.Event()
+
+    async def story(predictor: Predictor) -> None:
+        model = await predictor.load("a")
+        pixels = eval_pixels(images.decode(PICTURES[0], side=SMALL.side, limits=LIMITS), SMALL)
+        occupied = asyncio.create_task(predictor._alone(lambda: busy.set() or left.wait(60)))
+        await asyncio.to_thread(busy.wait, 60)
+        # Of each two, since one may already have been taken for the batch that comes next.
+        asked = [
+            asyncio.create_task(ask)
+            for _ in range(2)
+            for ask in (
+                predictor.scores(model, normalise(pixels[None], SMALL)),
+                predictor.predict(model, PICTURES[:1]),
+            )
+        ]
+        async with asyncio.timeout(60):
+            while len(predictor._batcher._queue) < 2:
+                await asyncio.sleep(0.01)
+        left.set()
+        await occupied
+        for (outcome,) in await asyncio.gather(*asked):
+            assert values(outcome) == pytest.approx(expected(models, "a", PICTURES[0]), abs=1e-5)
 
     with_predictor(story)
 
@@ -158,7 +192,7 @@ def test_tensor_that_is_not_what_the_model_takes_is_refused(
 def test_tensors_wait_in_the_same_queue(with_predictor: Callable[..., None]) -> None:
     async def story(predictor: Predictor) -> None:
         with pytest.raises(Overloaded):
-            await predictor.scores("a", torch.zeros(6, 3, 32, 32))
+            await predictor.scores(await predictor.load("a"), torch.zeros(6, 3, 32, 32))
 
     with_predictor(story, max_pending=5)
 
@@ -173,14 +207,14 @@ def test_top_is_best_first_and_no_longer_than_the_classes() -> None:
 def test_more_than_may_wait_is_refused_and_the_rest_is_answered(with_predictor: Callable[..., None]) -> None:
     async def story(predictor: Predictor) -> None:
         outcomes = await asyncio.gather(
-            *(predictor.predict("a", PICTURES[:2]) for _ in range(4)), return_exceptions=True
+            *(predicted(predictor, "a", PICTURES[:2]) for _ in range(4)), return_exceptions=True
         )
 
         refused = [outcome for outcome in outcomes if isinstance(outcome, Overloaded)]
         assert [len(outcome) for outcome in outcomes if isinstance(outcome, list)] == [2, 2]
         assert [error.retry_after_seconds for error in refused] == [1, 1]
         assert predictor.pending == 0
-        assert len(await predictor.predict("a", PICTURES[:2])) == 2
+        assert len(await predicted(predictor, "a", PICTURES[:2])) == 2
 
     with_predictor(story, max_pending=5)
 
@@ -211,7 +245,7 @@ def test_least_recently_used_model_makes_room_and_the_pinned_one_stays(with_pred
 
 def test_request_under_way_ends_on_the_model_it_began_with(models: Path, with_predictor: Callable[..., None]) -> None:
     async def story(predictor: Predictor) -> None:
-        under_way = asyncio.create_task(predictor.predict("a", PICTURES))
+        under_way = asyncio.create_task(predicted(predictor, "a", PICTURES))
         await asyncio.sleep(0)
         await predictor.load("b")
         predictor.forget("a")
@@ -225,7 +259,7 @@ def test_model_that_cannot_be_loaded_is_tried_again(with_predictor: Callable[...
     async def story(predictor: Predictor) -> None:
         for _ in range(2):
             with pytest.raises(ModelUnavailable):
-                await predictor.predict("none", PICTURES[:1])
+                await predicted(predictor, "none", PICTURES[:1])
         assert predictor.pending == 0
 
     with_predictor(story)
@@ -233,7 +267,7 @@ def test_model_that_cannot_be_loaded_is_tried_again(with_predictor: Callable[...
 
 def test_caller_that_leaves_does_not_take_the_model_from_others(with_predictor: Callable[..., None]) -> None:
     async def story(predictor: Predictor) -> None:
-        leaving, staying = (asyncio.create_task(predictor.predict("a", PICTURES[:1])) for _ in range(2))
+        leaving, staying = (asyncio.create_task(predicted(predictor, "a", PICTURES[:1])) for _ in range(2))
         await asyncio.sleep(0)
         leaving.cancel()
 
@@ -258,8 +292,8 @@ def test_models_of_one_backbone_share_it_and_run_in_one_batch(
 
         # The first picture occupies the device; the others, of two models, wait together.
         first, *rest = await asyncio.gather(
-            predictor.predict("a", PICTURES[:1]),
-            *(predictor.predict(name, [picture]) for picture in PICTURES for name in ("a", "twin")),
+            predicted(predictor, "a", PICTURES[:1]),
+            *(predicted(predictor, name, [picture]) for picture in PICTURES for name in ("a", "twin")),
         )
         assert values(first[0]) == pytest.approx(expected(models, "a", PICTURES[0]), abs=1e-5)
         for (picture, name), (outcome,) in zip([(p, n) for p in PICTURES for n in ("a", "twin")], rest, strict=True):
@@ -274,7 +308,7 @@ def test_picture_that_waits_beyond_its_time_is_refused(with_predictor: Callable[
     async def story(predictor: Predictor) -> None:
         await predictor.load("a")
         with pytest.raises(Overloaded, match="waited too long"):
-            await predictor.predict("a", PICTURES[:1])
+            await predicted(predictor, "a", PICTURES[:1])
 
     with_predictor(story, timeout_seconds=-1.0)
 
@@ -298,7 +332,7 @@ def test_no_more_is_decoded_than_passes_come_to_soon(with_predictor: Callable[..
         most = predictor._lane.most_begun
         occupied = asyncio.create_task(predictor._alone(lambda: busy.set() or left.wait(60)))
         await asyncio.to_thread(busy.wait, 60)
-        asked = [asyncio.create_task(predictor.predict("a", [PICTURES[i % 5]])) for i in range(2 * most)]
+        asked = [asyncio.create_task(predicted(predictor, "a", [PICTURES[i % 5]])) for i in range(2 * most)]
         while decoders.count < most:
             await asyncio.sleep(0.01)
         # Whoever leaves makes room for the next one, and what is left before it began costs nothing.
@@ -328,9 +362,9 @@ def test_pictures_that_wait_for_a_busy_device_keep_none_from_passes_beside_each_
         (await predictor.load("b")).network.torch.passes_at_once = 2
         occupied = asyncio.create_task(predictor._alone(lambda: busy.set() or left.wait(60)))
         await asyncio.to_thread(busy.wait, 60)
-        waiting = [asyncio.create_task(predictor.predict("a", PICTURES[:1])) for _ in range(200)]
+        waiting = [asyncio.create_task(predicted(predictor, "a", PICTURES[:1])) for _ in range(200)]
         await asyncio.sleep(0.05)
-        (outcome,) = await asyncio.wait_for(predictor.predict("b", PICTURES[:1]), 30)
+        (outcome,) = await asyncio.wait_for(predicted(predictor, "b", PICTURES[:1]), 30)
         assert isinstance(outcome, Scores)
         assert not any(task.done() for task in waiting)
         left.set()
@@ -341,8 +375,8 @@ def test_pictures_that_wait_for_a_busy_device_keep_none_from_passes_beside_each_
 
 def test_broken_pictures_make_room_for_those_behind_them(with_predictor: Callable[..., None]) -> None:
     async def story(predictor: Predictor) -> None:
-        broken = [predictor.predict("a", [BROKEN]) for _ in range(2 * predictor._lane.most_begun)]
-        (*refused, (last,)) = await asyncio.gather(*broken, predictor.predict("a", PICTURES[:1]))
+        broken = [predicted(predictor, "a", [BROKEN]) for _ in range(2 * predictor._lane.most_begun)]
+        (*refused, (last,)) = await asyncio.gather(*broken, predicted(predictor, "a", PICTURES[:1]))
         assert all(isinstance(outcome, ImageRefused) for (outcome,) in refused)
         assert isinstance(last, Scores)
 
@@ -398,7 +432,7 @@ def test_how_many_pictures_wait_is_told_until_none_does(with_predictor: Callable
     told: list[int] = []
 
     async def story(predictor: Predictor) -> None:
-        await predictor.predict("a", PICTURES[:3])
+        await predicted(predictor, "a", PICTURES[:3])
 
     with_predictor(story, on_pending=told.append)
 
@@ -410,15 +444,15 @@ def test_other_pictures_are_answered_between_those_that_are_adapted(with_predict
     ended: list[str] = []
 
     async def story(predictor: Predictor) -> None:
-        own = [scores for scores in await predictor.predict("a", PICTURES) if isinstance(scores, Scores)]
+        own = [scores for scores in await predicted(predictor, "a", PICTURES) if isinstance(scores, Scores)]
 
         async def adapt() -> None:
-            found = await predictor.adapt("a", PICTURES, own, Plan.of("entropy", steps=5))
+            found = await predictor.adapt(await predictor.load("a"), PICTURES, own, Plan.of("entropy", steps=5))
             assert len(found) == len(PICTURES)
             ended.append("adapted")
 
         async def predict() -> None:
-            await predictor.predict("b", PICTURES[:1])
+            await predicted(predictor, "b", PICTURES[:1])
             ended.append("predicted")
 
         await asyncio.gather(adapt(), predict())
@@ -430,10 +464,10 @@ def test_other_pictures_are_answered_between_those_that_are_adapted(with_predict
 
 def test_adaptation_that_waits_too_long_for_its_turn_is_refused(with_predictor: Callable[..., list[int]]) -> None:
     async def story(predictor: Predictor) -> None:
-        own = [scores for scores in await predictor.predict("a", PICTURES) if isinstance(scores, Scores)]
+        own = [scores for scores in await predicted(predictor, "a", PICTURES) if isinstance(scores, Scores)]
         async with predictor._one_by_one():  # somebody else's turn, which does not end
             with pytest.raises(Overloaded, match="waited too long"):
-                await predictor.adapt("a", PICTURES[:1], own[:1], Plan.of("entropy"))
-        assert len(await predictor.adapt("a", PICTURES[:1], own[:1], Plan.of("entropy"))) == 1
+                await predictor.adapt(await predictor.load("a"), PICTURES[:1], own[:1], Plan.of("entropy"))
+        assert len(await predictor.adapt(await predictor.load("a"), PICTURES[:1], own[:1], Plan.of("entropy"))) == 1
 
     with_predictor(story, timeout_seconds=5.0)

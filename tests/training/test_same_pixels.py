@@ -160,11 +160,13 @@ def served_on(
             engine_policy="torch",
         )
         try:
-            model = await predictor.predict("model", pictures[:1])  # its warm-up passes through `features` too
+            model = await predictor.predict(
+                await predictor.load("model"), pictures[:1]
+            )  # its warm-up passes through `features` too
             assert len(model) == 1
             monkeypatch.setattr(TorchEngine, "features", noting)
             for picture in pictures:  # one after the other: of one request, those go first that are decoded first
-                await predictor.predict("model", [picture])
+                await predictor.predict(await predictor.load("model"), [picture])
         finally:
             predictor.close()
 
