@@ -161,16 +161,18 @@ class Reference:
         """With pictures beside the others that are in no data set, (K, D) and (K, T), for a model that knows them now.
 
         labels: may be of a class that is new; -1 for none. probability_of_true: as in `fit`, by that model; None for a
-        task that it answers as before. What counts as known is left where it was: held-out pictures are no further
-        from more pictures than from fewer.
+        task that it answers as before. What counts as known is as it was, for held-out pictures are no further from
+        more pictures than from fewer; or more, where the new ones, each left out in turn, are further from the others.
         """
         every_label = np.concatenate([self.labels, labels])
         kept = choose(every_label[:, 0], class_count=int(every_label[:, 0].max()) + 1, seed=0)
         images = [*self.images, *[None] * len(features)]
         lengths = None if self.lengths is None else np.concatenate([self.lengths, _lengths(features)])[kept]
+        codes = np.concatenate([self.codes, coded(features)])
         return replace(
             self,
-            codes=np.concatenate([self.codes, coded(features)])[kept],
+            novelty=replace(self.novelty, limit=max(self.novelty.limit, _furthest(codes, unit(features)))),
+            codes=codes[kept],
             labels=every_label[kept],
             images=[images[i] for i in kept.tolist()],
             errors=[
@@ -274,6 +276,18 @@ def coded(features: NDArray[np.floating]) -> Codes:
     largest = np.abs(features).max(axis=1, keepdims=True, initial=0)
     numbers = np.round(features * (127 / np.maximum(largest, np.finfo(np.float32).tiny)))
     return np.asarray(numbers, dtype=np.int8)
+
+
+def _furthest(known: Codes, last: Features) -> float:
+    """Of the last K known pictures, (K, D) of unit length, the distance of the one that is furthest from all others.
+
+    No bound beyond it, as Novelty.of has one for few: on four sets that let in up to 0.7 of pictures of other sets.
+    """
+    if len(last) < 2:
+        return 0.0
+    found = _similarities(known, _lengths(known.astype(np.float32)), last)
+    np.fill_diagonal(found[:, -len(last) :], -1.0)
+    return float(1 - found.max(axis=1).min())
 
 
 def _similarities(known: Codes, lengths: NDArray[np.float32], pictures: Features) -> Features:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from app.vision import reference
 from app.vision.reference import (
@@ -257,9 +258,22 @@ def test_new_class_stands_beside_the_others() -> None:
     assert after.labels[:, 0].tolist() == [0, 1, 0, 1, 0, 1, 2, 2, 2]
     assert after.images == [*before.images, None, None, None]
     assert after.errors[0].tolist() == [0.25, 0.75]
-    assert after.novelty == before.novelty
     nearest = after.nearest(after.similarities(shots[1]), 1)[0]
     assert (nearest.labels, nearest.image) == ((2,), None)
+
+
+def test_what_counts_as_known_goes_as_far_as_the_new_pictures_lie_apart() -> None:
+    known = np.eye(8)[:2].repeat(3, axis=0)
+    before = replace(made(images=6, classes=2), codes=coded(known), novelty=Novelty(typical=0.01, limit=0.05))
+    close, apart = np.eye(8)[[2, 2, 2]], np.eye(8)[[2, 2, 3]] + 0.5 * np.eye(8)[[4, 4, 4]]
+
+    def limit(shots: NDArray[np.floating]) -> float:
+        labels = np.full((len(shots), 1), 2)
+        return before.extended(shots, labels, probability_of_true=[None]).novelty.limit
+
+    assert limit(close) == 0.05
+    assert limit(apart) == pytest.approx(0.8, abs=0.01)  # the third one's cosine to the first two is 0.25 / 1.25
+    assert limit(apart[2:]) == 0.05  # one alone says nothing
 
 
 def test_names_are_kept_in_one_block_and_read_like_any_sequence() -> None:
