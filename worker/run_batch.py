@@ -216,15 +216,17 @@ def _rows(model: OfflineModel, batch: Sequence[_Prepared], top_k: int) -> list[R
     return [
         _refused(file.path, file.pixels)
         if isinstance(file.pixels, ImageRefused)
-        else _told(file.path, next(scores), top_k)
+        else _told(file.path, model, next(scores), top_k)
         for file in batch
     ]
 
 
-def _told(path: str, scores: Scores, top_k: int) -> Row:
+def _told(path: str, model: OfflineModel, scores: Scores, top_k: int) -> Row:
     """As in an answer of /predict, with the path in place of a file name."""
     tasks = {name: of_task.told(top_k) for name, of_task in scores.tasks.items()}
-    return {"path": path, **scores.told(top_k)} | ({"tasks": tasks} if tasks else {})
+    found = model.insight(scores)
+    strange = {"in_distribution": found.in_distribution, "ood_score": found.ood_score} if found else {}
+    return {"path": path, **scores.told(top_k)} | ({"tasks": tasks} if tasks else {}) | strange
 
 
 def _refused(path: str, refusal: ImageRefused) -> Row:

@@ -2,7 +2,6 @@
 away again when there are too many or they are too old. Knows no requests.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,10 +12,12 @@ from sqlalchemy.orm import Session
 from app import holdings, predictions
 from app.api.schemas import Prediction
 from app.clock import PatientClock
+from app.datasets.manifest import digest_of
 from app.db.engine import Database
 from app.db.tables import new_id
 from app.errors import FieldError, Forbidden, TooLarge
 from app.predictions import Kept, picture_key
+from app.serving.scores import Scores
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.workspaces import Workspace
@@ -46,21 +47,22 @@ class Shelf:
         workspace: Workspace,
         model_id: str,
         alias: str | None,
-        answered: Sequence[tuple[bytes, Prediction]],
+        answered: Sequence[tuple[bytes, Scores, Prediction]],
     ) -> list[Prediction]:
-        """The predictions with ids, kept together with their encoded pictures: all of them, or none.
+        """The predictions with ids, kept together with their encoded pictures and what the model itself said: all of
+        them, or none.
 
         Raises TooLarge for more bytes than are ever kept, StorageFull, TooManyRequests where the workspace's quota has
         no room, and NotFound if the model was just deleted.
         """
-        size_bytes = sum(len(picture) for picture, _ in answered)
+        size_bytes = sum(len(picture) for picture, _, _ in answered)
         if size_bytes > self.settings.max_stored_prediction_bytes:
             raise TooLarge("The pictures are more than this server keeps; send the request without store.")
         self.storage.check_room(size_bytes)
-        kept = [_kept(picture, prediction) for picture, prediction in answered]
+        kept = [_kept(*one) for one in answered]
         keys = [picture_key(one.id) for one in kept]
         with self.storage.announced(*keys, is_wanted=partial(holdings.has_row, self.database)):
-            for key, (picture, _) in zip(keys, answered, strict=True):
+            for key, (picture, _, _) in zip(keys, answered, strict=True):
                 with self.storage.staging() as staged:
                     staged.write_bytes(picture)
                     self.storage.publish(staged, key)
@@ -70,7 +72,7 @@ class Shelf:
                 gone = self._forget_old(session)
         self._delete_pictures(gone)
         return [
-            prediction.model_copy(update={"id": one.id}) for one, (_, prediction) in zip(kept, answered, strict=True)
+            prediction.model_copy(update={"id": one.id}) for one, (_, _, prediction) in zip(kept, answered, strict=True)
         ]
 
     def expire(self) -> None:
@@ -88,13 +90,12 @@ class Shelf:
             self.storage.delete(picture_key(prediction_id))
 
 
-def _kept(picture: bytes, prediction: Prediction) -> Kept:
-    tasks = prediction.tasks or {}
+def _kept(picture: bytes, own: Scores, prediction: Prediction) -> Kept:
     return Kept(
         id=new_id("prd"),
         filename=prediction.filename,
         size_bytes=len(picture),
-        sha256=hashlib.sha256(picture).hexdigest(),
-        predicted={name: task.label for name, task in tasks.items()} or {"": prediction.label},
+        sha256=digest_of(picture),
+        predicted=own.labels,  # and not what a copy of it said that was tuned to the picture
         answer=prediction.model_dump(mode="json", include={"label", "score", "top", "tasks"}),
     )

@@ -117,7 +117,7 @@ async def answered(request: Request, services: Services) -> Predictions:
     ]
     if options.store:
         alias = None if name == loaded.id else name
-        predictions = await run_in_threadpool(_kept, services, loaded.id, alias, asked.pictures, predictions)
+        predictions = await run_in_threadpool(_kept, services, loaded.id, alias, results, predictions)
     return Predictions(model=loaded.id, coverage=coverage_of(loaded, options), predictions=predictions)
 
 
@@ -159,14 +159,14 @@ def _kept(
     services: Services,
     model_id: str,
     alias: str | None,
-    pictures: Sequence[Picture],
+    results: Results,
     predictions: Sequence[Prediction | FailedPrediction],
 ) -> list[Prediction | FailedPrediction]:
     """The same, those of readable pictures with the id under which they are kept."""
     answered = [
-        (picture.encoded, prediction)
-        for picture, prediction in zip(pictures, predictions, strict=True)
-        if isinstance(prediction, Prediction) and isinstance(picture.encoded, bytes)
+        (picture.encoded, own, prediction)
+        for (picture, own), prediction in zip(results, predictions, strict=True)
+        if isinstance(prediction, Prediction) and isinstance(picture.encoded, bytes) and isinstance(own, Scores)
     ]
     kept = iter(services.shelf.keep(services.workspace, model_id, alias, answered))
     return [next(kept) if isinstance(prediction, Prediction) else prediction for prediction in predictions]

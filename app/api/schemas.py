@@ -329,7 +329,9 @@ class Promotion(Schema):
     reason: str
     incumbent: str | None = Field(description="The default at that time.")
     images: int | None = Field(description="Validation images, new to both, that they were compared on.")
-    candidate_right_only: int | None = Field(description="Images that this model alone got right.")
+    candidate_right_only: int | None = Field(
+        description="Images that this model alone got right; of several tasks, those of which it got more labels right."
+    )
     incumbent_right_only: int | None
     p_value: float | None = Field(description="One-sided exact McNemar test; below 0.05 it is better beyond chance.")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from app.serving.engines import in_parts
+from app.serving.insight import Insight, insight
 from app.serving.loaded import LoadedModel, Network, open_built_engine, read_model
 from app.serving.scores import Scores
 from app.settings import ServingEngine
@@ -65,3 +66,8 @@ class OfflineModel:
         features = in_parts(self._model.engine, torch.stack(list(prepared)), self._pool)
         rows = self._model.probabilities(features).tolist()
         return [Scores.of(row, self._model.outputs, features=seen) for row, seen in zip(rows, features, strict=True)]
+
+    def insight(self, scores: Scores) -> Insight | None:
+        """How strange the picture is; None of a model without statistics."""
+        reference = self._model.reference
+        return insight(scores, reference, self._model.outputs) if reference else None

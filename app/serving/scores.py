@@ -48,6 +48,11 @@ class Scores:
         """The most probable class's place; of equals the first one's."""
         return max(range(len(self.values)), key=lambda i: self.values[i])
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """The best class's name by task; by "" where the model tells one thing."""
+        return {task: scores.classes[scores.best] for task, scores in (self.tasks or {"": self}).items()}
+
     def told(self, top_k: int) -> dict[str, Any]:
         """As an answer says it: the best class, and the best ones."""
         top = [{"label": label, "score": score} for label, score in self.top(top_k)]

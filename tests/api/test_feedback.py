@@ -13,11 +13,13 @@ import pytest
 from api_builders import CLASSES, RunningServer, assert_is_problem
 
 from app import access, holdings, predictions, workspaces
+from app.api.schemas import Prediction
 from app.datasets.ingest import manifest_key
 from app.datasets.manifest import Manifest
 from app.db.tables import PredictionRow, utc_now
 from app.jobs import owner, queue
 from app.jobs.states import JobKind
+from app.serving.scores import Scores
 from app.vision.evaluate import wilson_interval
 from worker.child import run
 from worker.reporter import Reporter
@@ -70,6 +72,21 @@ def ready_dataset(server: RunningServer, client: httpx.Client, files: dict[str, 
     dataset: dict[str, Any] = client.put("/v1/datasets?name=pets", content=archive).json()
     ingested(server)
     return dataset
+
+
+def test_what_counts_as_said_is_the_models_own_word_and_not_a_copys(
+    server: RunningServer, client: httpx.Client, model: str
+) -> None:
+    own = Scores(CLASSES, [0.6, 0.4])
+    answered = Prediction.model_validate(kept(client)[0] | {"id": None, "label": CLASSES[1], "score": 0.9})
+    services = server.services
+
+    (one,) = services.shelf.keep(services.workspace, model, "default", [(PICTURE, own, answered)])
+
+    assert one.id is not None
+    assert client.get(f"/v1/predictions/{one.id}").json()["label"] == CLASSES[1]
+    assert say(client, one.id, CLASSES[0]).status_code == 200
+    assert client.get(f"/v1/models/{model}/feedback").json()["right"] == 1
 
 
 def test_nothing_is_kept_unless_it_is_asked_for(server: RunningServer, client: httpx.Client, model: str) -> None:

@@ -4,7 +4,7 @@ from math import comb
 
 import pytest
 
-from worker.training.compare import Predictions, is_promotable, mcnemar_p_value, pair
+from worker.training.compare import Predictions, is_promotable, mcnemar_p_value, of_task, pair
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,18 @@ def test_only_images_on_which_the_two_differ_are_counted() -> None:
     incumbent = {"a": "cat", "b": "dog", "c": "cat", "d": "fox"}
     found = pair(true, candidate, incumbent)
     assert (found.images, found.candidate_right_only, found.incumbent_right_only) == (4, 1, 1)
+
+
+def test_labels_of_one_image_are_one_toss() -> None:
+    true = {of_task(image, task): "cat" for image in "abcd" for task in ("animal", "place")}
+    candidate = {**true, of_task("d", "place"): "dog"}
+    incumbent = {**true, **{of_task(image, task): "fox" for image in "ab" for task in ("animal", "place")}}
+    incumbent[of_task("c", "place")] = "fox"
+
+    found = pair(true, candidate, incumbent)
+
+    assert (found.images, found.candidate_right_only, found.incumbent_right_only) == (4, 3, 1)
+    assert pair(true, true, incumbent).p_value == pytest.approx(1 / 8)  # and not 1/32, as of five
 
 
 def test_a_candidate_wins_only_beyond_chance_and_ties_go_where_the_caller_says() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import builders
+import numpy as np
 import pytest
 import torch
 from queue_builders import claim_next, find, submit
@@ -26,6 +27,7 @@ from app.vision.decoding import Decoders
 from app.vision.images import ImageLimits
 from app.vision.outputs import Output
 from app.vision.preprocessing import Preprocessing
+from app.vision.reference import Reference
 from worker import run_batch
 from worker.batch_results import Parts
 from worker.reporter import Reporter, ShuttingDown
@@ -49,13 +51,22 @@ def run(database: Database, storage: LocalStorage) -> Run:
 
 
 def model(storage: LocalStorage, *, classes: list[str] = CLASSES, tasks: list[Output] | None = None) -> str:
-    model_id = new_id("mdl")
     outputs = sum(len(task.classes) for task in tasks) if tasks else len(classes)
     network = Classifier.new("squeezenet1_1", outputs, seed=0).eval()
+    return published(storage, Artifact(network, classes, SMALL, temperature=1.5, tasks=tasks or []))
+
+
+def published(storage: LocalStorage, made: Artifact) -> str:
+    model_id = new_id("mdl")
     with storage.staging() as folder:
-        artifact.save(folder, Artifact(network, classes, SMALL, temperature=1.5, tasks=tasks or []))
+        artifact.save(folder, made)
         storage.publish(folder, f"models/{model_id}")
     return model_id
+
+
+def opened(storage: LocalStorage, model_id: str) -> OfflineModel:
+    decoders = Decoders.trusting(ImageLimits.from_settings(SETTINGS))
+    return OfflineModel.open(storage, model_id, device=torch.device("cpu"), decoders=decoders, policy="torch")
 
 
 def claimed_batch(
@@ -133,19 +144,37 @@ def test_each_file_becomes_a_row_in_the_order_of_the_archive(
 def test_scores_are_those_of_each_picture_alone(database: Database, storage: LocalStorage, run: Run) -> None:
     model_id = model(storage)
     claim = claimed_batch(database, storage, FILES, model_id=model_id)
-    alone = OfflineModel.open(
-        storage,
-        model_id,
-        device=torch.device("cpu"),
-        decoders=Decoders.trusting(ImageLimits.from_settings(SETTINGS)),
-        policy="torch",
-    )
+    alone = opened(storage, model_id)
 
     run(claim)
 
     for row in results(database, storage, claim)[0]:
         [scores] = alone.scores([alone.prepare(FILES[row["path"]])])
         assert row["score"] == pytest.approx(max(scores.values), abs=1e-5)
+
+
+def test_rows_say_of_strange_pictures_what_predict_says(database: Database, storage: LocalStorage, run: Run) -> None:
+    plain = model(storage)
+    offline = opened(storage, plain)
+    scores = offline.scores([offline.prepare(picture) for picture in FILES.values()])
+    features = torch.stack([one.features for one in scores if one.features is not None]).numpy()
+    with_reference = artifact.load(storage.path(f"models/{plain}"))
+    with_reference.reference = Reference.fit(
+        features[:20],
+        np.zeros(20, dtype=np.int64),
+        [None] * 20,
+        held_out=features[20:],
+        probability_of_true=[np.full(20, 0.5)],
+    )
+    model_id = published(storage, with_reference)
+    black = builders.encoded(np.zeros((64, 64, 3), dtype=np.uint8))
+    claim = claimed_batch(database, storage, FILES | {"black.png": black}, model_id=model_id)
+
+    run(claim)
+
+    *rows, strange = results(database, storage, claim)[0]
+    assert all(row["in_distribution"] and row["ood_score"] < 0.1 for row in rows[:20])
+    assert (strange["in_distribution"], strange["ood_score"] > 0.5) == (False, True)
 
 
 def test_model_of_several_tasks_tells_all_of_them(database: Database, storage: LocalStorage, run: Run) -> None:

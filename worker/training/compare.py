@@ -4,6 +4,7 @@ Pure arithmetic on what two models said of labelled images; where their answers 
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -70,7 +71,10 @@ def without_task(digest: str) -> str:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same images. p_value: how often a candidate that is no better does at least as well."""
+    """Two models on the same images. Of an image with several labels, who gets more of them right counts as right.
+
+    p_value: how often a candidate that is no better does at least as well.
+    """
 
     images: int
     candidate_right_only: int
@@ -79,11 +83,14 @@ class Paired:
 
 
 def pair(true: Mapping[str, str], candidate: Mapping[str, str], incumbent: Mapping[str, str]) -> Paired:
-    """Classes by image: what is true, and what either model says, for each image of `true`."""
-    right = [(candidate[image] == name, incumbent[image] == name) for image, name in true.items()]
-    candidate_only = sum(ours and not theirs for ours, theirs in right)
-    incumbent_only = sum(theirs and not ours for ours, theirs in right)
-    return Paired(len(right), candidate_only, incumbent_only, mcnemar_p_value(candidate_only, incumbent_only))
+    """Classes by image, or by image and task: what is true, and what either model says, for all of `true`."""
+    # By image: one that is hard is hard in all that is asked of it, so that its labels are no tosses of their own.
+    ahead: Counter[str] = Counter()
+    for digest, name in true.items():
+        ahead[without_task(digest)] += (candidate[digest] == name) - (incumbent[digest] == name)
+    candidate_only = sum(labels > 0 for labels in ahead.values())
+    incumbent_only = sum(labels < 0 for labels in ahead.values())
+    return Paired(len(ahead), candidate_only, incumbent_only, mcnemar_p_value(candidate_only, incumbent_only))
 
 
 def mcnemar_p_value(candidate_only: int, incumbent_only: int) -> float:
