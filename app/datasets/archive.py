@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from app.errors import ArchiveRefused, TooLarge
+from app.errors import ArchiveRefused, TooLarge, has_control_characters
 from app.settings import Settings
 
 MAX_NAME_BYTES = 1024
@@ -143,7 +143,6 @@ class _Names:
 
 
 _DRIVE = re.compile(r"[A-Za-z]:")
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def safe_path(name: str) -> str:
@@ -157,7 +156,7 @@ def safe_path(name: str) -> str:
             raise _unsafe(name, "mixes slashes and backslashes")
         name = name.replace("\\", "/")
     # "Icon\r" is what the macOS Finder calls a folder's icon.
-    if _CONTROL_CHARACTERS.search(name.removesuffix("Icon\r")):
+    if has_control_characters(name.removesuffix("Icon\r")):
         raise _unsafe(name, "has control characters in its name")
     if name.startswith("/"):
         raise _unsafe(name, "has an absolute path")
@@ -177,6 +176,12 @@ def shown(name: str) -> str:
     """A caller's file name, quoted and escaped, short enough for a message."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
     return f'"{text if len(text) <= 120 else text[:60] + "…" + text[-59:]}"'
+
+
+def listed_path(path: str) -> str:
+    """A path for the report, as it is where a member may have it; what else a table names, as `shown` has it."""
+    is_too_long = len(path.encode(errors="surrogatepass")) > MAX_NAME_BYTES
+    return shown(path) if is_too_long or has_control_characters(path) else path
 
 
 def _unsafe(name: str, why: str) -> ArchiveRefused:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from app.datasets.archive import shown
+from app.datasets.archive import listed_path, shown
 from app.datasets.manifest import Split, Task
 from app.errors import ArchiveRefused
 
@@ -413,7 +413,7 @@ class _Labelling:
             picture = self._picture(row, path, folder_split)
             self._check(picture)
         except _UnusableRow as reason:
-            self._rejected[path] = Rejected(path, str(reason))
+            self._rejected[path] = Rejected(listed_path(path), str(reason))
             self._pictures.pop(path, None)
         else:
             self._pictures[path] = picture

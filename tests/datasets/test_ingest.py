@@ -1,6 +1,7 @@
 """From an archive to pixels, split and report; broken pictures are listed, and nothing half done stays behind."""
 
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -164,6 +165,15 @@ def test_broken_pictures_are_left_out_with_a_reason_each(ingested: Ingested, sto
         ("notes.txt", "not a picture: JPEG, PNG and WebP are read"),
     ]
     assert not {record.path for record in manifest(storage).records} & {each["path"] for each in report.rejected}
+
+
+def test_report_can_be_sent_whatever_a_table_names(ingested: Ingested) -> None:
+    files = class_folders(4)
+    rows = [{"file_name": path, "label": path[:3]} for path in files]
+    rows.append({"file_name": "\ud800.jpg", "label": "cat"})
+    report = ingested(files | {"metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()})
+    assert report.rejected == [{"path": '"\\ud800.jpg"', "reason": "in the table, but not in the archive"}]
+    assert json.dumps(asdict(report), ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize("readable", [0, 1])

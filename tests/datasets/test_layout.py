@@ -236,6 +236,19 @@ def test_rows_and_pictures_that_do_not_meet_are_listed() -> None:
     }
 
 
+def test_paths_that_no_member_can_have_are_listed_short_and_escaped() -> None:
+    long = [f"{i}{'x' * 900_000}.jpg" for i in range(3)]
+    rows = [{"file_name": path, "label": "cat"} for path in ("\ud800.jpg", "a\u2028b.jpg", "é" * 513, *long)]
+    rows += [{"file_name": image, "label": label} for image, (label, _) in LABELLED.items()]
+    layout = found(*IMAGES, metadata__jsonl="\n".join(map(json.dumps, rows)))
+    assert list(left_out(layout)) == [
+        '"\\ud800.jpg"',
+        '"a\\u2028b.jpg"',
+        f'"{"é" * 60}…{"é" * 59}"',
+        *(f'"{i}{"x" * 59}…{"x" * 55}.jpg"' for i in range(3)),
+    ]
+
+
 TWO_TASKS = [
     {"labels__csv": "filename,label:colour,label:shape\n1.jpg,red,\n2.jpg,red,round\n3.jpg,blue,flat\n"
      "4.jpg,blue,round\n5.jpg,,flat\n6.jpg,,\n"},
