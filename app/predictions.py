@@ -15,7 +15,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.db.tables import ModelRow, PredictionRow, utc_now
-from app.errors import Conflict, FieldError, InvalidRequest, NotFound, listed
+from app.errors import Conflict, FieldError, InvalidRequest, NotFound, has_control_characters, listed
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,15 @@ def _model(session: Session, model_id: str) -> ModelRow | None:
 
 def _checked(label: str, classes: Sequence[str], *, is_new_class: bool) -> str:
     """The label as class names are written. Raises InvalidRequest."""
-    label = unicodedata.normalize("NFC", label).strip()
+    written = unicodedata.normalize("NFC", label)
+    label = written if written in classes else written.strip()  # a class may have blanks around its name
     if label in classes:
         return label
-    twin = next((name for name in classes if name.casefold() == label.casefold()), None)
-    if not label or not label.isprintable() or twin is not None:
-        said = f"differs from the class {twin!r} only in case" if twin else "has no or unprintable characters"
+    twin = next((name for name in classes if name.strip().casefold() == label.casefold()), None)
+    if not label or has_control_characters(label) or twin is not None:
+        said = (
+            f"differs from the class {twin!r} only in case or blanks" if twin else "is empty or has control characters"
+        )
         raise InvalidRequest(f"The label {said}.", errors=[FieldError("#/label", said)])
     if not is_new_class:
         raise InvalidRequest(

@@ -17,7 +17,7 @@ from app.api.schemas import ClassRequest, Model
 from app.api.services import Services
 from app.datasets.layout import folded
 from app.db.tables import ModelRow
-from app.errors import Conflict, FieldError, InvalidRequest
+from app.errors import Conflict, FieldError, InvalidRequest, has_control_characters
 from app.serving.extension import extend
 from app.vision import artifact
 from app.vision.artifact import Support
@@ -96,8 +96,8 @@ def _publish(services: Services, parent: _Parent, new: _NewClass) -> Model:
 
 def _name(body: PictureBody) -> str:
     name = unicodedata.normalize("NFC", str(body.fields.get("name") or "")).strip()
-    if not name or not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:
-        detail = f"is required: the new class's name, 1 to {MAX_NAME_CHARACTERS} printable characters"
+    if not name or has_control_characters(name) or len(name) > MAX_NAME_CHARACTERS:
+        detail = f"is required: the new class's name, 1 to {MAX_NAME_CHARACTERS} characters, no control characters"
         raise InvalidRequest(f"name {detail}.", errors=[FieldError("#/name", detail)])
     return name
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from app.datasets.archive import listed_path, shown
 from app.datasets.manifest import Split, Task
-from app.errors import ArchiveRefused
+from app.errors import ArchiveRefused, has_control_characters
 
 MIN_CLASSES = 2
 MIN_PICTURES_PER_CLASS = 2  # one to train on, one to validate on
@@ -388,7 +388,7 @@ def _task_names(rows: Iterable[_Row]) -> list[str]:
     if "" in names and len(names) > 1:
         raise _UnusableTable("it gives one label to some pictures, and labels of several tasks to others")
     for name in names:
-        if not name.isprintable() or len(name) > MAX_CLASS_NAME_CHARACTERS:
+        if has_control_characters(name) or len(name) > MAX_CLASS_NAME_CHARACTERS:
             raise _UnusableTable("a task's name is too long or has control characters")
     return names
 
@@ -448,7 +448,7 @@ class _Labelling:
     def _class_name(label: str | None) -> str:
         if label is None:
             return ""
-        if not label.isprintable():
+        if has_control_characters(label):
             raise _UnusableRow("its label has control characters")
         return unicodedata.normalize("NFC", label)
 
@@ -556,7 +556,8 @@ def _jsonl_rows(table: str, lines: _Lines) -> Iterator[_Row]:
         path = _text(row.get("file_name", row.get("filename")))
         labels = row["label"] if isinstance(row["label"], dict) else {"": row["label"]}
         named = {name.strip().casefold(): _text(label) for name, label in labels.items()}
-        yield _Row(path, named, _text(row.get("split")), "split" in row)
+        split = (_text(row.get("split")) or "").strip() or None
+        yield _Row(path, named, split, "split" in row)
 
 
 def _label_columns(header: Sequence[str]) -> dict[str, int]:
@@ -570,7 +571,5 @@ def _label_columns(header: Sequence[str]) -> dict[str, int]:
 
 
 def _text(value: object) -> str | None:
-    """A JSON value as a name: text and whole numbers only."""
-    if isinstance(value, str | int):
-        return str(value).strip() or None
-    return None
+    """A JSON value as a name: text and whole numbers only. Blanks around it count, as in the name of a folder."""
+    return str(value) or None if isinstance(value, str | int) else None

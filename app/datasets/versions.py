@@ -85,9 +85,9 @@ def write_version(
             tick(min(member.position / size_bytes, 1.0))
             record = records.get(member.path)
             if record is not None:
-                path = _table_path(record)
-                packed.writestr(path, content)
-                rows.append({"file_name": path, "split": record.split, "label": _label(_named(record, manifest))})
+                packed.writestr(record.path, content)
+                label = _label(_named(record, manifest))
+                rows.append({"file_name": record.path, "split": record.split, "label": label})
         for each in additions:
             path = f"{folder}/{each.name}"
             packed.write(each.picture, path)
@@ -95,20 +95,14 @@ def write_version(
         packed.writestr(TABLE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _named(record: Record, manifest: Manifest) -> dict[str, str]:
-    """Labels by task, those that are known."""
-    labels = record.labels or [record.label]
-    pairs = zip(manifest.each_task, labels, strict=True)
-    return {task.name: task.classes[label] for task, label in pairs if label != UNLABELLED}
+def _named(record: Record, manifest: Manifest) -> dict[str, str | None]:
+    """Labels by task, None for those that are not known: tasks keep the order in which a table first names them."""
+    pairs = zip(manifest.each_task, record.labels or [record.label], strict=True)
+    return {task.name: None if label == UNLABELLED else task.classes[label] for task, label in pairs}
 
 
-def _label(labels: Mapping[str, str]) -> str | dict[str, str]:
+def _label(labels: Mapping[str, str | None]) -> str | dict[str, str | None] | None:
     return labels[""] if "" in labels else dict(labels)
-
-
-def _table_path(record: Record) -> str:
-    """The path, unless a table cannot say it: blanks around a name are not read there."""
-    return record.path if record.path == record.path.strip() else f"renamed/{record.image_id}"
 
 
 def _unused(folder: str, records: Mapping[str, Record]) -> str:

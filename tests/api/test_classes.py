@@ -138,7 +138,11 @@ def test_a_shot_is_measured_by_the_prototype_of_the_others(server: RunningServer
     assert parent.classifier.head.out_features == len(CLASSES)
 
 
-@pytest.mark.parametrize("name", ["", "  ", "a\nb", "x" * 256])
+def test_a_name_may_hold_blanks_and_joiners_of_every_script(client: httpx.Client, model: str) -> None:
+    assert add(client, model, name="葉\u3000桜 👩\u200d🌾").json()["classes"][-1] == "葉\u3000桜 👩\u200d🌾"
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\nb", "a\u2028b", "x" * 256])
 def test_a_name_that_is_none_is_refused(client: httpx.Client, model: str, name: str) -> None:
     problem = assert_is_problem(add(client, model, name=name), 422, "invalid-request")
     assert [error["pointer"] for error in problem["errors"]] == ["#/name"]

@@ -182,6 +182,12 @@ def test_feedback_is_the_last_word(client: httpx.Client, model: str) -> None:
     assert (found["label"], found["tasks"], found["created_at"][-1]) == ("dog", None, "Z")
 
 
+@pytest.mark.parametrize("label", ["à\u00a0la carte", "葉\u3000桜", "می\u200cخواهم", "👩\u200d🌾"])
+def test_label_may_hold_blanks_and_joiners_of_every_script(client: httpx.Client, model: str, label: str) -> None:
+    [told] = kept(client)
+    assert say(client, told["id"], label, new_class=True).json()["feedback"]["label"] == label
+
+
 @pytest.mark.parametrize(
     ("body", "pointer"),
     [
@@ -190,6 +196,8 @@ def test_feedback_is_the_last_word(client: httpx.Client, model: str) -> None:
         ({"label": "CAT", "new_class": True}, "#/label"),
         ({"label": "   ", "new_class": True}, "#/label"),
         ({"label": "a\nb", "new_class": True}, "#/label"),
+        ({"label": "a\u2028b", "new_class": True}, "#/label"),
+        ({"label": "\u3000", "new_class": True}, "#/label"),
         ({"label": "x" * 256, "new_class": True}, "#/label"),
         ({"label": ""}, "#/label"),
         ({"label": 7}, "#/label"),
@@ -374,7 +382,8 @@ def test_next_version_has_the_same_validation_and_trains_on_the_feedback(
 
 
 def test_version_of_several_tasks_keeps_all_of_their_labels(server: RunningServer, client: httpx.Client) -> None:
-    dataset = ready_dataset(server, client, builders.two_tasks(16, without={3: "light"}))
+    # The first picture of the archive lacks a label of the first task, which stays the first.
+    dataset = ready_dataset(server, client, builders.two_tasks(16, without={0: "colour", 3: "light"}))
     with server.services.database.write() as session:
         session.add(_of_dataset(dataset["id"], {"colour": "blue"}))
     server.services.storage.path("predictions").mkdir()
@@ -402,21 +411,32 @@ def manifest_of(server: RunningServer, dataset_id: str) -> Manifest:
     return Manifest.read(server.services.storage.path(manifest_key(dataset_id)))
 
 
-def test_paths_that_no_table_can_say_are_renamed(server: RunningServer, client: httpx.Client) -> None:
-    blank_at_the_end = {f"{path} " if path.endswith("/0.jpg") else path: content for path, content in PETS.items()}
-    taken = {f"feedback/{i}.jpg": builders.jpeg(900 + i) for i in range(6)}
-    dataset = ready_dataset(server, client, blank_at_the_end | taken)
-    api_builders.register_model(server.services, dataset_id=dataset["id"])
-    say(client, kept(client)[0]["id"], "cat")
+def test_version_has_the_same_classes_and_paths_however_they_are_named(
+    server: RunningServer, client: httpx.Client
+) -> None:
+    classes = ("daisy ", " rose", "à\u00a0la carte", "桜\u3000", "می\u200cخواهم", "👩\u200d🌾", "feedback", " ")
+    files = builders.class_folders(4, classes=classes)
+    blank_at_the_end = {f"{path} " if path.endswith("/0.jpg") else path: content for path, content in files.items()}
+    dataset = ready_dataset(server, client, blank_at_the_end)
+    model = api_builders.register_model(server.services, dataset_id=dataset["id"])
+    with server.services.database.write() as session:
+        row = predictions._model(session, model)
+        assert row is not None
+        row.classes = list(classes)
+    told = kept(client, PICTURE, OTHER)
+    assert say(client, told[0]["id"], "daisy ").json()["feedback"]["label"] == "daisy "
+    assert say(client, told[1]["id"], " feedback ").json()["feedback"]["label"] == "feedback"
+    twin = say(client, told[1]["id"], "daisy", new_class=True)
+    assert "'daisy '" in assert_is_problem(twin, 422, "invalid-request")["detail"]
 
     version = client.post(f"/v1/datasets/{dataset['id']}/versions").json()
     ingested(server)
 
     before, after = manifest_of(server, dataset["id"]), manifest_of(server, version["id"])
-    assert {record.digest for record in before.records} < {record.digest for record in after.records}
-    assert len(after.records) == len(before.records) + 1
-    assert sum(record.path.startswith("renamed/img_") for record in after.records) == 2
-    assert [record.split for record in after.records if record.path.startswith("feedback-2/")] == ["train"]
+    assert after.classes == before.classes == sorted(classes)
+    labels = {record.path: after.classes[record.label] for record in after.records}
+    new = {f"feedback-2/{told[0]['id']}.jpg": "daisy ", f"feedback-2/{told[1]['id']}.jpg": "feedback"}
+    assert labels == {record.path: before.classes[record.label] for record in before.records} | new
 
 
 def test_versions_need_a_ready_data_set_and_feedback(server: RunningServer, client: httpx.Client, model: str) -> None:

@@ -280,6 +280,40 @@ def test_table_with_several_label_columns_names_several_tasks_and_labels_may_lac
     assert left_out(layout) == {"6.jpg": "the table gives it no label"}
 
 
+ODD_BLANKS = ("à\u00a0la carte", "桜\u3000", "می\u200cخواهم", "👩\u200d🌾")
+
+
+@pytest.mark.parametrize("label", ODD_BLANKS)
+def test_labels_and_tasks_may_hold_blanks_and_joiners_of_every_script(label: str) -> None:
+    labels = (label, label, "dog", "dog")
+    rows = "".join(f"{image},{name},{name}\n" for image, name in zip(IMAGES, labels, strict=True))
+    layout = found(*IMAGES, labels__csv=f"filename,label:{label},label:b\n{rows}")
+    assert [task.name for task in layout.tasks] == [label.strip(), "b"]
+    assert layout.classes == sorted([label.strip(), "dog"])
+
+
+@pytest.mark.parametrize("label", ["a\x00b", "a\x85b", "a\u2028b", "a\ud800b"])
+def test_labels_and_tasks_with_control_characters_are_told(label: str) -> None:
+    rows = [{"file_name": image, "label": name} for image, (name, _) in LABELLED.items()]
+    layout = found(*IMAGES, "5.jpg", metadata__jsonl="\n".join(map(json.dumps, [*rows, row(label)])))
+    assert left_out(layout) == {"5.jpg": "its label has control characters"}
+    error = refusal(*IMAGES, "5.jpg", metadata__jsonl=json.dumps(row({label: "a", "b": "c"})))
+    assert "a task's name is too long or has control characters" in error.detail
+
+
+def row(label: object) -> dict[str, object]:
+    return {"file_name": "5.jpg", "label": label}
+
+
+@pytest.mark.parametrize("blank", [" ", "\u00a0", "\u3000"])
+def test_blanks_around_a_text_count_in_json_and_not_in_csv(blank: str) -> None:
+    labels = {"1.jpg": f"cat{blank}", f"2.jpg{blank}": f"cat{blank}", "3.jpg": blank, "4.jpg": blank}
+    rows = [json.dumps({"file_name": path, "label": label}, ensure_ascii=False) for path, label in labels.items()]
+    in_json = found(*labels, metadata__jsonl="\n".join(rows))
+    assert {path: name for path, (name, _) in placed(in_json).items()} == labels
+    assert placed(found(*IMAGES, labels__csv=LABELS.replace(",cat", f",{blank}cat{blank}"))) == LABELLED
+
+
 def test_one_named_task_alone_is_a_plain_label() -> None:
     table = "filename,label:kind,label_id\n1.jpg,a,0\n2.jpg,a,0\n3.jpg,b,1\n4.jpg,b,1\n"
     layout = found("1.jpg", "2.jpg", "3.jpg", "4.jpg", labels__csv=table)
