@@ -130,13 +130,13 @@ def count(session: Session, model_id: str) -> int:
 def with_feedback(
     session: Session, dataset_ids: Collection[str], *, model_id: str | None = None
 ) -> list[PredictionRow]:
-    """Those by models of these data sets, or by one of them, oldest first."""
+    """Those by models of these data sets, or by one of them, in the order in which their feedback was given."""
     query = select(PredictionRow).where(
         PredictionRow.dataset_id.in_(dataset_ids), PredictionRow.feedback_at.is_not(None)
     )
     if model_id is not None:
         query = query.where(PredictionRow.model_id == model_id)
-    return list(session.scalars(query.order_by(PredictionRow.seq)))
+    return list(session.scalars(query.order_by(PredictionRow.feedback_at, PredictionRow.seq)))
 
 
 def delete(session: Session, prediction_id: str) -> None:

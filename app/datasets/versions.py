@@ -8,7 +8,7 @@ import json
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,13 +40,18 @@ class Chosen:
 
 
 def choose(manifest: Manifest, additions: Iterable[Addition]) -> Chosen:
-    """Those that the data set does not hold yet, each picture once, its last label; without classes too small to train.
+    """Those that the data set does not hold yet, each picture once, for each task with its last label; without classes
+    too small to train. additions: in the order in which their labels were said.
 
     A picture that is there already stays what it is: one of validation must not be trained on.
     """
     here = {record.digest for record in manifest.records}
     tasks = {task.name: frozenset(task.classes) for task in manifest.each_task}
-    found = {each.sha256: each for each in additions if each.sha256 not in here}
+    found: dict[str, Addition] = {}
+    for each in additions:
+        if each.sha256 not in here:
+            said_before = found[each.sha256].labels if each.sha256 in found else {}
+            found[each.sha256] = replace(each, labels={**said_before, **each.labels})
     counts = Counter(pair for each in found.values() for pair in each.labels.items())
     lonely = {
         (task, label)
@@ -57,7 +62,7 @@ def choose(manifest: Manifest, additions: Iterable[Addition]) -> Chosen:
     for each in found.values():
         labels = {task: label for task, label in each.labels.items() if task in tasks and (task, label) not in lonely}
         if labels:
-            chosen.append(Addition(each.name, each.picture, each.sha256, labels))
+            chosen.append(replace(each, labels=labels))
     return Chosen(chosen, sorted({label for _, label in lonely}))
 
 

@@ -439,6 +439,30 @@ def test_version_has_the_same_classes_and_paths_however_they_are_named(
     assert labels == {record.path: before.classes[record.label] for record in before.records} | new
 
 
+@pytest.mark.parametrize("stored_first", ["red", "blue"])
+def test_last_word_on_a_picture_counts_for_each_task_whenever_it_was_stored(
+    server: RunningServer, client: httpx.Client, stored_first: str
+) -> None:
+    dataset = ready_dataset(server, client, builders.two_tasks(16))
+    said = {"prd_red": ({"colour": "red", "light": "dark"}, 0), "prd_blue": ({"colour": "blue"}, 1)}
+    folder = server.services.storage.path("predictions")
+    folder.mkdir()
+    with server.services.database.write() as session:
+        for name in sorted(said, reverse=stored_first == "red"):
+            row, minutes = _of_dataset(dataset["id"], said[name][0]), said[name][1]
+            row.id, row.feedback_at = name, utc_now() + timedelta(minutes=minutes)
+            session.add(row)
+            session.flush()
+            (folder / name).write_bytes(PICTURE)
+
+    version = client.post(f"/v1/datasets/{dataset['id']}/versions").json()
+    ingested(server)
+
+    after = manifest_of(server, version["id"])
+    [labels] = [record.labels for record in after.records if record.path.startswith("feedback/")]
+    assert [task.classes[label] for task, label in zip(after.tasks, labels, strict=True)] == ["blue", "dark"]
+
+
 def test_versions_need_a_ready_data_set_and_feedback(server: RunningServer, client: httpx.Client, model: str) -> None:
     database = server.services.database
     processing, failed = api_builders.processing_dataset(database), api_builders.failed_dataset(database)
