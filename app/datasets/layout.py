@@ -255,9 +255,12 @@ class _Tree:
     def has_split_folders(self) -> bool:
         """Whether there are folders named like splits, with class folders in them.
 
-        A class may be called "train" too: then pictures lie directly in it.
+        A class may be called "train" too: then pictures lie directly in it, or it is one of several other classes.
         """
-        named = {name for name in self.top_folders if _split_of(name) and self._has_pictures_in_folders(name)}
+        splits = {name for name in self.top_folders if _split_of(name)}
+        if len(splits) == 1 and len(self._holding_pictures(depth=0) - splits) > 1:
+            return False
+        named = splits & self._holding_pictures(depth=1)
         return any(_split_of(name) == "train" for name in named) or (bool(named) and named == self.top_folders)
 
     def without_wrapping_folder(self) -> "_Tree":
@@ -266,12 +269,13 @@ class _Tree:
             return self
         (top,) = self.top_folders
         holds_table = any(path.count("/") == 1 for path in self.tables)
-        is_wrapping = self._has_pictures_in_folders(top) and not _split_of(top)
+        is_wrapping = top in self._holding_pictures(depth=1) and not _split_of(top)
         return replace(self, root=f"{top}/") if is_wrapping or holds_table else self
 
-    def _has_pictures_in_folders(self, top_folder: str) -> bool:
-        start = f"{self.root}{top_folder}/"
-        return any(f.why_not is None and f.path.startswith(start) and "/" in f.path[len(start) :] for f in self.files)
+    def _holding_pictures(self, *, depth: int) -> set[str]:
+        """Names of the top folders with a picture in them, so many folders below or more."""
+        of_pictures = (self.parts(file.path) for file in self.files if file.why_not is None)
+        return {parts[0] for parts in of_pictures if parts and len(parts) > depth + 1}
 
 
 def _split_of(folder: str) -> Split | None:

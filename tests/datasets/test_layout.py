@@ -88,6 +88,21 @@ def test_class_may_be_called_like_a_split() -> None:
     assert placed(layout)["train/1.jpg"] == ("train", None)
 
 
+@ROOTS
+@pytest.mark.parametrize("name", ["train", "Test", "val"])
+def test_class_called_like_a_split_is_one_of_several_with_folders_in_them(root: str, name: str) -> None:
+    paths = [f"{folder}/s{i}/{i}.jpg" for folder in ("car", name, "plane") for i in range(2)]
+    layout = found(*paths, root=root)
+    assert (layout.classes, layout.rejected) == (sorted(["car", name, "plane"]), [])
+    assert placed(layout, root=root)[f"{name}/s0/0.jpg"] == (name, None)
+
+
+def test_folders_beside_two_splits_or_without_pictures_are_no_classes() -> None:
+    splits = [f"{split}/{path}" for split in ("train", "val") for path in CLASSES]
+    assert found(*splits, "a/1.jpg", "b/1.jpg").classes == ["cat", "dog"]
+    assert found(*(f"train/{path}" for path in CLASSES), "a/1.txt", "b/1.txt", "c/1.jpg").classes == ["cat", "dog"]
+
+
 def test_everything_below_a_class_folder_belongs_to_the_class() -> None:
     layout = found("cat/2019/a/1.jpg", "cat/2.jpg", "dog/x/1.jpg", "dog/y/1.jpg")
     assert placed(layout)["cat/2019/a/1.jpg"] == ("cat", None)
