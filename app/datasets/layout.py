@@ -28,6 +28,7 @@ MAX_TASKS = 32
 # What is made of a table takes up to a hundred times its bytes, so both are bounded. A row may hold outlines too.
 MAX_TABLE_ROWS = 1_000_000
 MAX_ROW_CHARACTERS = 1024**2
+csv.field_size_limit(MAX_ROW_CHARACTERS)  # of the whole process; by itself it is 128 KiB, too little for outlines
 TABLE_NAMES = ("labels.csv", "metadata.csv", "metadata.jsonl")
 
 Kind = Literal["labelled", "unlabelled"]
