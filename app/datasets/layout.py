@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -127,12 +127,16 @@ def recognise(
         folders=frozenset(folder for folder in folders if not is_junk(folder)),
         tables=tables or {},
     ).without_wrapping_folder()
-    try:
-        layout = _by_tables(tree) or _by_folders(tree)
-    except _UnusableTable as fault:
-        layout = _by_folders_despite(tree, fault)
+    layout = _laid_out(tree)
     check(layout, layout.pictures)
     return layout
+
+
+def _laid_out(tree: "_Tree") -> Layout:
+    try:
+        return _by_tables(tree) or _by_folders(tree)
+    except _UnusableTables as unusable:
+        return _laid_out_despite(tree, unusable.faults)
 
 
 def _without_labels(files: Sequence[File]) -> Layout:
@@ -152,14 +156,22 @@ def check_enough(pictures: int) -> None:
         )
 
 
-def _by_folders_despite(tree: "_Tree", fault: "_UnusableTable") -> Layout:
-    """Tables of captions or boxes lie beside class folders too; only without such folders is their fault to be told."""
+def _laid_out_despite(tree: "_Tree", faults: Mapping[str, str]) -> Layout:
+    """Tables of captions or boxes lie beside class folders too; only if nothing else says the classes, their fault is
+    to be told. Folders called like splits do not say them: their pictures had their labels in the table."""
+    others = {path: content for path, content in tree.tables.items() if path not in faults}
+    told = ArchiveRefused(
+        f"The archive's table cannot be used: {next(iter(faults.values()))}.", code="no-usable-layout"
+    )
     try:
-        layout = _by_folders(tree, fault)
+        layout = _laid_out(replace(tree, tables=others, root="").without_wrapping_folder())
         check(layout, layout.pictures)
     except ArchiveRefused:
-        raise ArchiveRefused(f"The archive's table cannot be used: {fault}.", code="no-usable-layout") from None
-    return layout
+        raise told from None
+    if all(_split_of(name) for name in layout.classes):
+        raise told
+    unused = [Rejected(path, f"not used: {fault}") for path, fault in faults.items()]
+    return replace(layout, rejected=[*layout.rejected, *unused])
 
 
 def check(layout: Layout, pictures: Sequence[Picture]) -> None:
@@ -286,8 +298,8 @@ def _split_of(folder: str) -> Split | None:
 # Folders -------------------------------------------------------------------------------------------------------------
 
 
-def _by_folders(tree: _Tree, fault: "_UnusableTable | None" = None) -> Layout:
-    """Class folders, within split folders where there are some. fault: why the tables are not used, if it is theirs."""
+def _by_folders(tree: _Tree) -> Layout:
+    """Class folders, within split folders where there are some."""
     depth = 1 if tree.has_split_folders else 0  # of the class's name in the path
     classes: set[str] = set()
     pictures: list[Picture] = []
@@ -309,11 +321,7 @@ def _by_folders(tree: _Tree, fault: "_UnusableTable | None" = None) -> Layout:
             pictures.append(Picture(file.path, parts[depth], _split_of(parts[0]) if depth else None))
     if not pictures:
         raise ArchiveRefused(f"{_what_lacks(tree)} {_WHAT_TO_SEND}", code="no-usable-layout")
-    in_place = _tables_in_place(tree)
-    rejected += [
-        Rejected(path, f"not used, so the folders are the classes: {fault}" if path in in_place else "not a picture")
-        for path in tree.tables
-    ]
+    rejected += [Rejected(path, "not a picture") for path in tree.tables]
     return Layout(sorted(classes), pictures, rejected)
 
 
@@ -339,6 +347,27 @@ class _UnusableTable(Exception):
     """Why a table cannot say which picture belongs to which class."""
 
 
+class _ForeignTable(_UnusableTable):
+    """A table that can be read, and labels no picture of the archive."""
+
+
+class _UnusableTables(Exception):
+    """The tables where they count cannot be used. faults: why not, by path."""
+
+    def __init__(self, faults: Mapping[str, str]) -> None:
+        super().__init__(faults)
+        self.faults = faults
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A folder where tables count: at the top, or of a split. tables: in the order in which they are tried."""
+
+    above: str
+    split: Split | None
+    tables: Sequence[str]
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     """A row of a table: its text as it stands there, None for a column that is not there or a value that is empty.
@@ -353,49 +382,115 @@ class _Row:
 
 
 def _by_tables(tree: _Tree) -> Layout | None:
-    """The layout by the tables at the top or in split folders; None without any. Raises _UnusableTable."""
-    used = _tables_in_place(tree)
-    if not used:
+    """The layout by the tables at the top or in split folders, in each folder the first that labels a picture; None
+    without tables or pictures. Raises _UnusableTables."""
+    places, survey = _places(tree), _Survey(tree)
+    if not places or not survey.has_pictures:
         return None
-    # Read twice, since all rows at once take ten times what is made of them.
-    labelling = _Labelling(tree, _task_names(row for table in used for row in _rows(table, tree.tables[table])))
-    for table, (above, split) in used.items():
+    used: dict[str, _Place] = {}
+    faults: dict[str, _UnusableTable] = {}
+    tasks: dict[str, None] = {}
+    for place in places:
+        for table in place.tables:
+            try:
+                tasks.update(dict.fromkeys(survey.tasks(table, above=place.above)))
+            except _UnusableTable as fault:
+                faults[table] = fault
+            else:
+                used[table] = place
+                break
+        # A slip in the table of a split must not cost the whole split.
+        if place.split and not any(table in used or isinstance(faults[table], _ForeignTable) for table in place.tables):
+            raise _unusable(places, faults)
+    if not used:
+        raise _unusable(places, faults)
+    try:
+        _check_tasks(tasks)
+    except _UnusableTable as fault:
+        raise _unusable(places, dict.fromkeys(used, fault)) from None
+    labelling = _Labelling(tree, list(tasks))
+    for table, place in used.items():
         for row in _rows(table, tree.tables[table]):
-            labelling.add(row, above=above, folder_split=split)
-    return labelling.layout(tables=used.keys())
+            labelling.add(row, above=place.above, folder_split=place.split)
+    return labelling.layout(tables=used.keys(), unused={table: f"not used: {fault}" for table, fault in faults.items()})
 
 
-def _tables_in_place(tree: _Tree) -> dict[str, tuple[str, Split | None]]:
-    """Of each folder where a table counts the first kind that is there, by its path: the folder above it, its split."""
-    splits_by_folder = {"": None, **{f"{name}/": _split_of(name) for name in tree.top_folders if _split_of(name)}}
-    found: dict[str, tuple[str, Split | None]] = {}
-    for folder, split in sorted(splits_by_folder.items()):
-        above = tree.root + folder
-        here = {
-            path.rpartition("/")[2].casefold(): path for path in tree.tables if path.rpartition("/")[0] == above[:-1]
-        }
-        table = next((here[name] for name in TABLE_NAMES if name in here), None)
-        if table is not None:
-            found[table] = (above, split)
-    return found
+def _unusable(places: Iterable[_Place], faults: Mapping[str, _UnusableTable]) -> _UnusableTables:
+    """All tables of these places, those that have no fault of their own by the first one's that has."""
+    first = next(iter(faults.values()))
+    ordered = [*faults, *(table for place in places for table in place.tables if table not in faults)]
+    return _UnusableTables({table: str(faults.get(table, first)) for table in ordered})
 
 
-def _task_names(rows: Iterable[_Row]) -> list[str]:
-    """In the order in which they are first named. Raises _UnusableTable, also for more rows than are read."""
-    found: dict[str, None] = {}
-    for number, row in enumerate(rows, start=1):
-        found.update(dict.fromkeys(row.labels))
-        if len(found) > MAX_TASKS:
-            raise _UnusableTable(f"it names more tasks, and {MAX_TASKS} are the most")
-        if number > MAX_TABLE_ROWS:
-            raise _UnusableTable(f"it has more than {MAX_TABLE_ROWS} rows")
-    names = list(found)
+def _places(tree: _Tree) -> list[_Place]:
+    """Those that hold tables, the top first."""
+    here: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(tree.tables, key=lambda path: (TABLE_NAMES.index(path.rpartition("/")[2].casefold()), path)):
+        here[path.rpartition("/")[0]].append(path)
+    folders = {"": None, **{f"{name}/": _split_of(name) for name in sorted(tree.top_folders) if _split_of(name)}}
+    found = [(tree.root + folder, split) for folder, split in folders.items()]
+    return [_Place(above, split, here[above[:-1]]) for above, split in found if above[:-1] in here]
+
+
+class _Survey:
+    """Reads tables before their rows are used, since all rows at once take ten times what is made of them."""
+
+    def __init__(self, tree: _Tree) -> None:
+        self._tables = tree.tables
+        self._files = {file.path: file for file in tree.files}
+        self._example = next((file.path for file in tree.files if file.why_not is None), None)
+        self._rows = 0  # of all tables together
+
+    @property
+    def has_pictures(self) -> bool:
+        return self._example is not None
+
+    def tasks(self, table: str, *, above: str) -> Iterable[str]:
+        """In the order in which they are first named.
+
+        Raises _UnusableTable, also for more rows than are read, and _ForeignTable.
+        """
+        found: dict[str, None] = {}
+        labelled = 0
+        first: str | None = None
+        is_of_pictures = False
+        for row in _rows(table, self._tables[table]):
+            found.update(dict.fromkeys(row.labels))
+            self._rows += 1
+            if len(found) > MAX_TASKS:
+                raise _UnusableTable(f"it names more tasks, and {MAX_TASKS} are the most")
+            if self._rows > MAX_TABLE_ROWS:
+                raise _UnusableTable(f"it has more than {MAX_TABLE_ROWS} rows")
+            if row.path is not None and any(row.labels.values()):
+                labelled += 1
+                first = first or row.path
+                file = self._files.get(_meant(row.path, above=above, files=self._files))
+                is_of_pictures = is_of_pictures or (file is not None and file.why_not is None)
+        _check_tasks(found)
+        if first is None:
+            raise _ForeignTable(f"{shown(table)} has no row with a file's name and a label")
+        if not is_of_pictures:
+            raise _ForeignTable(
+                f"{shown(table)} is of other files: none of its {labelled} rows names a picture of the archive, "
+                f"such as {shown(self._example or '')}; the first names {shown(first)}"
+            )
+        return found
+
+
+def _check_tasks(names: Iterable[str]) -> None:
+    """Raises _UnusableTable."""
+    names = list(names)
     if "" in names and len(names) > 1:
         raise _UnusableTable("it gives one label to some pictures, and labels of several tasks to others")
     for name in names:
         if has_control_characters(name) or len(name) > MAX_CLASS_NAME_CHARACTERS:
             raise _UnusableTable("a task's name is too long or has control characters")
-    return names
+
+
+def _meant(path: str, *, above: str, files: Mapping[str, File]) -> str:
+    """Where the file lies that a table in the folder `above` names: below it, or as the whole archive has its path."""
+    path = _plain(path)
+    return path if path.startswith(above) and path in files and above + path not in files else above + path
 
 
 class _Labelling:
@@ -411,7 +506,7 @@ class _Labelling:
     def add(self, row: _Row, *, above: str, folder_split: Split | None) -> None:
         if row.path is None:
             return
-        path = above + _plain(row.path)
+        path = _meant(row.path, above=above, files=self._files)
         if path in self._rejected:
             return
         try:
@@ -423,7 +518,8 @@ class _Labelling:
         else:
             self._pictures[path] = picture
 
-    def layout(self, *, tables: Set[str]) -> Layout:
+    def layout(self, *, tables: Set[str], unused: Mapping[str, str]) -> Layout:
+        """tables: those that were added. unused: why others where they count were not, by path."""
         pictures = list(self._pictures.values())
         if any(picture.split for picture in pictures):
             pictures = [replace(picture, split=picture.split or "train") for picture in pictures]
@@ -433,8 +529,12 @@ class _Labelling:
             for file in self._tree.files
             if file.path not in known
         ]
-        unused = [Rejected(path, "another table says the labels") for path in self._tree.tables if path not in known]
-        rejected = [*self._rejected.values(), *unnamed, *unused]
+        others = [
+            Rejected(path, unused.get(path, "another table says the labels"))
+            for path in self._tree.tables
+            if path not in known
+        ]
+        rejected = [*self._rejected.values(), *unnamed, *others]
         if len(self._tasks) < 2:
             return Layout(sorted({picture.class_name for picture in pictures}), pictures, rejected)
         tasks = [

@@ -385,6 +385,84 @@ def test_tables_that_say_nothing_are_listed() -> None:
     assert left_out(beside) == {"metadata.csv": "another table says the labels"}
 
 
+WRONG = LABELS.replace(".jpg", "")
+
+
+@ROOTS
+@pytest.mark.parametrize("table", [WRONG, LABELS.replace("jpg", "JPG"), "filename,label\nimages/1.jpg,cat\n"])
+def test_table_of_other_files_says_what_it_names_and_what_there_is(root: str, table: str) -> None:
+    with pytest.raises(ArchiveRefused) as refused:
+        found(*IMAGES, root=root, labels__csv=table)
+    rows, first = table.count("\n") - 1, table.splitlines()[1].partition(",")[0]
+    assert (refused.value.code, refused.value.detail) == (
+        "no-usable-layout",
+        f'The archive\'s table cannot be used: "{root}labels.csv" is of other files: none of its {rows} rows names a '
+        f'picture of the archive, such as "{root}1.jpg"; the first names "{first}".',
+    )
+
+
+@pytest.mark.parametrize("root", ["flowers/", "my set (1)/"])
+def test_table_may_name_files_as_the_whole_archive_has_them(root: str) -> None:
+    whole = LABELS.replace("1.jpg", f"{root}1.jpg").replace("4.jpg", f"./{root}4.jpg")
+    assert placed(found(*IMAGES, root=root, labels__csv=whole), root=root) == LABELLED
+
+
+def test_own_files_of_a_split_go_before_those_that_the_archive_has_by_the_same_path() -> None:
+    twice = [f"train/{image}" for image in IMAGES] + ["train/train/1.jpg"]
+    layout = found(*twice, labels__csv_in_train=LABELS.replace("1.jpg", "train/1.jpg"))
+    assert "train/train/1.jpg" in placed(layout)
+    assert left_out(layout) == {"train/1.jpg": "not listed in the table"}
+
+
+@ROOTS
+@pytest.mark.parametrize("table", [WRONG, "filename,label\n", "filename,label\ncat/1.jpg,\n", "", "id,text\n1,a cat\n"])
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_table_that_labels_no_picture_does_not_hide_class_folders(root: str, table: str, split: str) -> None:
+    layout = found(*(split + path for path in CLASSES), root=root, labels__csv=table)
+    assert (layout.classes, len(layout.pictures)) == (["cat", "dog"], 4)
+    [(path, reason)] = left_out(layout).items()
+    assert (path, reason.startswith(f'not used: "{root}labels.csv" ')) == (f"{root}labels.csv", True)
+
+
+@ROOTS
+@pytest.mark.parametrize("table", ["file_name,text\n1.jpg,a cat\n", "filename,label\n", WRONG])
+def test_table_that_cannot_be_used_does_not_hide_another_beside_it(root: str, table: str) -> None:
+    layout = found(*IMAGES, root=root, labels__csv=table, metadata__csv=LABELS, metadata__jsonl="")
+    assert placed(layout, root=root) == LABELLED
+    assert sorted(left_out(layout)) == [f"{root}labels.csv", f"{root}metadata.jsonl"]
+    assert left_out(layout)[f"{root}labels.csv"].startswith("not used: ")
+
+
+def test_table_that_cannot_be_used_does_not_hide_those_of_the_splits() -> None:
+    paths = [f"{split}/{image}" for split in ("train", "test") for image in IMAGES]
+    captions = "file_name,text\n1.jpg,a cat\n"
+    layout = found(*paths, labels__csv=captions, metadata__csv_in_train=LABELS, metadata__csv_in_test=LABELS)
+    assert (len(layout.pictures), sorted(left_out(layout))) == (8, ["labels.csv"])
+
+
+@pytest.mark.parametrize("slip", ["file_name,text\n1.jpg,a cat\n", "", "{"])
+def test_slip_in_the_table_of_a_split_does_not_cost_the_split(slip: str) -> None:
+    paths = [f"{split}/{image}" for split in ("train", "val") for image in IMAGES]
+    error = refusal(*paths, metadata__csv_in_train=LABELS, metadata__csv_in_val=slip)
+    assert (error.code, '"val/metadata.csv"' in error.detail) == ("no-usable-layout", True)
+
+
+@pytest.mark.parametrize("empty", ["", "README.txt"])
+@pytest.mark.parametrize("inner", [{}, {"labels__csv_in_set": "cat/1.jpg,a"}])
+def test_table_of_captions_does_not_hide_a_wrapping_folder(empty: str, inner: dict[str, str]) -> None:
+    paths = [f"set/{path}" for path in CLASSES] + [empty] * bool(empty)
+    layout = found(*paths, metadata__csv="file_name,text\nset/cat/1.jpg,a cat\n", **inner)
+    assert layout.classes == ["cat", "dog"]
+    assert left_out(layout)["metadata.csv"].startswith('not used: "metadata.csv" does not begin with')
+    wrapped = found(*(f"set/{image}" for image in IMAGES), metadata__csv="id\n", labels__csv_in_set=LABELS)
+    assert placed(wrapped, root="set/") == LABELLED
+
+
+def test_folders_called_like_splits_are_no_classes_where_a_table_was_to_say_them() -> None:
+    error = refusal(*(f"{split}/{image}" for split in ("train", "test") for image in IMAGES), labels__csv=WRONG)
+    assert '"labels.csv" is of other files' in error.detail
+
+
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
