@@ -500,6 +500,7 @@ class _Labelling:
         self._tree = tree
         self._tasks = tasks
         self._files = {file.path: file for file in tree.files}
+        self._classes: list[set[str]] = [set() for _ in tasks]
         self._pictures: dict[str, Picture] = {}
         self._rejected: dict[str, Rejected] = {}
 
@@ -507,13 +508,14 @@ class _Labelling:
         if row.path is None:
             return
         path = _meant(row.path, above=above, files=self._files)
-        if path in self._rejected:
-            return
         try:
-            picture = self._picture(row, path, folder_split)
+            names = self._class_names(row)
+            if path in self._rejected:
+                return
+            picture = self._picture(row, path, names, folder_split)
             self._check(picture)
         except _UnusableRow as reason:
-            self._rejected[path] = Rejected(listed_path(path), str(reason))
+            self._rejected.setdefault(path, Rejected(listed_path(path), str(reason)))
             self._pictures.pop(path, None)
         else:
             self._pictures[path] = picture
@@ -535,16 +537,18 @@ class _Labelling:
             if path not in known
         ]
         rejected = [*self._rejected.values(), *unnamed, *others]
-        if len(self._tasks) < 2:
-            return Layout(sorted({picture.class_name for picture in pictures}), pictures, rejected)
-        tasks = [
-            Task(name, sorted({picture.class_names[place] for picture in pictures} - {""}))
-            for place, name in enumerate(self._tasks)
-        ]
-        return Layout(tasks[0].classes, pictures, rejected, tasks)
+        tasks = [Task(name, sorted(found - {""})) for name, found in zip(self._tasks, self._classes, strict=True)]
+        return Layout(tasks[0].classes, pictures, rejected, tasks if len(tasks) > 1 else ())
 
-    def _picture(self, row: _Row, path: str, folder_split: Split | None) -> Picture:
+    def _class_names(self, row: _Row) -> tuple[str, ...]:
+        """For each task, "" for none. They are classes, whether or not the row names a picture that can be used: one
+        without any is to be refused, not to vanish."""
         names = tuple(self._class_name(row.labels.get(task)) for task in self._tasks)
+        for found, name in zip(self._classes, names, strict=True):
+            found.add(name)
+        return names
+
+    def _picture(self, row: _Row, path: str, names: tuple[str, ...], folder_split: Split | None) -> Picture:
         if not any(names):
             raise _UnusableRow("the table gives it no label")
         return Picture(path, names[0], self._split(row, path, folder_split), names if len(names) > 1 else ())

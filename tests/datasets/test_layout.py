@@ -264,6 +264,27 @@ def test_paths_that_no_member_can_have_are_listed_short_and_escaped() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "5.jpg,tulip\n6.jpg,tulip\n",
+        "animation.txt,tulip\n",
+        "7.jpg,tulip\n7.jpg,cat\n",
+        "5.jpg,dog\n5.jpg,cat\n5.jpg,tulip\n",
+    ],
+)
+def test_class_that_a_table_names_and_that_has_no_picture_is_refused(rows: str) -> None:
+    error = refusal(*IMAGES, "7.jpg", "animation.txt", labels__csv=LABELS + rows)
+    assert error.code == "too-few-images"
+    assert error.detail.startswith('The class "tulip" has too few readable pictures (0)')
+
+
+def test_class_without_a_picture_is_refused_with_its_task() -> None:
+    table = "filename,label:kind,label:light\n" + "".join(f"{i}.jpg,{'ab'[i % 2]},{'cd'[i % 2]}\n" for i in range(4))
+    error = refusal(*(f"{i}.jpg" for i in range(4)), labels__csv=table + "9.jpg,a,dusk\n")
+    assert error.detail.startswith('Of the task "light": The class "dusk" has too few readable pictures (0)')
+
+
 TWO_TASKS = [
     {"labels__csv": "filename,label:colour,label:shape\n1.jpg,red,\n2.jpg,red,round\n3.jpg,blue,flat\n"
      "4.jpg,blue,round\n5.jpg,,flat\n6.jpg,,\n"},
