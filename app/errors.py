@@ -30,7 +30,6 @@ problem's `type`; also a failed job's `error.code`), an HTTP `status`, a `title`
     └── JobFailed                  500   why a job ended; never the answer to a request
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -220,16 +219,6 @@ class JobFailed(GraftError):
 
     code = "job-failed"
     title = "The job failed"
-
-
-# With the two line separators of Unicode, and surrogates, which no answer can be written with. Blanks of every script
-# and the joiners that Persian and emoji need are not among them, though `str.isprintable` leaves them out.
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-def has_control_characters(text: str) -> bool:
-    """Whether a name holds what no name may: control characters, line separators, lone surrogates."""
-    return _CONTROL_CHARACTERS.search(text) is not None
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:

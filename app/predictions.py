@@ -15,7 +15,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.db.tables import ModelRow, PredictionRow, utc_now
-from app.errors import Conflict, FieldError, InvalidRequest, NotFound, has_control_characters, listed
+from app.errors import Conflict, FieldError, InvalidRequest, NotFound, listed
+from app.names import folded, has_control_characters
 
 
 @dataclass(frozen=True)
@@ -173,11 +174,10 @@ def _checked(label: str, classes: Sequence[str], *, is_new_class: bool) -> str:
     label = written if written in classes else written.strip()  # a class may have blanks around its name
     if label in classes:
         return label
-    twin = next((name for name in classes if name.strip().casefold() == label.casefold()), None)
-    if not label or has_control_characters(label) or twin is not None:
-        said = (
-            f"differs from the class {twin!r} only in case or blanks" if twin else "is empty or has control characters"
-        )
+    twin = next((name for name in classes if folded(name) == folded(label)), None)
+    if not folded(label) or has_control_characters(label) or twin is not None:
+        differs = f"differs from the class {twin!r} only in case, accents' encoding, blanks or dots"
+        said = differs if twin else "is empty or has control characters"
         raise InvalidRequest(f"The label {said}.", errors=[FieldError("#/label", said)])
     if not is_new_class:
         raise InvalidRequest(

@@ -18,6 +18,7 @@ FOUNDATION = frozenset(
         "app.settings",
         "app.errors",
         "app.logs",
+        "app.names",
         "app.storage",
         "app.telemetry",
     }
@@ -51,6 +52,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app.settings": frozenset(),
     "app.errors": frozenset(),
     "app.logs": frozenset(),
+    "app.names": frozenset(),
     "app.storage": frozenset(),
     "app.telemetry": frozenset(),
     "app.precedence": frozenset(),

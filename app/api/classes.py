@@ -15,9 +15,9 @@ from app.api.openapi import problems
 from app.api.picture_bodies import PictureBody, form_or_json, read_pictures
 from app.api.schemas import ClassRequest, Model
 from app.api.services import Services
-from app.datasets.layout import folded
 from app.db.tables import ModelRow
-from app.errors import Conflict, FieldError, InvalidRequest, has_control_characters
+from app.errors import Conflict, FieldError, InvalidRequest
+from app.names import folded, has_control_characters
 from app.serving.extension import extend
 from app.vision import artifact
 from app.vision.artifact import Support

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from app.errors import ArchiveRefused, TooLarge, has_control_characters
+from app.errors import ArchiveRefused, TooLarge
+from app.names import has_control_characters
 from app.settings import Settings
 
 MAX_NAME_BYTES = 1024

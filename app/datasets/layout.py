@@ -18,7 +18,8 @@ from typing import Literal
 
 from app.datasets.archive import listed_path, shown
 from app.datasets.manifest import Split, Task
-from app.errors import ArchiveRefused, has_control_characters
+from app.errors import ArchiveRefused
+from app.names import folded, has_control_characters
 
 MIN_CLASSES = 2
 MIN_PICTURES_PER_CLASS = 2  # one to train on, one to validate on
@@ -234,11 +235,6 @@ def _check_names(classes: Sequence[str]) -> None:
                 code="class-name-collision",
             )
         seen[key] = name
-
-
-def folded(name: str) -> str:
-    """The same for names that a file system which folds case, normalises or trims would take for one folder."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).rstrip(" .\u00a0").lstrip()
 
 
 # The tree ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ what comes in is to train on. A table in the archive says so. Knows files; not p
 import json
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +16,7 @@ from app.datasets import archive as archives
 from app.datasets.archive import ArchiveLimits
 from app.datasets.layout import MIN_PICTURES_PER_CLASS
 from app.datasets.manifest import UNLABELLED, Manifest, Record
+from app.names import folded
 
 TABLE = "metadata.jsonl"
 FOLDER = "feedback"
@@ -39,7 +40,7 @@ class Chosen:
     lonely: Sequence[str]
 
 
-def choose(manifest: Manifest, additions: Iterable[Addition]) -> Chosen:
+def choose(manifest: Manifest, additions: Sequence[Addition]) -> Chosen:
     """Those that the data set does not hold yet, each picture once, for each task with its last label; without classes
     too small to train. additions: in the order in which their labels were said.
 
@@ -47,11 +48,15 @@ def choose(manifest: Manifest, additions: Iterable[Addition]) -> Chosen:
     """
     here = {record.digest for record in manifest.records}
     tasks = {task.name: frozenset(task.classes) for task in manifest.each_task}
+    # Two people may have spelt a new class in two ways, which no data set can hold beside each other: the last one's.
+    spelt = {(task, folded(label)): label for each in additions for task, label in each.labels.items()}
+    spelt |= {(task, folded(name)): name for task, names in tasks.items() for name in names}
     found: dict[str, Addition] = {}
     for each in additions:
         if each.sha256 not in here:
             said_before = found[each.sha256].labels if each.sha256 in found else {}
-            found[each.sha256] = replace(each, labels={**said_before, **each.labels})
+            said = {task: spelt[task, folded(label)] for task, label in each.labels.items()}
+            found[each.sha256] = replace(each, labels={**said_before, **said})
     counts = Counter(pair for each in found.values() for pair in each.labels.items())
     lonely = {
         (task, label)
