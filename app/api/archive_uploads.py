@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import anyio
 import anyio.to_thread
 from fastapi import Request
 from sqlalchemy.orm import Session
@@ -85,7 +86,8 @@ async def receive_once(
         answer = await _receive(request, services, claim, use)
     except BaseException:
         if claim is not None:
-            await run_in_threadpool(idempotency.release, services.database, claim)
+            with anyio.CancelScope(shield=True):  # also where the client has left
+                await run_in_threadpool(idempotency.release, services.database, claim)
         raise
     return answer, claim is not None and claim.answered is not None
 

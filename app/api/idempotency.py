@@ -1,18 +1,20 @@
 """Requests that may be sent twice: `Idempotency-Key`, kept for 24 hours in the database, across restarts.
 
 A request first claims its key; what it makes and the end of the claim are one transaction. So a key is either free,
-being worked on by one process, or has exactly one resource, whenever a process is killed. What a process that lives is
-working on is never forgotten, whatever the clock says.
+being worked on by one request, or has exactly one resource, whenever a process is killed. What a process that lives is
+working on is never forgotten, whatever the clock says; what its process has left, or a dead one, is taken over.
 """
 
 import hashlib
 import json
+import os
 import re
+import secrets
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import ColumnElement, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -28,6 +30,9 @@ _BARE_KEY = r"[\x21\x23-\x7e]{1,255}"  # visible ASCII but the quotation mark
 KEY_PATTERN = rf'^("{_BARE_KEY}"|{_BARE_KEY})$'
 _KEY = re.compile(_BARE_KEY)
 
+# The nonces of what requests of this process work under just now.
+_in_flight: set[str] = set()
+
 
 class KeyReused(InvalidRequest):
     code = "idempotency-key-reused"
@@ -40,6 +45,7 @@ class Claim:
 
     scope: str
     key: str
+    nonce: str = ""  # of this claim; with the owner in the row
     answered: dict[str, Any] | None = None  # the body first answered
     fingerprint: str | None = None  # of the request that was answered
 
@@ -67,23 +73,29 @@ def begin(database: Database, clock: PatientClock, *, scope: str, key: str) -> C
     """Claims the key, or finds what was answered under it.
 
     scope: what keys are unique within: API key, method and path.
-    Raises Conflict while another living request works under the key; a dead one's claim is taken over.
+    Raises Conflict while another living request works under the key; what a dead one has left is taken over. Whoever
+    gets a claim that is not answered ends it with `finish` or `release`.
     """
+    nonce = secrets.token_hex(8)
     try:
         with database.write() as session:
             _forget_old(session, clock)
             row = session.get(IdempotencyRow, (scope, key), with_for_update=True)
             if row is None:
-                session.add(IdempotencyRow(scope=scope, key=key, owner=current_process(), created_at=clock.date()))
+                row = IdempotencyRow(scope=scope, key=key)
+                session.add(row)
             elif row.response is not None:
                 return Claim(scope, key, answered=row.response, fingerprint=row.fingerprint)
-            elif is_gone(row.owner):
-                row.owner = current_process()
-            else:
+            elif not (is_gone(row.owner) or _was_left_here(row.owner)):
                 raise _in_progress()
-    except IntegrityError:  # another request inserted the same key between our look and our insert
-        raise _in_progress() from None
-    return Claim(scope, key)
+            row.owner, row.created_at = {**current_process(), "nonce": nonce}, clock.date()
+            _in_flight.add(nonce)
+    except BaseException as error:
+        _in_flight.discard(nonce)
+        if isinstance(error, IntegrityError):  # another request inserted the same key between our look and our insert
+            raise _in_progress() from None
+        raise
+    return Claim(scope, key, nonce)
 
 
 def check_same(claim: Claim, fingerprint: str) -> None:
@@ -96,29 +108,36 @@ def check_same(claim: Claim, fingerprint: str) -> None:
 
 
 def finish(session: Session, claim: Claim, *, fingerprint: str, resource_id: str, response: dict[str, Any]) -> None:
-    """Stores the answer, in the transaction that makes the resource."""
+    """Stores the answer, in the transaction that makes the resource. Raises Conflict if the key is another's now."""
     changed = session.scalars(
         update(IdempotencyRow)
-        .where(
-            IdempotencyRow.scope == claim.scope, IdempotencyRow.key == claim.key, IdempotencyRow.resource_id.is_(None)
-        )
+        .where(*_is_unanswered(claim))
         .values(fingerprint=fingerprint, resource_id=resource_id, response=response)
         .returning(IdempotencyRow.key)
     ).all()
+    # From here on the transaction has the row: whoever asks waits for its end, and then finds the answer or none.
+    _in_flight.discard(claim.nonce)
     if not changed:
         raise Conflict("The request took longer than its Idempotency-Key is kept; send it again.")
 
 
 def release(database: Database, claim: Claim) -> None:
-    """Frees the key of a request that made nothing, so that it can be sent again."""
+    """Frees the key of a request that made nothing, so that it can be sent again.
+
+    Raises Overloaded without the database; then whoever sends it again takes the key over.
+    """
+    _in_flight.discard(claim.nonce)
+    is_ours = IdempotencyRow.owner["nonce"].as_string() == claim.nonce  # and not of who has taken it over
     with database.write() as session:
-        session.execute(
-            delete(IdempotencyRow).where(
-                IdempotencyRow.scope == claim.scope,
-                IdempotencyRow.key == claim.key,
-                IdempotencyRow.resource_id.is_(None),
-            )
-        )
+        session.execute(delete(IdempotencyRow).where(*_is_unanswered(claim), is_ours))
+
+
+def _is_unanswered(claim: Claim) -> tuple[ColumnElement[bool], ...]:
+    return (
+        IdempotencyRow.scope == claim.scope,
+        IdempotencyRow.key == claim.key,
+        IdempotencyRow.resource_id.is_(None),
+    )
 
 
 def _forget_old(session: Session, clock: PatientClock) -> None:
@@ -127,11 +146,16 @@ def _forget_old(session: Session, clock: PatientClock) -> None:
     for scope, key, owner in session.execute(
         select(IdempotencyRow.scope, IdempotencyRow.key, IdempotencyRow.owner).where(is_old)
     ).all():
-        if not is_alive(owner):
+        if not is_alive(owner) or _was_left_here(owner):
             # If it is still that old one: another request may have claimed the key anew.
             session.execute(
                 delete(IdempotencyRow).where(IdempotencyRow.scope == scope, IdempotencyRow.key == key, is_old)
             )
+
+
+def _was_left_here(owner: dict[str, Any]) -> bool:
+    """Whether a request of this process claimed it, and has ended: the database was away when it was to be released."""
+    return owner.get("nonce") not in _in_flight and is_alive(owner) and owner["pid"] == os.getpid()
 
 
 def _in_progress() -> Conflict:

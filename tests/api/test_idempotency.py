@@ -1,8 +1,13 @@
 """Requests that are sent twice do their work once."""
 
 import json
+import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import api_builders
@@ -10,7 +15,10 @@ import httpx
 import pytest
 from api_builders import RunningServer, assert_is_problem
 from test_job_routes import asked_for
+from test_locked_database import locked_by_another
 
+from app.api import jobs as job_routes
+from app.db import engine
 from app.db.tables import IdempotencyRow, utc_now
 from app.jobs import owner
 
@@ -27,13 +35,19 @@ def submit(client: httpx.Client, dataset: str, key: str, **changes: Any) -> http
     return client.post("/v1/jobs", json=asked_for(dataset, **changes), headers={"Idempotency-Key": key})
 
 
-def upload(client: httpx.Client, key: str, archive: bytes = ARCHIVE, **query: str) -> httpx.Response:
+def upload(client: httpx.Client, key: str, archive: Any = ARCHIVE, **query: str) -> httpx.Response:
     return client.post("/v1/datasets", params=query, content=archive, headers={"Idempotency-Key": key})
 
 
 def claim_key(server: RunningServer, key: str, claimed_by: dict[str, Any]) -> None:
     with server.services.database.write() as session:
         session.add(IdempotencyRow(scope="None POST /v1/jobs", key=key, owner=claimed_by))
+
+
+def claims(server: RunningServer) -> list[IdempotencyRow]:
+    """Keys that were claimed and are not answered."""
+    with server.services.database.read() as session:
+        return session.query(IdempotencyRow).filter(IdempotencyRow.resource_id.is_(None)).all()
 
 
 def test_same_request_gets_the_same_job(client: httpx.Client, dataset: str) -> None:
@@ -89,12 +103,70 @@ def test_request_that_failed_leaves_its_key_free(server: RunningServer, client: 
 def test_key_of_a_living_process_answers_409_with_retry_after(
     server: RunningServer, client: httpx.Client, dataset: str
 ) -> None:
-    claim_key(server, "k1", owner.current_process())
+    with subprocess.Popen(["sleep", "60"]) as another:
+        claim_key(server, "k1", owner.owner_of(another.pid))
 
-    response = submit(client, dataset, "k1")
+        response = submit(client, dataset, "k1")
+        another.kill()
 
     assert_is_problem(response, 409, "request-in-progress")
     assert response.headers["retry-after"] == "1"
+
+
+def test_key_of_a_request_that_is_still_at_work_here_answers_409(server: RunningServer, client: httpx.Client) -> None:
+    def archive() -> Iterator[bytes]:
+        yield ARCHIVE[:100]
+        api_builders.wait_for(lambda: claims(server))
+        answers.append(upload(client, "k1"))
+        yield ARCHIVE[100:]
+
+    answers: list[httpx.Response] = []
+    with api_builders.client_of(server) as slow:
+        first = upload(slow, "k1", archive())
+
+    assert_is_problem(answers[0], 409, "request-in-progress")
+    assert first.status_code == 201
+    assert upload(client, "k1").json() == first.json()
+
+
+@pytest.mark.parametrize("route", ["/v1/datasets", "/v1/jobs"])
+def test_key_is_free_again_after_the_database_was_away_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    monkeypatch.setattr(engine, "BUSY_TIMEOUT_SECONDS", 1)
+    settings = api_builders.settings_for(tmp_path)
+    with (
+        api_builders.running(settings) as server,
+        api_builders.client_of(server) as client,
+        ExitStack() as away,
+    ):
+        dataset = api_builders.ready_dataset(server.services.database)
+        resolve = job_routes.resolve
+
+        def lock() -> None:
+            api_builders.wait_for(lambda: claims(server))
+            away.enter_context(locked_by_another(settings.data_dir / "graft.db"))
+
+        def archive() -> Iterator[bytes]:
+            yield ARCHIVE[:100]
+            lock()
+            yield ARCHIVE[100:]
+
+        def resolve_and_lock(*arguments: Any) -> Any:
+            lock()
+            return resolve(*arguments)
+
+        send = partial(upload, client, "k1") if route == "/v1/datasets" else partial(submit, client, dataset, "k1")
+        with monkeypatch.context() as patch:
+            patch.setattr(job_routes, "resolve", resolve_and_lock)
+            failed = upload(client, "k1", archive()) if route == "/v1/datasets" else send()
+        assert_is_problem(failed, 503, "overloaded")
+        assert len(claims(server)) == 1  # which could not be released either
+        away.close()
+
+        again = send()
+        assert again.status_code == 201, again.text
+        assert send().json() == again.json()
 
 
 def test_key_of_a_dead_process_is_taken_over(server: RunningServer, client: httpx.Client, dataset: str) -> None:
