@@ -25,6 +25,8 @@ from app.errors import Conflict, InvalidRequest
 from app.jobs.owner import current_process, is_alive, is_gone
 
 KEPT_FOR = timedelta(hours=24)
+# For so long somebody may be at work of whom it cannot be told from here. Longer than most requests take.
+UNSURE_FOR = timedelta(minutes=1)
 
 _BARE_KEY = r"[\x21\x23-\x7e]{1,255}"  # visible ASCII but the quotation mark
 KEY_PATTERN = rf'^("{_BARE_KEY}"|{_BARE_KEY})$'
@@ -73,8 +75,9 @@ def begin(database: Database, clock: PatientClock, *, scope: str, key: str) -> C
     """Claims the key, or finds what was answered under it.
 
     scope: what keys are unique within: API key, method and path.
-    Raises Conflict while another living request works under the key; what a dead one has left is taken over. Whoever
-    gets a claim that is not answered ends it with `finish` or `release`.
+    Raises Conflict while another living request works under the key; what a dead one has left is taken over, and what
+    may be either, once it is older than UNSURE_FOR. Whoever gets a claim that is not answered ends it with `finish` or
+    `release`.
     """
     nonce = secrets.token_hex(8)
     try:
@@ -86,7 +89,7 @@ def begin(database: Database, clock: PatientClock, *, scope: str, key: str) -> C
                 session.add(row)
             elif row.response is not None:
                 return Claim(scope, key, answered=row.response, fingerprint=row.fingerprint)
-            elif not (is_gone(row.owner) or _was_left_here(row.owner)):
+            elif not _may_be_taken_over(row, clock):
                 raise _in_progress()
             row.owner, row.created_at = {**current_process(), "nonce": nonce}, clock.date()
             _in_flight.add(nonce)
@@ -108,7 +111,12 @@ def check_same(claim: Claim, fingerprint: str) -> None:
 
 
 def finish(session: Session, claim: Claim, *, fingerprint: str, resource_id: str, response: dict[str, Any]) -> None:
-    """Stores the answer, in the transaction that makes the resource. Raises Conflict if the key is another's now."""
+    """Stores the answer, in the transaction that makes the resource. Raises Conflict if another has answered.
+
+    Of two at work, because one took over what the other had not left, the first to come here has the key; the other
+    makes nothing, and is answered the same when it asks again. If only the later claim counted, who repeats a long
+    upload every minute would never get through.
+    """
     changed = session.scalars(
         update(IdempotencyRow)
         .where(*_is_unanswered(claim))
@@ -118,7 +126,12 @@ def finish(session: Session, claim: Claim, *, fingerprint: str, resource_id: str
     # From here on the transaction has the row: whoever asks waits for its end, and then finds the answer or none.
     _in_flight.discard(claim.nonce)
     if not changed:
-        raise Conflict("The request took longer than its Idempotency-Key is kept; send it again.")
+        raise Conflict(
+            "Another request has been answered under this Idempotency-Key meanwhile, or the key was freed; send this "
+            "one again to get its answer.",
+            code="request-in-progress",
+            retry_after_seconds=1,
+        )
 
 
 def release(database: Database, claim: Claim) -> None:
@@ -151,6 +164,14 @@ def _forget_old(session: Session, clock: PatientClock) -> None:
             session.execute(
                 delete(IdempotencyRow).where(IdempotencyRow.scope == scope, IdempotencyRow.key == key, is_old)
             )
+
+
+def _may_be_taken_over(row: IdempotencyRow, clock: PatientClock) -> bool:
+    if is_alive(row.owner):
+        return _was_left_here(row.owner)
+    # Of another machine's process, or one from before a boot or in a container that is no more, it cannot be told
+    # whether it is gone. Where it is still at work the work is done twice, and kept once: see `finish`.
+    return is_gone(row.owner) or row.created_at < clock.before(UNSURE_FOR)
 
 
 def _was_left_here(owner: dict[str, Any]) -> bool:

@@ -2,8 +2,9 @@
 
 import json
 import subprocess
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
@@ -39,9 +40,18 @@ def upload(client: httpx.Client, key: str, archive: Any = ARCHIVE, **query: str)
     return client.post("/v1/datasets", params=query, content=archive, headers={"Idempotency-Key": key})
 
 
-def claim_key(server: RunningServer, key: str, claimed_by: dict[str, Any]) -> None:
+def claim_key(server: RunningServer, key: str, claimed_by: dict[str, Any], *, seconds_ago: float = 0) -> None:
+    claimed_at = utc_now() - timedelta(seconds=seconds_ago)
     with server.services.database.write() as session:
-        session.add(IdempotencyRow(scope="None POST /v1/jobs", key=key, owner=claimed_by))
+        session.add(IdempotencyRow(scope="None POST /v1/jobs", key=key, owner=claimed_by, created_at=claimed_at))
+
+
+def say_of_another_machine(server: RunningServer) -> None:
+    """That a process which cannot be looked for has made the claims, two minutes ago."""
+    with server.services.database.write() as session:
+        for row in session.query(IdempotencyRow):
+            row.owner = row.owner | {"host": "another"}
+            row.created_at -= timedelta(minutes=2)
 
 
 def claims(server: RunningServer) -> list[IdempotencyRow]:
@@ -174,6 +184,82 @@ def test_key_of_a_dead_process_is_taken_over(server: RunningServer, client: http
 
     assert submit(client, dataset, "k1").status_code == 201
     assert submit(client, dataset, "k1").headers["idempotent-replayed"] == "true"
+
+
+@pytest.mark.parametrize("changed", ["host", "boot_id", "pid_namespace"])
+def test_key_of_a_process_from_before_a_restart_is_taken_over_after_a_minute(
+    server: RunningServer, client: httpx.Client, dataset: str, changed: str
+) -> None:
+    before = owner.current_process() | {changed: "another"}
+    claim_key(server, "k1", before, seconds_ago=59)
+    claim_key(server, "k2", before, seconds_ago=61)
+
+    assert_is_problem(submit(client, dataset, "k1"), 409, "request-in-progress")
+    assert submit(client, dataset, "k2").status_code == 201
+    assert submit(client, dataset, "k2").headers["idempotent-replayed"] == "true"
+
+
+def test_of_two_at_work_the_first_to_end_has_the_key_and_the_other_is_told_the_same(any_server: RunningServer) -> None:
+    def first() -> Iterator[bytes]:
+        yield ARCHIVE[:100]
+        api_builders.wait_for(lambda: claims(any_server))
+        say_of_another_machine(any_server)
+        second.append(pool.submit(upload, client, "k1", other()))
+        has_taken_over.wait(api_builders.DEADLINE_SECONDS)
+        yield ARCHIVE[100:]
+
+    def other() -> Iterator[bytes]:
+        yield ARCHIVE[:100]
+        api_builders.wait_for(lambda: claims(any_server)[0].owner["host"] != "another")
+        has_taken_over.set()
+        is_made.wait(api_builders.DEADLINE_SECONDS)
+        yield ARCHIVE[100:]
+
+    second: list[Future[httpx.Response]] = []
+    has_taken_over, is_made = threading.Event(), threading.Event()
+    with (
+        api_builders.client_of(any_server) as client,
+        api_builders.client_of(any_server) as slow,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        made = upload(slow, "k1", first())
+        is_made.set()
+        refused = second[0].result()
+
+        assert made.status_code == 201
+        assert_is_problem(refused, 409, "request-in-progress")
+        assert refused.headers["retry-after"] == "1"
+        assert upload(client, "k1").json() == made.json()
+        assert len(client.get("/v1/datasets").json()["data"]) == 1
+
+
+def test_request_that_was_taken_over_and_fails_leaves_the_key_to_the_other(any_server: RunningServer) -> None:
+    def first() -> Iterator[bytes]:
+        yield b"no archive"
+        api_builders.wait_for(lambda: claims(any_server))
+        say_of_another_machine(any_server)
+        second.append(pool.submit(upload, client, "k1", other()))
+        has_taken_over.wait(api_builders.DEADLINE_SECONDS)
+
+    def other() -> Iterator[bytes]:
+        yield ARCHIVE[:100]
+        api_builders.wait_for(lambda: claims(any_server)[0].owner["host"] != "another")
+        has_taken_over.set()
+        has_failed.wait(api_builders.DEADLINE_SECONDS)
+        yield ARCHIVE[100:]
+
+    second: list[Future[httpx.Response]] = []
+    has_taken_over, has_failed = threading.Event(), threading.Event()
+    with (
+        api_builders.client_of(any_server) as client,
+        api_builders.client_of(any_server) as slow,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert upload(slow, "k1", first()).status_code == 422
+        has_failed.set()
+
+        assert second[0].result().status_code == 201
+        assert upload(client, "k1").json() == second[0].result().json()
 
 
 def test_key_is_forgotten_after_a_day(server: RunningServer, client: httpx.Client, dataset: str) -> None:
