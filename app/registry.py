@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from sqlalchemy import Select, select
 from sqlalchemy import delete as delete_from
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app import webhooks
@@ -92,6 +92,11 @@ def find(session: Session, name_or_id: str) -> ModelRow:
         "There is no model with this id or alias; GET /v1/models lists the models, GET /v1/aliases the aliases.",
         code="model-not-found",
     )
+
+
+def hold(session: Session, model_id: str) -> ModelRow:
+    """The model, and nobody deletes it until the transaction ends. Raises NotFound."""
+    return _found(session.scalar(_row(model_id).with_for_update(read=True, key_share=True)))
 
 
 def find_of_job(session: Session, job_id: str, *, role: Literal["probe", "final"]) -> str | None:
@@ -259,7 +264,14 @@ def _no_alias() -> NotFound:
 
 
 def _by_id(session: Session, model_id: str) -> ModelRow:
-    model = session.scalar(select(ModelRow).where(ModelRow.id == model_id))
+    return _found(session.scalar(_row(model_id)))
+
+
+def _row(model_id: str) -> Select[ModelRow]:
+    return select(ModelRow).where(ModelRow.id == model_id)
+
+
+def _found(model: ModelRow | None) -> ModelRow:
     if model is None:
         raise NotFound("There is no model with this id; GET /v1/models lists them.", code="model-not-found")
     return model

@@ -258,7 +258,7 @@ def _create(
     services: Services, session: Session, batch_id: str, upload: StagedUpload, options: Mapping[str, Any], files: int
 ) -> dict[str, Any]:
     """Raises NotFound without such a model, Conflict for a backbone, and TooManyRequests beyond a quota."""
-    model = registry.find(session, options["model"])
+    model = registry.hold(session, registry.find(session, options["model"]).id)
     check_predicts(model)
     services.workspace.check_jobs(session)
     spec = BatchSpec(top_k=options["top_k"], files=files, size_bytes=upload.size_bytes, sha256=upload.sha256)

@@ -131,11 +131,11 @@ async def get_dataset(request: Request, services: ServicesDep, dataset_id: Datas
 )
 def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Deleted:
     def delete(session: Session) -> None:
-        catalog.find(session, dataset_id)
-        if queue.needs_dataset(session, dataset_id):
-            raise Conflict("A job that has not ended needs this data set; cancel it, or wait for its end.")
         queue.cancel_ingest(session, dataset_id)
         catalog.delete(session, dataset_id)
+        # Asked last: who was just submitting a job has held the data set until then. A refusal takes all of it back.
+        if queue.needs_dataset(session, dataset_id):
+            raise Conflict("A job that has not ended needs this data set; cancel it, or wait for its end.")
 
     services.database.free(delete)
     services.pictures.forget(dataset_id)

@@ -263,7 +263,7 @@ def _queue(services: Services, request: JobRequest, claim: Claim | None, print_o
     with services.database.read() as session:
         spec = resolve(session, services, request)
     with services.database.write() as session:
-        _ready_dataset(session, request.dataset)  # it may have been deleted meanwhile
+        _check_ready(catalog.hold(session, request.dataset))  # it may have been deleted meanwhile
         services.workspace.check_jobs(session)
         services.workspace.check_room(session, 1)  # where nothing more may be kept, no model should be trained
         row = _submit_spec(session, spec, name=request.name)
@@ -287,6 +287,11 @@ def _submit_spec(session: Session, spec: TrainingSpec, *, name: str | None) -> J
 
 def _ready_dataset(session: Session, dataset_id: str) -> DatasetRow:
     row = catalog.find(session, dataset_id)
+    _check_ready(row)
+    return row
+
+
+def _check_ready(row: DatasetRow) -> None:
     if row.status == "processing":
         raise Conflict(
             "The data set is still being processed; `GET /v1/datasets/{id}?wait=60` returns when it is ready.",
@@ -298,7 +303,6 @@ def _ready_dataset(session: Session, dataset_id: str) -> DatasetRow:
             "The data set could not be processed, its `error` says why; upload it again, corrected.",
             code="dataset-failed",
         )
-    return row
 
 
 def _list_events(services: Services, job_id: str, position: int, limit: int) -> Listing[Event]:

@@ -149,11 +149,12 @@ def _point_alias(services: Services, name: str, model_id: str) -> Alias:
 def _delete_model(services: Services, name: str) -> str:
     def delete(session: Session) -> str:
         model_id = registry.find(session, name).id
+        registry.delete(session, model_id)
+        # Asked last: who was just submitting a batch has held the model until then. A refusal takes all of it back.
         if queue.needs_model(session, model_id):
             raise Conflict(
                 "A batch that has not ended asks this model; cancel it, or wait for its end.", code="model-in-use"
             )
-        registry.delete(session, model_id)
         return model_id
 
     model_id = services.database.free(delete)

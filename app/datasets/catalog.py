@@ -6,8 +6,8 @@ Bytes are elsewhere: whoever deletes a row removes `datasets/<id>` from the stor
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from sqlalchemy import Select, select, update
 from sqlalchemy import delete as sql_delete
-from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app import webhooks
@@ -52,10 +52,12 @@ def create(
 
 def find(session: Session, dataset_id: str) -> DatasetRow:
     """Raises NotFound."""
-    row = session.scalar(select(DatasetRow).where(DatasetRow.id == dataset_id))
-    if row is None:
-        raise NotFound("There is no such data set; GET /v1/datasets lists those there are.")
-    return row
+    return _found(session.scalar(_row(dataset_id)))
+
+
+def hold(session: Session, dataset_id: str) -> DatasetRow:
+    """The same, and nobody deletes it until the transaction ends. (SQLite's writers come one by one anyway.)"""
+    return _found(session.scalar(_row(dataset_id).with_for_update(read=True, key_share=True)))
 
 
 def exists(session: Session, dataset_id: str) -> bool:
@@ -108,9 +110,9 @@ def mark_failed(
 
 
 def delete(session: Session, dataset_id: str) -> None:
-    """Removes the row. That no job needs the data set is for the caller to know. Raises NotFound."""
+    """Removes the row, once nobody holds it: which jobs there are on it is certain only then. Raises NotFound."""
     if not _changed(session.execute(sql_delete(DatasetRow).where(DatasetRow.id == dataset_id))):
-        raise NotFound("There is no such data set.")
+        raise _no_dataset()
 
 
 def _finish(
@@ -141,6 +143,20 @@ def _finish(
         raise Conflict("The data set is not being processed any more.")
     told = {"id": dataset_id, "object": "dataset", "status": status, **told}
     webhooks.emit(session, event, told, workspace_id=workspace_id)
+
+
+def _row(dataset_id: str) -> Select[DatasetRow]:
+    return select(DatasetRow).where(DatasetRow.id == dataset_id)
+
+
+def _found(row: DatasetRow | None) -> DatasetRow:
+    if row is None:
+        raise _no_dataset()
+    return row
+
+
+def _no_dataset() -> NotFound:
+    return NotFound("There is no such data set; GET /v1/datasets lists those there are.")
 
 
 def _changed(result: Any) -> bool:

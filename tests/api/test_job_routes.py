@@ -1,6 +1,9 @@
 """Submitting, watching and ending jobs over HTTP."""
 
 import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import api_builders
@@ -8,11 +11,18 @@ import httpx
 import pytest
 import queue_builders
 from api_builders import RunningServer, assert_is_problem
+from sqlalchemy import text
 
+from app import registry
+from app.datasets import catalog
 from app.datasets.ingest import manifest_key
 from app.datasets.manifest import Manifest, Record
+from app.db.migrate import upgrade
 from app.jobs import queue
 from app.jobs.queue import Claim
+from app.jobs.states import JobKind
+
+Request = Callable[[httpx.Client], httpx.Response]
 
 EPOCH = {
     "epoch": 1,
@@ -226,6 +236,80 @@ def test_deleting_a_data_set_waits_for_its_jobs(client: httpx.Client, dataset: s
 
     assert client.delete(f"/v1/datasets/{dataset}").json() == {"id": dataset, "object": "dataset", "deleted": True}
     assert_is_problem(client.get(f"/v1/datasets/{dataset}"), 404, "not-found")
+
+
+@pytest.fixture
+def postgres_server(empty_postgres_url: Callable[[], str], tmp_path: Path) -> Iterator[RunningServer]:
+    """SQLite's writers come one by one; here they meet."""
+    url = empty_postgres_url()
+    upgrade(url)
+    with RunningServer(api_builders.settings_for(tmp_path, database_url=url)) as server:
+        yield server
+
+
+def sent_together(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, first: Request, module: Any, name: str, second: Request
+) -> tuple[int, int]:
+    """Both answers, where the second request comes when the first has done `module.name` and not yet committed it."""
+    done, later = getattr(module, name), []
+
+    def do_and_wait(*arguments: Any, **more: Any) -> Any:
+        result = done(*arguments, **more)
+        later.append(pool.submit(second, other))
+        api_builders.wait_for(lambda: later[0].done() or waits_for_a_lock(server))
+        return result
+
+    with (
+        api_builders.client_of(server) as client,
+        api_builders.client_of(server) as other,
+        ThreadPoolExecutor(1) as pool,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(module, name, do_and_wait)
+        return first(client).status_code, later[0].result().status_code
+
+
+def waits_for_a_lock(server: RunningServer) -> bool:
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with server.services.database.read() as session:
+        return session.scalar(text(waiting)) is not None
+
+
+def test_no_job_is_queued_on_a_data_set_that_goes_at_the_same_time(
+    postgres_server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = postgres_server
+    dataset = api_builders.ready_dataset(server.services.database)
+
+    def post(client: httpx.Client) -> httpx.Response:
+        return client.post("/v1/jobs", json=asked_for(dataset))
+
+    def delete(client: httpx.Client) -> httpx.Response:
+        return client.delete(f"/v1/datasets/{dataset}")
+
+    assert sent_together(server, monkeypatch, post, queue, "submit", delete) == (201, 409)
+    with server.services.database.write() as session:
+        queue.request_cancel(session, queue.list_jobs(session, limit=1)[0].id)
+    assert sent_together(server, monkeypatch, delete, catalog, "delete", post) == (200, 404)
+
+
+def test_no_batch_is_queued_on_a_model_that_goes_at_the_same_time(
+    postgres_server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = postgres_server
+    model = api_builders.register_model(server.services, aliases=())
+
+    def put(client: httpx.Client) -> httpx.Response:
+        return client.put("/v1/batches", params={"model": model}, content=api_builders.archive_of_classes())
+
+    def delete(client: httpx.Client) -> httpx.Response:
+        return client.delete(f"/v1/models/{model}")
+
+    assert sent_together(server, monkeypatch, put, queue, "submit", delete) == (201, 409)
+    with server.services.database.write() as session:
+        batch = queue.list_jobs(session, limit=1, kind=JobKind.prediction)[0]
+        queue.request_cancel(session, batch.id, kind=JobKind.prediction)
+    assert sent_together(server, monkeypatch, delete, registry, "delete", put) == (200, 404)
 
 
 @pytest.fixture
