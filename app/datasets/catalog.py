@@ -125,7 +125,9 @@ def _finish(
     event: webhooks.Event,
     told: dict[str, Any],
 ) -> None:
-    values: dict[str, Any] = {"status": status, "error": error}
+    # A data set that failed has no pixel store, however large it was to be.
+    packed_bytes = None if report is None else report.packed_bytes
+    values: dict[str, Any] = {"status": status, "error": error, "packed_bytes": packed_bytes}
     if report is not None:
         values |= {
             "num_images": report.num_images,

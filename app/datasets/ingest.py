@@ -137,7 +137,11 @@ def ingest(
         # The manifest last: where it is, everything is.
         storage.publish(staged / "packed", packed_key(dataset_id, PACKED_SIDE))
         storage.publish(staged / "manifest.jsonl", manifest_key(dataset_id))
-        return replace(_report(layout, records, rejected, warnings=warnings), groups=tuple(groups.tolist()))
+        return replace(
+            _report(layout, records, rejected, warnings=warnings),
+            packed_bytes=folder_bytes(sum(image.height * image.width * 3 for image in images), len(images)),
+            groups=tuple(groups.tolist()),
+        )
 
 
 def ensure_packed(

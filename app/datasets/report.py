@@ -23,6 +23,7 @@ class IngestReport:
     tasks: list[dict[str, Any]] = field(default_factory=list)  # {"name", "classes"}, where there are several
     warnings: list[dict[str, Any]] = field(default_factory=list)  # as `warning` makes them, each code once
     error: GraftError | None = None
+    packed_bytes: int | None = None  # of the pixel store, where there is one
     # Not for callers: the group of near copies of each image, in the manifest's order; None without a manifest.
     groups: tuple[int, ...] | None = field(default=None, repr=False)
 

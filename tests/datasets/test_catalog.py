@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from app import workspaces
 from app.datasets import catalog
 from app.datasets.report import IngestReport, merged, warning
 from app.db.engine import Database
@@ -83,13 +84,18 @@ def test_ready_data_set_shows_its_report(database: Database) -> None:
 def test_failed_data_set_keeps_what_is_known(database: Database) -> None:
     with_report, without = created(database), created(database)
     with database.write() as session:
+        catalog.state_size(session, with_report, 1000)
+        catalog.state_size(session, without, 1000)
+        assert workspaces.bytes_used(session) == 2 * (5 + 1000)
         catalog.mark_failed(session, with_report, ERROR, report=REPORT)
         catalog.mark_failed(session, without, ERROR)
     rows = found(database, with_report), found(database, without)
     assert [(row.status, row.error["code"] if row.error else None) for row in rows] == [
         ("failed", "too-few-images")
     ] * 2
-    assert [row.num_images for row in rows] == [3, 0]
+    assert [(row.num_images, row.packed_bytes) for row in rows] == [(3, None), (0, None)]
+    with database.read() as session:
+        assert workspaces.bytes_used(session) == 2 * 5  # the archives
 
 
 def test_data_set_ends_once(database: Database) -> None:

@@ -14,7 +14,7 @@ from queue_builders import claim_next, find, submit
 
 from app import holdings
 from app.datasets import catalog
-from app.datasets.ingest import archive_key, manifest_key
+from app.datasets.ingest import PACKED_SIDE, archive_key, manifest_key, packed_key
 from app.db.engine import Database
 from app.db.tables import DEFAULT_WORKSPACE, DatasetRow
 from app.errors import ArchiveRefused, Conflict
@@ -65,7 +65,7 @@ def job_status(database: Database, claim: Claim) -> str:
 
 
 def test_good_archive_makes_data_set_and_job_end_well(database: Database, storage: LocalStorage, run: Run) -> None:
-    claim = uploaded(database, storage, class_folders(8))
+    claim = uploaded(database, storage, class_folders(8) | {"cat/cut.jpg": jpeg(8)[:-50]})
     run(claim)
     row = dataset(database, claim)
     assert (row.status, row.splits, job_status(database, claim)) == (
@@ -103,6 +103,7 @@ def test_class_without_readable_pictures_fails_both_and_keeps_the_report(
     run(claim)
     row = dataset(database, claim)
     assert (row.status, row.num_images, row.num_rejected, job_status(database, claim)) == ("failed", 8, 3, "failed")
+    assert (row.packed_bytes, storage.exists(packed_key(row.id, PACKED_SIDE))) == (None, False)
     assert row.error is not None
     assert row.error["code"] == find(database, claim.job_id, kind=JobKind.ingest).error["code"] == "too-few-images"  # type: ignore[index]
 
