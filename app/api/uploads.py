@@ -237,7 +237,7 @@ def _create(services: Services, size_bytes: int, client_metadata: str) -> Upload
 async def _append(
     request: Request, services: Services, upload_id: str, *, offset: int, checksum: Checksum | None
 ) -> UploadRow:
-    """The upload as it is after the piece in the body. Whoever repeats the last piece is told the same again."""
+    """The upload as it is after the piece in the body. An empty one at the end of a whole upload is told its end."""
     row = await run_in_threadpool(find, services, upload_id)
     with ExitStack() as stack:
         file: PartialFile | None = None

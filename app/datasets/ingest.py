@@ -361,8 +361,9 @@ def _records(layout: Layout, images: Sequence[_Packed], splits: Sequence[Split])
 
 def _no_validation(layout: Layout) -> ArchiveRefused:
     return ArchiveRefused(
-        f"In each class ({_listed(layout.classes)}) all pictures are copies of one another, so none can be kept back "
-        "for validation. Add pictures that differ.",
+        f"In each class ({_listed(layout.classes)}) all pictures are copies of one another, or each of them lies in "
+        "another class as well, so none can be kept back for validation. Add pictures that differ, and have each in "
+        "one class.",
         code="no-validation-possible",
     )
 

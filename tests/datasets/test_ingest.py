@@ -253,6 +253,14 @@ def test_classes_of_equal_pictures_fail_since_nothing_can_be_kept_back(ingested:
     assert (report.error.code, '"cat", "dog"' in report.error.detail) == ("no-validation-possible", True)
 
 
+def test_pictures_that_all_lie_in_both_classes_fail_and_it_is_said_so(ingested: Ingested) -> None:
+    report = ingested({f"{name}/{i}.jpg": jpeg(i) for name in ("cat", "dog") for i in range(5)})
+    assert report.error is not None
+    assert report.error.code == "no-validation-possible"
+    assert "or each of them lies in another class as well" in report.error.detail
+    assert "conflicting_labels" in codes(report)
+
+
 def test_one_class_of_equal_pictures_is_trained_on_and_warned_of(ingested: Ingested) -> None:
     report = ingested(class_folders(150, classes=("cat",)) | {f"dog/{i}.jpg": jpeg(5000) for i in range(150)})
     assert report.classes[1] == {"name": "dog", "train": 150, "val": 0, "test": 0}
