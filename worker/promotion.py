@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from app import registry
-from app.datasets.ingest import IngestLimits, ensure_packed, manifest_key
+from app.datasets.ingest import ensure_packed, manifest_key
 from app.datasets.manifest import Manifest
 from app.db.engine import Database
 from app.errors import JobFailed, ModelUnavailable, NotFound, StorageFull
@@ -75,7 +75,6 @@ def decide(
     database: Database,
     storage: LocalStorage,
     device: torch.device,
-    limits: IngestLimits,
     tick: Callable[[], None],
     interim: str | None = None,
 ) -> Decision:
@@ -118,7 +117,7 @@ def decide(
     try:
         stored = _stored_answers(incumbent.id, true, storage)
         answers = stored or _answers(
-            incumbent.id, candidate.dataset_id, true, storage=storage, device=device, limits=limits, tick=tick
+            incumbent.id, candidate.dataset_id, true, storage=storage, device=device, tick=tick
         )
     except ModelUnavailable:
         reason = f"The model becomes the default: {incumbent.id}, the one before, cannot be loaded."
@@ -192,7 +191,6 @@ def _answers(
     *,
     storage: LocalStorage,
     device: torch.device,
-    limits: IngestLimits,
     tick: Callable[[], None],
 ) -> dict[str, str]:
     """The model's classes by digest, for those images of the data set, preprocessed as the model itself asks for.
@@ -201,7 +199,7 @@ def _answers(
     """
     model = artifact.load(storage.path(f"models/{model_id}"))
     manifest = Manifest.read(storage.path(manifest_key(dataset_id)))
-    images = ensure_packed(storage, dataset_id, model.preprocessing.side, limits=limits, tick=lambda _share: tick())
+    images = ensure_packed(storage, dataset_id, model.preprocessing.side, tick=lambda _share: tick())
     place = {manifest.records[i].digest: i for i in manifest.indices("val").tolist()}
     asked = list(dict.fromkeys(without_task(digest) for digest in true))
     split = Split(images, np.array([place[digest] for digest in asked]), np.zeros(len(asked), dtype=np.int64))

@@ -9,7 +9,6 @@ import torch
 from sqlalchemy.orm import Session
 
 from app import holdings, registry
-from app.datasets.ingest import IngestLimits
 from app.db.engine import Database
 from app.db.tables import new_id
 from app.jobs import queue
@@ -154,7 +153,6 @@ class Publisher:
                 database=self.database,
                 storage=self.storage,
                 device=training.state.device,
-                limits=IngestLimits.from_settings(self.settings),
                 tick=self.reporter.tick,
                 interim=probe,
             )

@@ -11,7 +11,7 @@ from typing import get_args
 
 import torch
 
-from app.datasets.ingest import IngestLimits, ensure_packed, manifest_key
+from app.datasets.ingest import ensure_packed, manifest_key
 from app.datasets.manifest import Manifest
 from app.errors import JobFailed
 from app.jobs.queue import Claim
@@ -98,7 +98,6 @@ class Workbench:
                 storage,
                 claim.dataset_id,
                 spec.preprocessing.side,
-                limits=IngestLimits.from_settings(settings),
                 tick=lambda _share: reporter.tick(),
             )
         )

@@ -1,6 +1,8 @@
 """The story of a data set, from an archive to what training reads: look, decode once, compare, split, publish."""
 
 import hashlib
+import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +26,7 @@ from app.errors import ArchiveRefused, ImageRefused, listed
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision.decoding import Decoders
-from app.vision.images import ImageLimits, Pixels, decode, decoded_bytes
+from app.vision.images import NO_LIMITS, ImageLimits, Pixels, decode, decoded_bytes
 
 PACKED_SIDE = 256
 
@@ -144,11 +146,10 @@ def ingest(
         )
 
 
-def ensure_packed(
-    storage: LocalStorage, dataset_id: str, side: int, *, limits: IngestLimits, tick: Tick
-) -> PackedPixels:
+def ensure_packed(storage: LocalStorage, dataset_id: str, side: int, *, tick: Tick) -> PackedPixels:
     """The data set's pixels with a short side of up to `side`, made from the kept archive where they are not there.
 
+    The archive was within the limits when it was ingested; today's may be stricter, and are for new ones.
     Raises StorageFull, and whatever tick raises.
     """
     key = packed_key(dataset_id, side)
@@ -160,7 +161,7 @@ def ensure_packed(
         order = np.zeros(len(place), dtype=np.int64)
         archive = storage.path(archive_key(dataset_id))
         with storage.staging() as staged, PackedWriter(staged) as writer:
-            images = _decoded(archive, pictures, side=side, limits=limits, tick=tick)
+            images = _decoded(archive, pictures, side=side, limits=_NO_LIMITS, tick=tick)
             for appended, image in enumerate(images):
                 # The archive is the one that was ingested, so what could be read then, in a process that could have
                 # been killed, can be read now.
@@ -173,6 +174,17 @@ def ensure_packed(
 
 
 # Decoding
+
+
+_NO_LIMITS = IngestLimits(
+    ArchiveLimits(
+        max_unpacked_bytes=sys.maxsize,
+        max_member_bytes=sys.maxsize,
+        max_members=sys.maxsize,
+        max_compression_ratio=math.inf,
+    ),
+    NO_LIMITS,
+)
 
 
 class _Sizes:

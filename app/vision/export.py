@@ -10,7 +10,6 @@ lie, nor who asked.
 
 import io
 import json
-import math
 import os
 import sys
 import threading
@@ -33,7 +32,7 @@ from app.storage import file_sha256
 from app.vision import artifact, images, torchvision_weights, usage
 from app.vision.artifact import Artifact
 from app.vision.backbones import BACKBONES
-from app.vision.images import ImageLimits, Pixels
+from app.vision.images import Pixels
 from app.vision.outputs import of_outputs, probabilities
 from app.vision.preprocessing import Preprocessing, affine, eval_pixels, normalise
 from app.vision.usage import Format
@@ -301,13 +300,8 @@ def _served_input(pixels: Pixels, preprocessing: Preprocessing) -> Tensor:
     """What the network is fed when these pixels come to /predict as a picture: float32 (1, 3, S, S)."""
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "PNG", compress_level=1)
-    decoded = images.decode(encoded.getvalue(), side=preprocessing.side, limits=_NO_LIMITS)
+    decoded = images.decode(encoded.getvalue(), side=preprocessing.side, limits=images.NO_LIMITS)
     return normalise(eval_pixels(decoded, preprocessing)[None], preprocessing)
-
-
-_NO_LIMITS = ImageLimits(
-    max_bytes=sys.maxsize, max_pixels=sys.maxsize, max_side=sys.maxsize, max_aspect=math.inf, max_jpeg_scans=sys.maxsize
-)
 
 
 def _served(model: Artifact, pixels: Pixels) -> Tensor:

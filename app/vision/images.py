@@ -4,8 +4,10 @@ Knows bytes and numbers; not data sets, not networks, not HTTP. Everything here 
 """
 
 import io
+import math
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,6 +75,17 @@ class ImageLimits:
     @property
     def formats(self) -> frozenset[str]:
         return STANDARD_FORMATS | self.extra_formats
+
+
+# For pictures of our own, and those that were let in before.
+NO_LIMITS = ImageLimits(
+    max_bytes=sys.maxsize,
+    max_pixels=sys.maxsize,
+    max_side=sys.maxsize,
+    max_aspect=math.inf,
+    max_jpeg_scans=sys.maxsize,
+    extra_formats=frozenset({"TIFF", "BMP"}),
+)
 
 
 def sniff(head: bytes) -> str | None:

@@ -45,7 +45,7 @@ def storage(tmp_path: Path) -> LocalStorage:
     )
     assert report.error is None
     keep_model(storage)
-    ensure_packed(storage, DATASET, LARGE.side, limits=LIMITS, tick=lambda _share: None)
+    ensure_packed(storage, DATASET, LARGE.side, tick=lambda _share: None)
     return storage
 
 

@@ -438,7 +438,7 @@ def test_larger_pixels_are_made_from_the_archive_when_they_are_needed(
         files | {"cat/broken.png": encoded(picture(9))[:-20]}, make=lambda files: zip_of(dict(reversed(files.items())))
     )
     for _ in range(2):
-        pixels = ensure_packed(storage, DATASET, 384, limits=LIMITS, tick=lambda _fraction: None)
+        pixels = ensure_packed(storage, DATASET, 384, tick=lambda _fraction: None)
         for i, record in enumerate(manifest(storage).records):
             np.testing.assert_array_equal(pixels[i], decode(files[record.path], side=384, limits=LIMITS.images))
     assert len(pixels) == 6

@@ -88,7 +88,7 @@ def test_training_validation_and_serving_see_the_same_bytes(
     )
     assert report.num_rejected == 0
     manifest = Manifest.read(storage.path(manifest_key("ds")))
-    images = ensure_packed(storage, "ds", preprocessing.side, limits=LIMITS, tick=lambda _fraction: None)
+    images = ensure_packed(storage, "ds", preprocessing.side, tick=lambda _fraction: None)
     every = Split(images, np.arange(len(images)), np.arange(len(images), dtype=np.int64))
     paths = [record.path for record in manifest.records]
 

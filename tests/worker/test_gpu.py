@@ -66,7 +66,7 @@ def accuracy_on_cpu(storage: LocalStorage, model_id: str) -> float:
     """Of the model that was saved, on the validation pictures."""
     loaded = artifact.load(storage.path(f"models/{model_id}"))
     manifest = Manifest.read(storage.path(manifest_key(DATASET)))
-    images = ensure_packed(storage, DATASET, 256, limits=None, tick=lambda _share: None)  # type: ignore[arg-type]
+    images = ensure_packed(storage, DATASET, 256, tick=lambda _share: None)
     indices = manifest.indices("val")
     pixels = torch.stack([eval_pixels(images[int(i)], loaded.preprocessing) for i in indices])
     with torch.inference_mode():

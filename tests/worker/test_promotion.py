@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from app import registry
-from app.datasets.ingest import IngestLimits, manifest_key, packed_key
+from app.datasets.ingest import manifest_key, packed_key
 from app.datasets.manifest import Manifest, Record
 from app.datasets.packed import PackedWriter
 from app.db.engine import Database
 from app.errors import JobFailed
-from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision import artifact
 from app.vision.artifact import Artifact
@@ -31,8 +30,8 @@ SMALL = Preprocessing(resize=36, crop=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25,
 class Gate:
     """The gate before one database and storage, with data sets and incumbents as a test needs them."""
 
-    def __init__(self, database: Database, storage: LocalStorage, settings: Settings) -> None:
-        self.database, self.storage, self._settings = database, storage, settings
+    def __init__(self, database: Database, storage: LocalStorage) -> None:
+        self.database, self.storage = database, storage
         self.ticks = 0
 
     def add_dataset(self, dataset_id: str, *, train: Sequence[str] = (), val: Sequence[str] = ()) -> None:
@@ -104,7 +103,6 @@ class Gate:
             database=self.database,
             storage=self.storage,
             device=torch.device("cpu"),
-            limits=IngestLimits.from_settings(self._settings),
             tick=self._tick,
         )
 
@@ -114,7 +112,7 @@ class Gate:
 
 @pytest.fixture
 def gate(database: Database, storage: LocalStorage) -> Gate:
-    return Gate(database, storage, Settings(data_dir=storage.root, device="cpu", allow_downloads=False))
+    return Gate(database, storage)
 
 
 def digests(count: int, *, first: int = 0) -> list[str]:

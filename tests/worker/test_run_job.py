@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 import queue_builders
@@ -14,7 +15,7 @@ import torch
 from training_jobs import CLASSES, DATASET, Job, act_after_steps, same_weights, write_dataset
 
 from app import registry
-from app.datasets.ingest import ensure_packed, manifest_key
+from app.datasets.ingest import IngestLimits, IngestOptions, archive_key, ensure_packed, ingest, manifest_key
 from app.datasets.manifest import Manifest
 from app.db.engine import Database
 from app.errors import JobFailed, ModelUnavailable
@@ -33,6 +34,7 @@ from worker import run_job
 from worker.reporter import Reporter, ShuttingDown
 from worker.training import loop
 from worker.wakeup import Wakeup
+from worker.workbench import Workbench
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def test_the_evaluation_agrees_with_the_model_that_was_saved(
     folder = storage.path(f"models/{done.row.model_id}")
     evaluation = json.loads((folder / "evaluation.json").read_bytes())
     loaded = artifact.load(folder)
-    images = ensure_packed(storage, DATASET, 256, limits=None, tick=lambda _share: None)  # type: ignore[arg-type]
+    images = ensure_packed(storage, DATASET, 256, tick=lambda _share: None)
     wrong, confusion = set(), np.zeros((3, 3), dtype=int)
     predictions: dict[str, list[Any]] = {"digests": [], "true": [], "predicted": [], "probability_of_true": []}
     with torch.inference_mode():
@@ -457,6 +459,50 @@ def test_transfer_from_real_weights_learns_two_trees(
     metrics = queue_builders.find(database, claim.job_id).metrics
     assert metrics is not None
     assert metrics["val_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "stricter",
+    [
+        {"max_image_pixels": 1000},
+        {"max_image_side": 100},
+        {"max_image_aspect": 1.0},
+        {"max_image_bytes": 100},
+        {"max_members": 1},
+        {"extra_image_formats": frozenset()},
+    ],
+    ids=lambda stricter: next(iter(stricter)),
+)
+def test_a_job_reads_what_was_ingested_before_settings_became_stricter(
+    database: Database, storage: LocalStorage, stricter: Mapping[str, Any]
+) -> None:
+    settings = Settings(data_dir=storage.root, device="cpu", extra_image_formats=frozenset({"BMP"}))
+    pictures = {f"{CLASSES[i % 3]}/{i}": builders.picture(i, size=(400, 360)) for i in range(9)}
+    archive = builders.zip_of({f"{path}.bmp": builders.encoded(pixels, "BMP") for path, pixels in pictures.items()})
+    ingest(
+        builders.written(storage.path(archive_key(DATASET)), archive),
+        storage=storage,
+        dataset_id=DATASET,
+        options=IngestOptions(val_fraction=0.2, seed=0),
+        limits=IngestLimits.from_settings(settings),
+        tick=lambda _share: None,
+    )
+    training = Job(database, storage, settings, method="from_scratch", hyperparameters={"image_size": 300})
+    claim = queue_builders.claim_next(database)
+    assert claim is not None
+
+    bench = Workbench.open(
+        training.spec,
+        claim,
+        settings=settings.model_copy(update=stricter),
+        storage=storage,
+        reporter=Reporter(database, claim, shutdown=Wakeup()),
+        seen_before=frozenset(),
+    )
+
+    assert training.spec.preprocessing.side == 384
+    for i, record in enumerate(bench.manifest.records):
+        np.testing.assert_array_equal(bench.images[i], pictures[record.path.removesuffix(".bmp")])
 
 
 def _claimed(database: Database, spec: Mapping[str, Any]) -> Claim:
