@@ -1,11 +1,14 @@
 """/v1/uploads: a data set's archive in pieces, by tus 1.0.0, so that a cut connection costs what was on its way."""
 
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
+import anyio
 from fastapi import APIRouter, Path, Request
 from pydantic import Field
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
@@ -13,7 +16,9 @@ from app.api import tus
 from app.api.archive_uploads import BINARY, publish_and_create
 from app.api.datasets import UploadOptions, archive_use, printable_base
 from app.api.deps import ServicesDep, Wait, refuse_declared_size, wait_until
+from app.api.failures import answer
 from app.api.openapi import problems
+from app.api.problems import Problem
 from app.api.schemas import JsonObject, Schema
 from app.api.services import Services
 from app.api.tus import TusResumable, UploadChecksum, UploadLength, UploadMetadata, UploadOffset
@@ -22,7 +27,7 @@ from app.datasets import partial, uploads
 from app.datasets.partial import Arrival, Checksum, PartialFile
 from app.datasets.upload import StagedUpload
 from app.db.tables import UploadRow, new_id
-from app.errors import ArchiveRefused, Conflict, InvalidRequest, NotFound, TooLarge
+from app.errors import ArchiveRefused, Conflict, GraftError, InvalidRequest, NotFound, TooLarge
 
 router = APIRouter(tags=["resumable uploads"])
 
@@ -94,7 +99,8 @@ async def tell_capabilities(services: ServicesDep) -> Response:
     status_code=201,
     summary="Begin a resumable upload of a data set",
     description="Answers where to send the archive's pieces. The first one may come in the body, as "
-    f"`{tus.PIECE}`; if that is all of it, what PATCH says of the last piece holds.",
+    f"`{tus.PIECE}`; if that is all of it, what PATCH says of the last piece holds. A problem has `Location` and "
+    "`Upload-Offset` too where the upload can be gone on with; otherwise nothing stays.",
     responses={
         201: {"headers": {"Location": _TEXT, "Upload-Offset": _NUMBER, "Upload-Expires": _TEXT, **_DATASET}},
         **problems(400, 408, 409, 412, 413, 423, 460, 507),
@@ -116,11 +122,22 @@ async def begin_upload(
         tus.check_is_piece(request)
         refuse_declared_size(request, max_bytes=size_bytes)
     row = await run_in_threadpool(_create, services, size_bytes, upload_metadata or "")
+    location = {"Location": f"/v1/uploads/{row.id}"}
     if tus.has_body(request):
-        row = await _append(request, services, row.id, offset=0, checksum=checksum)
+        try:
+            row = await _append(request, services, row.id, offset=0, checksum=checksum)
+        except GraftError as error:
+            left = await run_in_threadpool(_left_of, services, row)
+            if left is None:
+                raise
+            return answer(request, replace(Problem.of(error), headers=location | _headers(left)))
+        except BaseException:
+            # Nobody has been told its name: the client has left, perhaps. What cannot be removed now expires.
+            with anyio.CancelScope(shield=True), suppress(GraftError, SQLAlchemyError):
+                await run_in_threadpool(_remove, services, row.id)
+            raise
     upload = await run_in_threadpool(_shown, services, row)
-    headers = {"Location": f"/v1/uploads/{row.id}", **_headers(upload)}
-    return JSONResponse(upload.model_dump(mode="json"), status_code=201, headers=headers)
+    return JSONResponse(upload.model_dump(mode="json"), status_code=201, headers=location | _headers(upload))
 
 
 @router.get(
@@ -188,12 +205,7 @@ async def append_piece(
 )
 def end_upload(services: ServicesDep, upload_id: UploadId, tus_resumable: TusResumable = None) -> Response:
     tus.check_version(tus_resumable)
-    with ExitStack() as stack:
-        if find(services, upload_id).status == "open":
-            stack.enter_context(partial.locked(services.storage.path(uploads.archive_key(upload_id))))
-        with services.database.write() as session:
-            uploads.delete(session, upload_id)
-        services.storage.delete(uploads.folder_key(upload_id))
+    _remove(services, upload_id)
     return Response(status_code=204)
 
 
@@ -267,6 +279,25 @@ async def _append(
             await complete(services, row)
             row = await run_in_threadpool(find, services, upload_id)
     return row
+
+
+def _left_of(services: Services, row: UploadRow) -> Upload | None:
+    """A new upload whose first piece failed, if it can be gone on with. One of which nothing has come is removed."""
+    upload = _shown(services, row)
+    if upload.offset == 0:
+        _remove(services, row.id)
+        return None
+    return None if upload.error else upload
+
+
+def _remove(services: Services, upload_id: str) -> None:
+    """Raises NotFound, and Locked while another request is at it."""
+    with ExitStack() as stack:
+        if find(services, upload_id).status == "open":
+            stack.enter_context(partial.locked(services.storage.path(uploads.archive_key(upload_id))))
+        with services.database.write() as session:
+            uploads.delete(session, upload_id)
+        services.storage.delete(uploads.folder_key(upload_id))
 
 
 def _check_offset(given: int, actual: int) -> None:

@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -147,6 +147,79 @@ def test_creation_with_a_first_piece_goes_on_after_it(server: RunningServer, cli
     assert (answer.status_code, answer.headers["upload-offset"], offset_of(client, path)) == (201, "100", 100)
     assert send(client, path, 100, ARCHIVE[100:]).status_code == 204
     assert_is_whole(server, client, path)
+
+
+@pytest.mark.parametrize(
+    ("archive", "headers", "status"),
+    [(ARCHIVE, {"Upload-Checksum": "sha1 YQ=="}, 460), (BAD_ARCHIVE, {}, 422), (iter([b"x" * 2000]), {}, 413)],
+    ids=["checksum", "refused", "too long"],
+)
+def test_creation_with_a_piece_that_is_refused_leaves_nothing(
+    server: RunningServer, client: httpx.Client, archive: Any, headers: dict[str, str], status: int
+) -> None:
+    length = {"Upload-Length": str(len(archive) if isinstance(archive, bytes) else 1000)}
+
+    answer = client.post("/v1/uploads", content=archive, headers={**PIECE, **length, **headers})
+
+    assert (answer.status_code, "location" in answer.headers) == (status, False)
+    assert open_uploads(server) == []
+    assert stored_files(server) == []
+    assert used_bytes(client) == 0
+
+
+def test_creation_whose_piece_stops_coming_tells_where_to_go_on(tmp_path: Path) -> None:
+    settings = api_builders.settings_for(tmp_path, body_idle_timeout_seconds=0.3)
+    with api_builders.running(settings) as server, api_builders.client_of(server) as client:
+        with socket.create_connection(server.address, timeout=30) as connection:
+            connection.sendall(creation_head() + ARCHIVE[:4000])
+            head = connection.recv(10_000).decode().lower()
+
+        assert head.startswith("http/1.1 408 ")
+        assert "\r\nupload-offset: 4000\r\n" in head
+        path = head.partition("\r\nlocation: ")[2].partition("\r\n")[0]
+        assert send(client, path, 4000, ARCHIVE[4000:]).status_code == 204
+        assert_is_whole(server, client, path)
+
+
+def test_creation_with_all_of_it_while_the_quota_is_spent_tells_where_it_waits(tmp_path: Path) -> None:
+    settings = api_builders.settings_for(tmp_path, workspace_max_bytes=len(ARCHIVE) + 1000)
+    with api_builders.running(settings) as server, api_builders.client_of(server) as client:
+        models = []
+
+        def archive() -> Iterator[bytes]:
+            yield ARCHIVE[:100]
+            models.append(api_builders.register_model(server.services, aliases=()))
+            yield ARCHIVE[100:]
+
+        answer = client.post("/v1/uploads", content=archive(), headers={**PIECE, "Upload-Length": str(len(ARCHIVE))})
+
+        assert_is_problem(answer, 429, "quota-of-bytes-spent")
+        assert answer.headers["upload-offset"] == str(len(ARCHIVE))
+        assert client.get(answer.headers["location"]).json()["status"] == "checking"
+        assert client.delete(f"/v1/models/{models[0]}").status_code == 200
+        assert_is_whole(server, client, answer.headers["location"])
+
+
+def test_creation_that_is_cut_before_its_answer_leaves_nothing(server: RunningServer, client: httpx.Client) -> None:
+    with socket.create_connection(server.address, timeout=30) as connection:
+        connection.sendall(creation_head() + ARCHIVE[:4000])
+        api_builders.wait_for(lambda: open_uploads(server))
+        assert used_bytes(client) == len(ARCHIVE)
+
+    api_builders.wait_for(lambda: not open_uploads(server))
+    api_builders.wait_for(lambda: stored_files(server) == [])
+    assert used_bytes(client) == 0
+
+
+def creation_head() -> bytes:
+    head = f"POST /v1/uploads HTTP/1.1\r\nHost: localhost\r\nTus-Resumable: 1.0.0\r\nUpload-Length: {len(ARCHIVE)}\r\n"
+    head += f"Content-Type: application/offset+octet-stream\r\nContent-Length: {len(ARCHIVE)}\r\n\r\n"
+    return head.encode()
+
+
+def used_bytes(client: httpx.Client) -> int:
+    used: int = client.get("/v1/usage").json()["bytes"]["used"]
+    return used
 
 
 @pytest.mark.parametrize(
