@@ -57,7 +57,18 @@ LINGER_SECONDS = 2.0
 # Nginx's name for a client that left before its answer.
 CLIENT_CLOSED_REQUEST = 499
 
-CUT_OFF = Problem.of(Overloaded("The server is being stopped; send the request again.", retry_after_seconds=5))
+# What a request is told that the server, which is to end, could not wait for; and one that may be at work in a thread,
+# which goes on to its end. The header is for the OpenAI SDK, which repeats every 503 unless told not to.
+NOT_BEGUN = Problem.of(Overloaded("The server is being stopped; send the request again.", retry_after_seconds=5))
+CUT_OFF = Problem(
+    status=503,
+    code="cut-off",
+    title="Not waited for",
+    detail="The server is being stopped and could not wait for this, which may have been done all the same. Look "
+    "before you send it again.",
+    headers={"x-should-retry": "false"},
+)
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 OPERATORS_PATHS = frozenset({"/metrics"})
@@ -198,7 +209,8 @@ class BodyGuard:
             if not services.stopping.is_set():
                 raise
             if not is_answering:  # else the connection ends with what was sent of the answer
-                await answer(CUT_OFF, scope, receive, send_over_unread_body)
+                may_be_done = body.is_complete and scope["method"] not in SAFE_METHODS
+                await answer(CUT_OFF if may_be_done else NOT_BEGUN, scope, receive, send_over_unread_body)
 
 
 class _Body:
@@ -318,7 +330,7 @@ def needed_scope(method: str, path: str) -> access.Scope:
         return access.Scope.predict
     if path in ("/v1/audit", "/v1/webhooks") or path.startswith("/v1/webhooks/"):
         return access.Scope.admin
-    is_reading = method in ("GET", "HEAD", "OPTIONS")
+    is_reading = method in SAFE_METHODS
     if path.endswith("/export"):
         return access.Scope.train  # who may ask a model may not therefore take it away
     if is_reading and (

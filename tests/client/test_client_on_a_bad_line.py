@@ -1,20 +1,27 @@
-"""The client at a real server, over a line that breaks."""
+"""The client at a real server, over a line that breaks, and at one that is being stopped."""
 
 import asyncio
 import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import api_builders
 import httpx
 import pytest
 from api_builders import RunningServer
-from running import picture
+from killed_api import KilledApi
+from running import picture, wait_until
 
-from graft_client import AsyncGraft, Dataset, Graft
+from app import registry
+from app.db.engine import Database
+from app.db.tables import DEFAULT_WORKSPACE
+from app.storage import LocalStorage
+from graft_client import AsyncGraft, Dataset, Graft, Unavailable
 
 PIECE_BYTES = 4096
 
@@ -116,3 +123,36 @@ def test_a_submission_whose_answer_is_lost_makes_one_job(server: RunningServer, 
         job = graft.jobs.create(dataset_id, backbone="graft_small")
 
     assert [each["id"] for each in client.get("/v1/jobs").json()["data"]] == [job.id]
+
+
+def test_what_a_server_goes_on_with_while_it_is_stopped_is_not_done_twice(tmp_path: Path) -> None:
+    api = KilledApi(tmp_path, shutdown_grace_seconds="6")
+    database = Database(api.database_url).within(DEFAULT_WORKSPACE)
+    services = SimpleNamespace(database=database, storage=LocalStorage(api.data))
+    before, _ = (api_builders.register_model(services, seed=seed) for seed in range(2))
+
+    def loads(count: int) -> Callable[[], bool]:
+        loaded = f'graft_model_loads_total{{outcome="loaded"}} {count}.0'
+        return lambda: loaded in httpx.get(f"{api.url}/metrics").text
+
+    with ExitStack() as stack:
+        stack.callback(api.kill)
+        api.start()
+        graft = stack.enter_context(Graft(api.url, max_retries=20))
+        pool = stack.enter_context(ThreadPoolExecutor())
+        wait_until(loads(1), within_seconds=30, otherwise="the default model was not loaded")
+        with database.write() as session:
+            session.connection()  # takes the lock, for which the request has to wait once its model is loaded
+            asked = pool.submit(graft.aliases.roll_back, "default")
+            wait_until(loads(2), within_seconds=30, otherwise="the request did not arrive")
+            api.ask_to_stop()
+            wait_until(lambda: '"status": 503' in api.log.read_text(), within_seconds=30, otherwise="it was waited for")
+        assert api.exit_code(within_seconds=30) == 0
+        api.start()
+
+        with pytest.raises(Unavailable, match="may have been done all the same") as refused:
+            asked.result()
+        assert (refused.value.code, refused.value.retry_after_seconds) == ("cut-off", None)
+    with database.read() as session:
+        assert registry.default_model_id(session) == before
+    database.dispose()

@@ -30,6 +30,7 @@ from graft_client import (
     Unavailable,
     UnexpectedAnswer,
     WaitTimedOut,
+    connection,
 )
 from graft_client.uploads import PIECE_BYTES
 
@@ -350,6 +351,39 @@ def test_other_refusals_are_final(refusal: httpx.Response) -> None:
     with pytest.raises(ServerRefused):
         client_of(answer).jobs.list()
     assert len(requests) == 1
+
+
+CUT_OFF = problem(503, "cut-off", "It may have been done.")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda graft: graft.models.personalise("default", [("cat", b"jpeg")]),
+        lambda graft: graft.datasets.make_version("ds_1"),
+        lambda graft: graft.predict(b"jpeg", store=True),
+    ],
+)
+def test_what_a_stopping_server_may_have_done_is_not_asked_for_again(ask: Callable[[Graft], Any]) -> None:
+    answer, requests = answering(CUT_OFF)
+
+    with pytest.raises(Unavailable):
+        ask(client_of(answer))
+    assert len(requests) == 1
+
+
+def test_what_is_safe_to_repeat_is_asked_for_again_once_the_server_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "RESTART_SECONDS", 0.0)
+    predicted = {"model": "mdl_1", "predictions": [{"filename": "picture", "label": "cat", "score": 1.0, "top": []}]}
+    for ask, done in (
+        (lambda graft: graft.jobs.create("ds_1"), JOB),
+        (lambda graft: graft.predict(b"jpeg"), predicted),
+    ):
+        answer, requests = answering(CUT_OFF, httpx.Response(200, json=done))
+
+        ask(client_of(answer))
+
+        assert len(requests) == 2
 
 
 def test_retries_end() -> None:
