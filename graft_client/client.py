@@ -11,7 +11,7 @@ from graft_client.calls import Resource, call, finished
 from graft_client.connection import CONNECT_SECONDS, LONGEST_WAIT_SECONDS, Connection
 from graft_client.datasets import Datasets
 from graft_client.decoding import decode
-from graft_client.errors import ServerUnreachable
+from graft_client.errors import GraftError, ServerUnreachable
 from graft_client.jobs import Jobs
 from graft_client.models import Aliases, Models
 from graft_client.predictions import Batches, StoredPredictions, predict
@@ -75,9 +75,10 @@ class _Client(Resource[W]):
 class Graft(_Client[BlockingWire]):
     """The blocking client; safe to share between threads.
 
-    url: GRAFT_URL or the server on this machine if left out. api_key: GRAFT_API_KEY if left out. max_retries: beside
-    the first try, of what may be sent again. patience_seconds: how long a server may be away while something is waited
-    for. timeout_seconds: until an answer begins. transport: what carries the requests instead of the network.
+    url: GRAFT_URL or the server on this machine if left out. api_key: GRAFT_API_KEY if left out, none if empty.
+    max_retries: beside the first try, of what may be sent again. patience_seconds: how long a server may be away while
+    something is waited for. timeout_seconds: until an answer begins. transport: what carries the requests instead of
+    the network.
     """
 
     def __init__(
@@ -151,9 +152,17 @@ def _url(given: str | None) -> str:
     return url
 
 
+def _key(given: str | None) -> str:
+    """Without the blanks around it that files have. Raises GraftError, which does not repeat it, for what is no key."""
+    key = (os.environ.get("GRAFT_API_KEY", "") if given is None else given).strip()
+    if not (key.isascii() and key.isprintable()):
+        raise GraftError("The API key is none: it holds line breaks or other characters that no key has.")
+    return key
+
+
 def _options(url: str, api_key: str | None, timeout_seconds: float, user_agent: str) -> dict[str, Any]:
     headers = {"User-Agent": user_agent}
-    if key := api_key or os.environ.get("GRAFT_API_KEY"):
+    if key := _key(api_key):
         headers["Authorization"] = f"Bearer {key}"
     timeout = httpx.Timeout(timeout_seconds, connect=min(timeout_seconds, CONNECT_SECONDS))
     return {"base_url": url, "headers": headers, "timeout": timeout}

@@ -75,7 +75,7 @@ def _asked(context: typer.Context, incomplete: str, ask: Callable[[Graft], Itera
     try:
         with Graft(
             given.get("url") or DEFAULT_URL,
-            api_key=given.get("api_key"),
+            api_key=given.get("api_key") or None,
             max_retries=0,
             timeout_seconds=ANSWER_WITHIN_SECONDS,
         ) as graft:

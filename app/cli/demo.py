@@ -51,7 +51,7 @@ def demo(
 def _run(folder: Path, *, port: int | None, exit_when_done: bool) -> None:
     started = time.monotonic()
     _make_pictures(folder)
-    with _server(folder, port) as (server, url), Graft(url) as graft:
+    with _server(folder, port) as (server, url), Graft(url, api_key="") as graft:
         dataset = _upload(graft, folder / "digits.zip")
         model = _train(graft, dataset)
         _predict(graft, model, sorted((folder / "held_out").iterdir()))
@@ -121,7 +121,7 @@ def _server(folder: Path, port: int | None) -> Iterator[tuple[subprocess.Popen[b
 
 def _wait_until_serving(server: subprocess.Popen[bytes], url: str, *, log: Path) -> None:
     deadline = time.monotonic() + START_WITHIN_SECONDS
-    with Graft(url) as graft:
+    with Graft(url, api_key="") as graft:
         while not graft.is_alive():
             if server.poll() is not None or time.monotonic() > deadline:
                 last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:])

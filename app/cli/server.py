@@ -183,7 +183,7 @@ def _reachable(host: str) -> str:
 
 def _wait_until_serving(supervisor: Supervisor, stop_requests: StopRequests, url: str) -> bool:
     """Returns whether the API answers; False when stopping was asked for first. Raises Failure if it cannot start."""
-    with Graft(url) as graft:
+    with Graft(url, api_key="") as graft:
         while not graft.is_alive():
             if stop_requests.wait(LOOK_INTERVAL_SECONDS):
                 return False

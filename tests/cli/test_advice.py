@@ -46,6 +46,16 @@ def test_with_a_wrong_key(guarded: RunningServer, graft: Graft, key: str) -> Non
     assert key not in result.errors
 
 
+def test_with_a_key_that_is_none(guarded: RunningServer, graft: Graft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_API_KEY", "ft_secr\u00e9t")
+
+    result = graft("jobs", "list")
+
+    assert (result.exit_code, result.output) == (1, "")
+    assert result.errors.startswith("The API key is none")
+    assert "ft_" not in result.errors
+
+
 def test_with_a_key_that_may_not_do_this(guarded: RunningServer, graft: Graft, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFT_API_KEY", key_of(guarded, Scope.predict))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running import graft_up
 from scripted_server import Result, ScriptedServer
 from sqlalchemy import select
 
@@ -205,3 +206,10 @@ def test_up_refuses_an_address_that_is_not_this_machines(graft: Graft) -> None:
     result = graft("up", "--host", "192.0.2.1")
 
     assert (result.exit_code, result.errors) == (1, "Cannot listen on 192.0.2.1: Cannot assign requested address.\n")
+
+
+def test_up_sends_nobodys_key_to_the_server_that_it_starts(tmp_path: Path) -> None:
+    with graft_up(tmp_path, api_key="ft_\u00e9") as running:
+        assert running.stop() == 0
+
+    assert "Traceback" not in (tmp_path / "graft.log").read_text()

@@ -20,6 +20,7 @@ from graft_client import (
     FieldError,
     Forbidden,
     Graft,
+    GraftError,
     InvalidRequest,
     NotFound,
     Prediction,
@@ -300,6 +301,32 @@ def test_address_and_key_come_from_the_environment(monkeypatch: pytest.MonkeyPat
         ("http://graft.test:8000/v1/models", "Bearer ft_1"),
         ("https://other.test/v1/models", "Bearer ft_2"),
     ]
+
+
+@pytest.mark.parametrize("key", ["ft_1\n", " ft_1\r\n"])
+def test_a_key_from_a_file_may_end_with_its_line(key: str) -> None:
+    answer, requests = answering(httpx.Response(200, json={"data": []}))
+
+    client_of(answer, api_key=key).models.list()
+
+    assert requests[0].headers["Authorization"] == "Bearer ft_1"
+
+
+def test_an_empty_key_is_none_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFT_API_KEY", "ft_1")
+    answer, requests = answering(httpx.Response(200, json={"data": []}))
+
+    client_of(answer, api_key="").models.list()
+
+    assert "Authorization" not in requests[0].headers
+
+
+@pytest.mark.parametrize("key", ["ft_\u2026", "ft_1\nft_2", "ft_\x00"])
+def test_a_key_that_no_header_can_hold_is_refused_without_being_repeated(key: str) -> None:
+    with pytest.raises(GraftError) as refused:
+        client_of(answering()[0], api_key=key)
+
+    assert str(refused.value) == "The API key is none: it holds line breaks or other characters that no key has."
 
 
 def test_ids_cannot_lead_to_other_paths() -> None:
