@@ -43,8 +43,12 @@ USER 10001
 WORKDIR /home/graft
 VOLUME /data
 EXPOSE 8000
-# The start allows for importing torch on a cold disk.
+# The start allows for importing torch on a cold disk. A worker listens nowhere: it is well while it lives.
+# hadolint ignore=DL3025
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
+    CMD grep -aqw worker /proc/1/cmdline || python -c "import http.client, os; \
+server = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('GRAFT_PORT') or 8000), timeout=4); \
+server.request('GET', '/healthz'); \
+exit(server.getresponse().status != 200)"
 STOPSIGNAL SIGTERM
 CMD ["graft", "up", "--host", "0.0.0.0"]

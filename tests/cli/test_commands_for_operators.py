@@ -1,7 +1,11 @@
 """settings, migrate, keys, and what `graft up` refuses; against real databases."""
 
 import io
+import os
+import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from app.db.tables import AuditRow
 from app.settings import Settings
 
 Graft = Callable[..., Result]
+DOCKERFILE = (Path(__file__).resolve().parents[2] / "Dockerfile").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -213,3 +218,33 @@ def test_up_sends_nobodys_key_to_the_server_that_it_starts(tmp_path: Path) -> No
         assert running.stop() == 0
 
     assert "Traceback" not in (tmp_path / "graft.log").read_text()
+
+
+def container_is_healthy(main_command: list[str], **environment: str) -> bool:
+    """What the image's health check says of a container with this command."""
+    [check] = re.findall(r"^HEALTHCHECK .*?^    CMD (.*?[^\\])$", DOCKERFILE, flags=re.DOTALL | re.MULTILINE)
+    with subprocess.Popen(main_command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as main:
+        try:
+            own = ["sh", "-c", check.replace("/proc/1/", f"/proc/{main.pid}/")]
+            python = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+            return subprocess.run(own, env=python | environment, check=False).returncode == 0
+        finally:
+            main.kill()
+
+
+def test_a_container_is_healthy_while_its_server_answers_at_its_port(server: ScriptedServer) -> None:
+    up = [sys.executable, "-c", "import time; time.sleep(60)", "graft", "up"]
+    port = server.url.rpartition(":")[2]
+    proxy = "http://127.0.0.1:1"
+
+    server.answers["GET", "/healthz"] = (200, {})
+    assert container_is_healthy(up, GRAFT_PORT=port, http_proxy=proxy)
+    assert len(server.requests) == 1
+    server.answers["GET", "/healthz"] = (503, {})
+    assert not container_is_healthy(up, GRAFT_PORT=port)
+    assert not container_is_healthy(up, GRAFT_PORT="1")
+
+
+@pytest.mark.parametrize("command", [["-m", "worker.main"], ["-c", "import time; time.sleep(60)", "graft", "worker"]])
+def test_a_worker_in_a_container_is_healthy_without_a_port(command: list[str]) -> None:
+    assert container_is_healthy([sys.executable, *command], GRAFT_PORT="1")
