@@ -8,7 +8,7 @@ import httpx
 
 from graft_client.answers import Prediction, Predictions
 from graft_client.calls import Resource, call, finished
-from graft_client.connection import CONNECT_SECONDS, LONGEST_WAIT_SECONDS, Connection
+from graft_client.connection import CONNECT_SECONDS, Connection
 from graft_client.datasets import Datasets
 from graft_client.decoding import decode
 from graft_client.errors import GraftError, ServerUnreachable
@@ -23,8 +23,8 @@ from graft_client.workspace import Webhooks, Workspace
 DEFAULT_URL = "http://127.0.0.1:8000"
 MAX_RETRIES = 2
 PATIENCE_SECONDS = 30.0  # a server that is being restarted is back within seconds
-# Longer than the longest `?wait=`, and than the 15 s between a stream's comments.
-TIMEOUT_SECONDS = LONGEST_WAIT_SECONDS + 30.0
+# Longer than the 15 s between a stream's comments, and than most models take to learn a few pictures.
+TIMEOUT_SECONDS = 90.0
 USER_AGENT = "graft-client"
 
 
@@ -77,8 +77,8 @@ class Graft(_Client[BlockingWire]):
 
     url: GRAFT_URL or the server on this machine if left out. api_key: GRAFT_API_KEY if left out, none if empty.
     max_retries: beside the first try, of what may be sent again. patience_seconds: how long a server may be away while
-    something is waited for. timeout_seconds: until an answer begins. transport: what carries the requests instead of
-    the network.
+    something is waited for. timeout_seconds: until an answer begins, beside what a call's `wait` asks for.
+    transport: what carries the requests instead of the network.
     """
 
     def __init__(

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 CONNECT_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 60.0  # the most that `?wait=` takes
+LOOK_SECONDS = 1.0  # how often whoever wants to be told of it is told how far something is
 WAITING_HELPS = (409, 429, 503)
 CUT_OFF = "cut-off"  # the code of a request that a server may have gone on with while it was stopped
 RESTART_SECONDS = 5.0  # until such a server may be back
@@ -42,7 +43,7 @@ class Request:
     """query: members that are None are left out. pieces: of the body, read again where it is sent again.
 
     is_repeatable: whether it may be sent again though it may have arrived. timeout_seconds: until an answer
-    begins, where that is not the client's.
+    begins, where that is not the client's and what `?wait=` asks for besides.
     """
 
     method: str
@@ -103,15 +104,20 @@ class Connection(Generic[W]):
         *,
         is_final: Callable[[T], bool],
         timeout: float | None,
+        on_look: Callable[[T], object] | None = None,
     ) -> T:
-        """Asks with `?wait=` until the answer is final, over restarts of the server. Raises WaitTimedOut."""
+        """Asks with `?wait=` until the answer is final, over restarts of the server. Raises WaitTimedOut.
+
+        on_look: is given each answer; they come every second then.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
+        longest = LONGEST_WAIT_SECONDS if on_look is None else LOOK_SECONDS
         patience = Patience(self)
         while True:
             asked_at = time.monotonic()
-            left = LONGEST_WAIT_SECONDS if deadline is None else max(0.0, deadline - asked_at)
+            left = longest if deadline is None else max(0.0, deadline - asked_at)
             try:
-                answer = await self.json(replace(request, query={"wait": round(min(left, LONGEST_WAIT_SECONDS), 3)}))
+                answer = await self.json(replace(request, query={"wait": round(min(left, longest), 3)}))
             except ServerUnreachable as error:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise
@@ -119,6 +125,8 @@ class Connection(Generic[W]):
                 continue
             patience.renew()
             found = decode(answer)
+            if on_look is not None:
+                on_look(found)
             if is_final(found):
                 return found
             if timeout is not None and deadline is not None and time.monotonic() >= deadline:
@@ -160,8 +168,11 @@ class Connection(Generic[W]):
     def _built(self, request: Request) -> httpx.Request:
         content = None if request.pieces is None else self.wire.body(request.pieces)
         timeout: Any = httpx.USE_CLIENT_DEFAULT
+        own = self.wire.http.timeout
         if request.timeout_seconds is not None:
             timeout = httpx.Timeout(request.timeout_seconds, connect=CONNECT_SECONDS)
+        elif own.read is not None and (wait := request.query.get("wait")):
+            timeout = httpx.Timeout(own.read + wait, connect=own.connect)
         return self.wire.http.build_request(
             request.method,
             request.path,

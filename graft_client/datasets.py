@@ -1,6 +1,6 @@
 """`/v1/datasets`: upload, wait, look at, delete."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
 from graft_client import shared
@@ -44,11 +44,20 @@ class Datasets(Resource[W]):
         return decode(Dataset, await self._connection.json(request))
 
     @call
-    async def wait(self, dataset_id: str, *, timeout: float | None = None) -> Dataset:
-        """The data set once it is ready or failed. timeout: seconds until WaitTimedOut."""
+    async def wait(
+        self, dataset_id: str, *, timeout: float | None = None, on_look: Callable[[Dataset], object] | None = None
+    ) -> Dataset:
+        """The data set once it is ready or failed.
+
+        timeout: seconds until WaitTimedOut. on_look: is given it every second, for its `progress`.
+        """
         request = Request(method="GET", path=path_of(DATASET, dataset_id), is_repeatable=True)
         return await self._connection.until(
-            request, lambda answer: decode(Dataset, answer), is_final=lambda found: found.is_final, timeout=timeout
+            request,
+            lambda answer: decode(Dataset, answer),
+            is_final=lambda found: found.is_final,
+            timeout=timeout,
+            on_look=on_look,
         )
 
     @call

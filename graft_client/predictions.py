@@ -1,6 +1,6 @@
 """`/predict`, `/v1/predictions` and `/v1/batches`: what models say of pictures, and what people say of that."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,11 +150,20 @@ class Batches(Resource[W]):
         return decode(Batch, await self._connection.json(request))
 
     @call
-    async def wait(self, batch_id: str, *, timeout: float | None = None) -> Batch:
-        """The batch once it has ended, however it did: see its `status`. timeout: seconds until WaitTimedOut."""
+    async def wait(
+        self, batch_id: str, *, timeout: float | None = None, on_look: Callable[[Batch], object] | None = None
+    ) -> Batch:
+        """The batch once it has ended, however it did: see its `status`.
+
+        timeout: seconds until WaitTimedOut. on_look: is given it every second, for its `progress`.
+        """
         request = Request(method="GET", path=path_of(BATCH, batch_id), is_repeatable=True)
         return await self._connection.until(
-            request, lambda answer: decode(Batch, answer), is_final=lambda found: found.is_final, timeout=timeout
+            request,
+            lambda answer: decode(Batch, answer),
+            is_final=lambda found: found.is_final,
+            timeout=timeout,
+            on_look=on_look,
         )
 
     @call

@@ -19,6 +19,7 @@ from app.cli.terminal import (
     connect,
     date,
     detail_of,
+    errors,
     percent,
     print_found,
     print_json,
@@ -28,9 +29,6 @@ from app.cli.terminal import (
 from app.cli.train import sending
 from graft_client import DEFAULT_URL, Batch, Graft
 from graft_client.answers import JobStatus
-
-# How often the progress bar is brought up to date.
-LOOK_SECONDS = 1
 
 batches = typer.Typer(help="Many pictures at once: run, list, results, cancel, delete.", no_args_is_help=True)
 
@@ -64,6 +62,7 @@ def run_batch(
     with connect(url, api_key) as graft:
         with sending(source) as on_progress:
             batch = graft.batches.submit(source, model=model, top_k=top_k, on_progress=on_progress)
+        errors.print(f"Batch {batch.id}")  # at once, so that its results can be had whatever becomes of this command
         _fetch(graft, batch, output, as_json=as_json)
 
 
@@ -146,16 +145,17 @@ def _wait_for(graft: Graft, batch: Batch, output: Path) -> Batch:
     try:
         with progress_bar(TaskProgressColumn(), TimeRemainingColumn()) as progress:
             task = progress.add_task(batch.status, total=1.0)
-            while not batch.is_final:
-                batch = graft.batches.get(batch.id, wait=LOOK_SECONDS)
-                stage, done = str(batch.status), 0.0
-                if batch.progress is not None:
-                    stage, done = batch.progress.stage, batch.progress.fraction or 0.0
+
+            def show(found: Batch) -> None:
+                stage, done = str(found.status), 0.0
+                if found.progress is not None:
+                    stage, done = found.progress.stage, found.progress.fraction or 0.0
                 progress.update(task, description=stage, completed=done)
+
+            return batch if batch.is_final else graft.batches.wait(batch.id, on_look=show)
     except KeyboardInterrupt:
         raise Failure(
             f"The batch goes on. `graft batches results {batch.id} -o {output}` waits for it, "
             f"`graft batches cancel {batch.id}` ends it.",
             exit_code=EXIT_INTERRUPTED,
         ) from None
-    return batch

@@ -30,9 +30,6 @@ from graft_client import DEFAULT_URL, Dataset, Graft, JobOptions, Model
 from graft_client.requests import Method, Promote, Recipe
 from graft_client.uploads import OnProgress
 
-# How often the bar of the checking is brought up to date.
-LOOK_SECONDS = 1.0
-
 Unlabelled = Annotated[
     bool, typer.Option("--unlabelled", help="The pictures have no classes, whatever folders they lie in.")
 ]
@@ -136,10 +133,13 @@ def check(graft: Graft, dataset: Dataset) -> Dataset:
     try:
         with progress_bar(TaskProgressColumn(), TimeRemainingColumn(), is_wanted=not dataset.is_final) as bar:
             task = bar.add_task("check", total=1.0)
-            while not dataset.is_final:
-                dataset = graft.datasets.get(dataset.id, wait=LOOK_SECONDS)
-                if dataset.progress is not None:
-                    bar.update(task, completed=dataset.progress.fraction or 0.0)
+
+            def show(found: Dataset) -> None:
+                if found.progress is not None:
+                    bar.update(task, completed=found.progress.fraction or 0.0)
+
+            if not dataset.is_final:
+                dataset = graft.datasets.wait(dataset.id, on_look=show)
             bar.update(task, completed=1.0)
     except KeyboardInterrupt:
         raise Failure(

@@ -687,7 +687,7 @@ def test_batch_goes_from_an_archive_to_a_file(
 
     result = graft("batches", "run", str(archive), "-o", str(tmp_path / output), "--model", "canary")
 
-    assert (result.exit_code, result.errors) == (0, "")
+    assert (result.exit_code, result.errors) == (0, "Batch batch_1\n")
     assert result.output == f"{tmp_path / output}: 2 pictures; files that are no readable pictures: 1.\n"
     assert (tmp_path / output).read_bytes() == b"path,label\r\n"
     [sent] = server.sent("PUT", "/v1/batches")

@@ -5,21 +5,27 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import api_builders
 import httpx
 import pytest
 from api_builders import RunningServer
+from killed_api import killed_api
 from running import environment_for, picture
 from terminal_session import CONTROL, TerminalSession
 
 from app.datasets import catalog
 from app.datasets.report import IngestReport
+from app.db.engine import Database
+from app.db.tables import DEFAULT_WORKSPACE
 from app.jobs import queue
 from app.jobs.queue import Claim
 from app.jobs.states import JobKind
+from app.storage import LocalStorage
 
 ABOUT_TERMINALS = ("CI", "COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR")
 Start = Callable[..., TerminalSession]
@@ -222,6 +228,40 @@ def test_into_a_pipe_go_lines_without_bars_and_colours(
     ]
     assert output.splitlines()[0] == f"Model {model_id}: fine_tuning on squeezenet1_1"
     assert not CONTROL.search(output + errors)
+
+
+def test_waiting_for_a_batch_and_for_a_check_outlives_a_restart_of_the_server(
+    environment: dict[str, str], flowers: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "api").mkdir()
+    with killed_api(tmp_path / "api") as api, ExitStack() as commands:
+        database = Database(api.database_url).within(DEFAULT_WORKSPACE)
+        api_builders.register_model(SimpleNamespace(database=database, storage=LocalStorage(api.data)))
+
+        def started(*arguments: str) -> subprocess.Popen[str]:
+            command = [sys.executable, "-m", "app.cli", *arguments, "--url", api.url]
+            piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            running = commands.enter_context(subprocess.Popen(command, env=environment, cwd=tmp_path, **piped))
+            commands.callback(running.kill)
+            return running
+
+        batch, train = started("batches", "run", str(flowers)), started("train", str(flowers), "--detach")
+        first = batch.stderr.readline()
+        batch_id = first.removeprefix("Batch ").rstrip()
+        worker = Worker(SimpleNamespace(services=SimpleNamespace(database=database)))
+        ingest = worker.claim(JobKind.ingest)
+        api.kill()
+        with pytest.raises(subprocess.TimeoutExpired):
+            batch.wait(timeout=4)  # longer than a request is sent again by itself
+        api.start()
+        worker.finish_ingest(ingest)
+        ended = httpx.post(f"{api.url}/v1/batches/{batch_id}/cancel")
+
+        assert ended.status_code == 200, first
+        assert batch.communicate(timeout=60) == ("", f"Batch {batch_id} is cancelled.\n")
+        output, errors = train.communicate(timeout=60)
+        assert (train.returncode, output[:4]) == (0, "job_"), errors
+        database.dispose()
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(environment: dict[str, str], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from app import registry
 from app.db.engine import Database
 from app.db.tables import DEFAULT_WORKSPACE
 from app.storage import LocalStorage
-from graft_client import AsyncGraft, Dataset, Graft, Unavailable
+from graft_client import AsyncGraft, Dataset, Graft, Unavailable, WaitTimedOut
 
 PIECE_BYTES = 4096
 
@@ -123,6 +123,16 @@ def test_a_submission_whose_answer_is_lost_makes_one_job(server: RunningServer, 
         job = graft.jobs.create(dataset_id, backbone="graft_small")
 
     assert [each["id"] for each in client.get("/v1/jobs").json()["data"]] == [job.id]
+
+
+def test_a_client_of_little_patience_waits_for_as_long_as_it_asks_the_server_to(server: RunningServer) -> None:
+    dataset_id = api_builders.ready_dataset(server.services.database)
+    with Graft(server.url, timeout_seconds=2.0, patience_seconds=0.0) as graft:
+        job = graft.jobs.create(dataset_id, backbone="graft_small")
+
+        with pytest.raises(WaitTimedOut):
+            graft.jobs.wait(job.id, timeout=3.0)
+        assert graft.jobs.get(job.id, wait=3.0).status == "queued"
 
 
 def test_what_a_server_goes_on_with_while_it_is_stopped_is_not_done_twice(tmp_path: Path) -> None:

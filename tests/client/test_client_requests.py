@@ -462,6 +462,20 @@ def test_waiting_asks_until_it_is_final_over_a_restart_of_the_server() -> None:
     assert [request.url.query for request in requests] == [b"wait=60.0"] * 5
 
 
+def test_whoever_waits_is_told_each_second_how_far_it_is() -> None:
+    answer, requests = answering(
+        httpx.Response(200, json=DATASET | {"status": "processing"}),
+        httpx.ConnectError("it is being restarted"),
+        httpx.Response(200, json=DATASET),
+    )
+    seen: list[str] = []
+
+    client_of(answer, max_retries=0).datasets.wait("ds_1", on_look=lambda dataset: seen.append(dataset.status))
+
+    assert seen == ["processing", "ready"]
+    assert [request.url.query for request in requests] == [b"wait=1.0"] * 3
+
+
 def test_waiting_ends_when_the_time_is_up() -> None:
     answer, requests = answering(httpx.Response(200, json=JOB))
 
