@@ -19,9 +19,9 @@ EXIT_USAGE = 2
 EXIT_UNREACHABLE = 3
 EXIT_INTERRUPTED = 130
 
-# A pipe or a file has no width to fit into.
-output = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+# A pipe or a file has no width to fit into. A name such as a:dog:b.png holds no emoji.
+output = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+errors = Console(stderr=True, highlight=False, emoji=False, width=None if sys.stderr.isatty() else 200)
 
 
 def _or_in_front(context: typer.Context, parameter: typer.CallbackParam, value: str) -> str:
