@@ -1,6 +1,7 @@
 """`graft predict`: pictures or folders to a table of what a model says of each. `graft feedback` corrects it."""
 
 import base64
+import mimetypes
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from app.cli.terminal import (
     print_table,
     progress_bar,
 )
+from app.errors import listed
 from graft_client import DEFAULT_URL, FailedPrediction, Prediction, Predictions, PredictOptions
 from graft_client.requests import Adapt
 from graft_client.uploads import MOST_PICTURES, Picture, files_of
@@ -135,14 +137,32 @@ def feedback(
 
 
 def _pictures_of(paths: Sequence[Path]) -> list[Path]:
-    """The pictures, those of folders in the place of these. Raises Failure where there is nothing."""
+    """The pictures, those of folders in the place of these. Raises Failure where there are none."""
     missing = [str(path) for path in paths if path != STANDARD_INPUT and not path.exists()]
     if missing:
         raise Failure(f"There is no file {', '.join(missing)}.", exit_code=EXIT_USAGE)
-    found = [file for path in paths for file in (files_of(path) if path.is_dir() else [path])]
+    found: list[Path] = []
+    left_out: list[str] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        for file in files_of(path):
+            if _may_be_picture(file):
+                found.append(file)
+            else:
+                left_out.append(str(file))
+    if left_out:
+        errors.print(f"Left out, as no pictures: {listed(left_out)}.", markup=False, soft_wrap=True)
     if not found:
-        raise Failure(f"There are no files in {', '.join(map(str, paths))}.", exit_code=EXIT_USAGE)
+        raise Failure(f"There are no pictures in {', '.join(map(str, paths))}.", exit_code=EXIT_USAGE)
     return found
+
+
+def _may_be_picture(file: Path) -> bool:
+    """False if its name says something else; what has a name that says nothing is the server's to look at."""
+    kind, _ = mimetypes.guess_type(file.name)
+    return kind is None or kind.startswith("image/")
 
 
 def _picture(path: Path) -> Picture:

@@ -33,7 +33,8 @@ NO_JOBS = "There are no jobs; `graft train ARCHIVE_OR_FOLDER` makes one."
 jobs = typer.Typer(help="Training jobs: list, show, watch, cancel, stop.", no_args_is_help=True)
 datasets = typer.Typer(help="Data sets: list, show, upload, delete.", no_args_is_help=True)
 models = typer.Typer(
-    help="Trained models: list, show, card, export, extend, promote, rollback, delete.", no_args_is_help=True
+    help="Trained models: list, show, card, export, extend, personalise, promote, rollback, delete.",
+    no_args_is_help=True,
 )
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", autocompletion=completion.jobs)]

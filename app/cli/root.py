@@ -14,6 +14,10 @@ from app.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREACHABLE, Fa
 from app.errors import GraftError as ServersOwnError
 from graft_client import Forbidden, GraftError, ServerRefused, ServerUnreachable, Unauthenticated
 
+# How the server says where ids are listed; the list of models has the aliases, too.
+LISTING = re.compile(
+    r"GET /v1/(jobs|models|datasets|batches) lists (them|those there are|the models)(?:, GET /v1/aliases the aliases)?"
+)
 OF_COMMANDS = ("GRAFT_URL", "GRAFT_API_KEY")
 
 cli = typer.Typer(
@@ -87,7 +91,7 @@ def _where_to_find_one(url: str) -> str:
 
 def _explained(error: ServerRefused) -> str:
     """What the server said, in the words of the command line, and what to do next."""
-    said = re.sub(r"GET /v1/(jobs|models|datasets|batches) lists them", r"`graft \1 list` lists them", error.detail)
+    said = LISTING.sub(r"`graft \1 list` lists \2", error.detail)
     lines = [said, *(f"  {each.pointer}: {each.detail}" for each in error.errors)]
     if isinstance(error, Unauthenticated):
         lines.append("Set GRAFT_API_KEY to a key of this server; there, `graft keys create --scope train` makes one.")

@@ -1,6 +1,7 @@
 """`graft train`: from a folder or an archive to a model, with progress bars."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ from app.cli.watching import model_of, watch
 from graft_client import DEFAULT_URL, Dataset, Graft, JobOptions, Model
 from graft_client.requests import Method, Promote, Recipe
 from graft_client.uploads import OnProgress
+
+DATASET_ID = re.compile(r"ds_\w+")
 
 Unlabelled = Annotated[
     bool, typer.Option("--unlabelled", help="The pictures have no classes, whatever folders they lie in.")
@@ -100,10 +103,17 @@ def train(
     named = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     hyperparameters = {key: value for key, value in named.items() if value is not None}
     options["hyperparameters"] = hyperparameters | dict(_name_and_value(text) for text in hyperparameter or [])
+    # What lies here goes before an id, and no id has a dot or a slash.
+    is_id = DATASET_ID.fullmatch(source) is not None and not Path(source).exists()
+    if is_id and (name is not None or unlabelled):
+        raise Failure(
+            f"--name and --unlabelled are for an upload; the data set {source} is there and stays as it is.",
+            exit_code=EXIT_USAGE,
+        )
     with connect(url, api_key) as graft:
         dataset = (
             check(graft, graft.datasets.get(source))
-            if source.startswith("ds_")
+            if is_id
             else upload(graft, Path(source), name=name, unlabelled=unlabelled)
         )
         describe_dataset(dataset)

@@ -75,10 +75,23 @@ def test_with_the_right_key(guarded: RunningServer, graft: Graft) -> None:
     assert result.output.endswith("There are no jobs; `graft train ARCHIVE_OR_FOLDER` makes one.\n")
 
 
-def test_an_unknown_id_comes_with_the_command_that_lists_them(guarded: RunningServer, graft: Graft) -> None:
-    result = graft("jobs", "show", "job_1", "--api-key", key_of(guarded, Scope.train))
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["jobs", "show", "job_1"], "There is no job with this id; `graft jobs list` lists them."),
+        (["batches", "results", "batch_1"], "There is no batch with this id; `graft batches list` lists them."),
+        (["datasets", "show", "ds_1"], "There is no such data set; `graft datasets list` lists those there are."),
+        (["models", "show", "mdl_1"], "There is no model with this id or alias; `graft models list` lists the models."),
+    ],
+)
+def test_an_unknown_id_comes_with_the_command_that_lists_them(
+    guarded: RunningServer, graft: Graft, arguments: list[str], said: str
+) -> None:
+    api_builders.register_model(guarded.services)
 
-    assert (result.exit_code, result.errors) == (1, "There is no job with this id; `graft jobs list` lists them.\n")
+    result = graft(*arguments, "--api-key", key_of(guarded, Scope.train))
+
+    assert (result.exit_code, result.errors) == (1, f"{said}\n")
 
 
 @pytest.mark.parametrize(

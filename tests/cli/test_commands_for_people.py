@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,15 @@ def test_a_cancelled_job_is_not_a_success(training: ScriptedServer, graft: Graft
         (["train", "nowhere.zip"], "There is no file or folder nowhere.zip."),
         (["predict", "nowhere.jpg"], "There is no file nowhere.jpg."),
         (["train", "ds_1", "-H", "epochs"], "-H takes NAME=VALUE, not 'epochs'."),
+        (["train", "ds_photos.zip"], "There is no file or folder ds_photos.zip."),
+        (
+            ["train", "ds_1", "--name", "flowers"],
+            "--name and --unlabelled are for an upload; the data set ds_1 is there and stays as it is.",
+        ),
+        (
+            ["train", "ds_1", "--unlabelled"],
+            "--name and --unlabelled are for an upload; the data set ds_1 is there and stays as it is.",
+        ),
     ],
 )
 def test_wrong_usage_is_told_before_anything_is_sent(
@@ -355,6 +365,59 @@ def test_predict_takes_folders_for_the_pictures_in_them(server: ScriptedServer, 
 
     shown = [line.split()[0] for line in result.output.splitlines()[1:]]
     assert (result.exit_code, shown) == (0, [str(tmp_path / "pets" / name) for name in ("a/1.jpg", "b.jpg")])
+
+
+def test_predict_leaves_out_of_a_folder_what_by_its_name_is_no_picture(
+    server: ScriptedServer, graft: Graft, tmp_path: Path
+) -> None:
+    for name in ("a.PNG", "b.jpg", "scan", "labels.csv", "notes.txt"):
+        (tmp_path / name).write_bytes(b"1")
+    server.answers["POST", "/predict"] = (200, predicted("a.PNG", "b.jpg", "scan"))
+
+    result = graft("predict", str(tmp_path))
+
+    shown = [line.split()[0] for line in result.output.splitlines()[1:]]
+    assert (result.exit_code, shown) == (0, [str(tmp_path / name) for name in ("a.PNG", "b.jpg", "scan")])
+    assert result.errors == f"Left out, as no pictures: {tmp_path / 'labels.csv'}, {tmp_path / 'notes.txt'}.\n"
+
+
+def test_predict_refuses_a_folder_without_pictures(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("1")
+
+    result = graft("predict", str(tmp_path))
+
+    assert result.exit_code == 2
+    assert result.errors.endswith(f"There are no pictures in {tmp_path}.\n")
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("arguments", [["--json"], []])
+def test_names_are_printed_as_they_are(
+    server: ScriptedServer, graft: Graft, tmp_path: Path, arguments: list[str]
+) -> None:
+    (tmp_path / "a:dog:[b].png").write_bytes(b"1")
+    server.answers["POST", "/predict"] = (200, predicted("a:dog:[b].png"))
+
+    result = graft("predict", str(tmp_path / "a:dog:[b].png"), *arguments)
+
+    assert "a:dog:[b].png" in result.output
+
+
+def test_a_failure_is_told_with_names_as_they_are(graft: Graft) -> None:
+    assert graft("predict", "a:dog:[b].png").errors == "There is no file a:dog:[b].png.\n"
+
+
+def test_train_takes_an_archive_whose_name_begins_like_an_id(
+    training: ScriptedServer, graft: Graft, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(archive.parent)
+    archive.rename("ds_photos.zip")
+
+    result = graft("train", "ds_photos.zip")
+
+    assert result.exit_code == 0, result.errors
+    [uploaded] = training.sent("PUT", "/v1/datasets")
+    assert (uploaded.path, uploaded.body) == ("/v1/datasets?name=ds_photos", b"an archive")
 
 
 def test_predict_takes_a_picture_from_standard_input(
@@ -734,3 +797,13 @@ def test_batches_are_listed_cancelled_and_deleted(server: ScriptedServer, graft:
     ]
     assert graft("batches", "cancel", "batch_1").output == "Batch batch_1 is cancelled.\n"
     assert graft("batches", "delete", "batch_1").output == "Deleted batch_1.\n"
+
+
+@pytest.mark.parametrize("group", ["jobs", "datasets", "models", "batches"])
+def test_the_overview_of_a_group_names_each_of_its_commands(graft: Graft, group: str) -> None:
+    shown = graft(group, "--help").output
+    overview = re.search(r": ([a-z,\s]+)\.", shown)
+    assert overview is not None
+
+    names = re.findall(r"^[│ ]+([a-z]+)  ", shown, flags=re.MULTILINE)
+    assert sorted(re.findall("[a-z]+", overview[1])) == sorted(names)
