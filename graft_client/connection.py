@@ -4,9 +4,8 @@ Sent again, up to `max_retries` times with growing pauses, is
 
 - what no connection could be made for, and what was lost on the way if it is safe to repeat: reads, and what carries an
   Idempotency-Key;
-- what the server refused with Retry-After, since nothing was done: 429, 503, and 409 while an earlier request with the
-  same key is worked on;
-- what a server that was being stopped may have done all the same, if it is safe to repeat.
+- what the server refused with Retry-After, for which nothing is done twice: 429, 503, and 409 while an earlier request
+  with the same key is worked on.
 """
 
 import itertools
@@ -31,8 +30,6 @@ CONNECT_SECONDS = 10.0
 LONGEST_WAIT_SECONDS = 60.0  # the most that `?wait=` takes
 LOOK_SECONDS = 1.0  # how often whoever wants to be told of it is told how far something is
 WAITING_HELPS = (409, 429, 503)
-CUT_OFF = "cut-off"  # the code of a request that a server may have gone on with while it was stopped
-RESTART_SECONDS = 5.0  # until such a server may be back
 FIRST_PAUSE_SECONDS = 0.25  # doubled each time
 LONGEST_PAUSE_SECONDS = 60.0  # a server that says to come back later than this is not waited for
 RECONNECT_PAUSE_SECONDS = 0.5
@@ -152,8 +149,6 @@ class Connection(Generic[W]):
                 return response
             refusal = _refusal(response)
             pause = refusal.retry_after_seconds
-            if refusal.code == CUT_OFF and request.is_repeatable:
-                pause = RESTART_SECONDS
             if is_last or pause is None or refusal.status not in WAITING_HELPS or pause > LONGEST_PAUSE_SECONDS:
                 raise refusal
             await self.wire.sleep(pause)

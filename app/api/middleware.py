@@ -57,9 +57,9 @@ LINGER_SECONDS = 2.0
 # Nginx's name for a client that left before its answer.
 CLIENT_CLOSED_REQUEST = 499
 
-# What a request is told that the server, which is to end, could not wait for; and one that may be at work in a thread,
-# which goes on to its end. The header is for the OpenAI SDK, which repeats every 503 unless told not to.
-NOT_BEGUN = Problem.of(Overloaded("The server is being stopped; send the request again.", retry_after_seconds=5))
+# What a request is told that the server, which is to end, could not wait for; and one that may go on to its end in a
+# thread, and would be done twice. The header is for the OpenAI SDK, which repeats every 503 unless told not to.
+SEND_AGAIN = Problem.of(Overloaded("The server is being stopped; send the request again.", retry_after_seconds=5))
 CUT_OFF = Problem(
     status=503,
     code="cut-off",
@@ -69,6 +69,7 @@ CUT_OFF = Problem(
     headers={"x-should-retry": "false"},
 )
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+PREDICTION_PATHS = ("/predict", "/hf/", "/v2/models/")
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 OPERATORS_PATHS = frozenset({"/metrics"})
@@ -209,8 +210,8 @@ class BodyGuard:
             if not services.stopping.is_set():
                 raise
             if not is_answering:  # else the connection ends with what was sent of the answer
-                may_be_done = body.is_complete and scope["method"] not in SAFE_METHODS
-                await answer(CUT_OFF if may_be_done else NOT_BEGUN, scope, receive, send_over_unread_body)
+                is_again_the_same = not body.is_complete or _may_be_repeated(scope)
+                await answer(SEND_AGAIN if is_again_the_same else CUT_OFF, scope, receive, send_over_unread_body)
 
 
 class _Body:
@@ -350,6 +351,12 @@ def _admit(services: Services, authorization: str | None) -> tuple[Caller, Works
     if is_use_due:
         services.traffic.note_use(caller)
     return caller, workspace
+
+
+def _may_be_repeated(scope: Scope) -> bool:
+    """Whether a request comes to the same if it is done twice, as far as can be told from outside."""
+    has_key = "idempotency-key" in Headers(scope=scope)
+    return scope["method"] in SAFE_METHODS or has_key or scope["path"].startswith(PREDICTION_PATHS)
 
 
 def _is_of_tus(scope: Scope) -> bool:

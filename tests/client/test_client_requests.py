@@ -31,7 +31,6 @@ from graft_client import (
     Unavailable,
     UnexpectedAnswer,
     WaitTimedOut,
-    connection,
 )
 from graft_client.uploads import PIECE_BYTES
 
@@ -397,69 +396,6 @@ def test_what_a_stopping_server_may_have_done_is_not_asked_for_again(ask: Callab
     with pytest.raises(Unavailable):
         ask(client_of(answer))
     assert len(requests) == 1
-
-
-def test_what_is_safe_to_repeat_is_asked_for_again_once_the_server_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "RESTART_SECONDS", 0.0)
-    predicted = {"model": "mdl_1", "predictions": [{"filename": "picture", "label": "cat", "score": 1.0, "top": []}]}
-    for ask, done in (
-        (lambda graft: graft.jobs.create("ds_1"), JOB),
-        (lambda graft: graft.predict(b"jpeg"), predicted),
-    ):
-        answer, requests = answering(CUT_OFF, httpx.Response(200, json=done))
-
-        ask(client_of(answer))
-
-        assert len(requests) == 2
-
-
-def test_retries_end() -> None:
-    answer, requests = answering(*[problem(503, "overloaded", "Busy.", retry_after=0) for _ in range(3)])
-
-    with pytest.raises(Unavailable):
-        client_of(answer, max_retries=2).jobs.list()
-    assert len(requests) == 3
-
-
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda graft: graft.jobs.cancel("job_1"),
-        lambda graft: graft.aliases.roll_back("default"),
-        lambda graft: graft.predict(b"jpeg", store=True),
-    ],
-)
-def test_what_may_have_been_done_is_not_done_twice(ask: Callable[[Graft], Any]) -> None:
-    answer, requests = answering(httpx.ReadError("lost"))
-
-    with pytest.raises(ServerUnreachable):
-        ask(client_of(answer))
-    assert len(requests) == 1
-
-
-def test_what_has_not_arrived_is_sent_again_whatever_it_is() -> None:
-    answer, requests = answering(httpx.ConnectError("refused"), httpx.Response(200, json=JOB))
-
-    assert client_of(answer).jobs.cancel("job_1").id == "job_1"
-    assert len(requests) == 2
-
-
-# Waiting
-
-
-def test_waiting_asks_until_it_is_final_over_a_restart_of_the_server() -> None:
-    answer, requests = answering(
-        httpx.Response(200, json=JOB | {"status": "queued"}),
-        httpx.ReadError("it is being restarted"),
-        httpx.ConnectError("it is being restarted"),
-        httpx.Response(200, json=JOB),
-        httpx.Response(200, json=JOB | {"status": "succeeded"}),
-    )
-
-    job = client_of(answer, max_retries=0).jobs.wait("job_1")
-
-    assert job.status == "succeeded"
-    assert [request.url.query for request in requests] == [b"wait=60.0"] * 5
 
 
 def test_whoever_waits_is_told_each_second_how_far_it_is() -> None:
