@@ -191,7 +191,7 @@ def test_key_of_a_process_from_before_a_restart_is_taken_over_after_a_minute(
     server: RunningServer, client: httpx.Client, dataset: str, changed: str
 ) -> None:
     before = owner.current_process() | {changed: "another"}
-    claim_key(server, "k1", before, seconds_ago=59)
+    claim_key(server, "k1", before, seconds_ago=20)
     claim_key(server, "k2", before, seconds_ago=61)
 
     assert_is_problem(submit(client, dataset, "k1"), 409, "request-in-progress")
