@@ -10,7 +10,7 @@ from starlette.responses import Response
 from app.api import datasets, jobs, models
 from app.api.deps import After, CallerDep, ServicesDep
 from app.api.problems import Problem
-from app.api.schemas import Event
+from app.api.schemas import Epoch, Event, Job
 from app.api.services import Services
 from app.errors import GraftError, InvalidRequest
 from app.jobs import events, queue
@@ -26,6 +26,14 @@ LOG_SHOWN = 200
 # Of a long job; the curves have all of them, and so has the API.
 EPOCHS_LISTED = 100
 MOST_COMPARED = 6
+# Of a job that is watched, to people who do not see the page change.
+SAID = {
+    JobStatus.queued: "The job waits in the queue",
+    JobStatus.running: "The job runs",
+    JobStatus.succeeded: "The job has succeeded",
+    JobStatus.failed: "The job has failed",
+    JobStatus.cancelled: "The job was cancelled",
+}
 
 router = APIRouter(prefix="/jobs", include_in_schema=False)
 
@@ -110,7 +118,7 @@ def job_page(request: Request, services: ServicesDep, job_id: PageId) -> Respons
 @router.get("/{job_id}/live")
 def live_fragment(request: Request, services: ServicesDep, job_id: PageId) -> Response:
     """What changes while it runs; asked for again after each event."""
-    return page(request, "job_live.html", **_watched(services, job_id))
+    return page(request, "job_now.html", **_watched(services, job_id))
 
 
 @router.post("/{job_id}/cancel")
@@ -149,13 +157,15 @@ def _form_page(request: Request, services: Services, form: JobForm, error: Inval
 
 
 def _watched(services: Services, job_id: str) -> dict[str, Any]:
-    job = jobs.read_job(services, job_id)
+    # All from one state of the database: with a status of before and events of after, the end would be missed.
     with services.database.read() as session:
-        queue.find(session, job_id)
-        happened = [Event.of(row) for row in events.read_before(session, job_id, None, EVENTS_READ)][::-1]
-    epochs = jobs.job_history(services, job_id).data
+        row = queue.find(session, job_id)
+        job = Job.of(row, queue_position=queue.queue_position(session, row))
+        happened = [Event.of(each) for each in events.read_before(session, job_id, None, EVENTS_READ)][::-1]
+        epochs = [Epoch.of(each) for each in queue.history(session, job_id)]
     return {
         "job": job,
+        "said": SAID,
         "dataset": dataset_if_there(services, job.dataset),
         "epochs": epochs[-EPOCHS_LISTED:],
         "epochs_left_out": max(0, len(epochs) - EPOCHS_LISTED),

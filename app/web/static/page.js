@@ -43,22 +43,69 @@ document.addEventListener("htmx:beforeSwap", (event) => {
   }
 });
 
-const live = document.querySelector("[data-events]");
-if (live) follow(live);
+const watched = document.querySelector("[data-events]");
+if (watched) follow(watched);
 
 // A job's events say when to look again; what there is to see comes from the server as it is drawn there.
-function follow(part) {
-  const source = new EventSource(`${part.dataset.events}?after=${part.dataset.after}`);
+function follow(job) {
+  const live = document.getElementById("live");
   let due;
+  let source;
   const lookAgain = () => {
     due ??= setTimeout(() => {
       due = undefined;
-      window.htmx.trigger(part, "refresh");
+      window.htmx.trigger(job, "refresh");
     }, 400);
   };
-  for (const kind of ["status", "progress", "epoch", "log", "model"]) source.addEventListener(kind, lookAgain);
-  source.addEventListener("done", () => {
-    source.close();
-    lookAgain();
+  const listen = () => {
+    source = new EventSource(`${job.dataset.events}?after=${live.dataset.after}`);
+    for (const kind of ["status", "progress", "epoch", "log", "model"]) source.addEventListener(kind, lookAgain);
+    source.addEventListener("done", () => {
+      source.close();
+      lookAgain();
+    });
+  };
+  listen();
+  // A browser gives up a stream that was refused, as by a server that is busy; and no event tells of a place in the queue.
+  const timer = setInterval(() => {
+    if ("over" in live.dataset) return clearInterval(timer);
+    const isClosed = source.readyState === EventSource.CLOSED;
+    if (isClosed) listen();
+    if (isClosed || live.dataset.status === "queued") lookAgain();
+  }, 4000);
+  job.addEventListener("htmx:beforeSwap", (event) => {
+    event.detail.shouldSwap = false;
+    const drawn = new DOMParser().parseFromString(event.detail.serverResponse, "text/html");
+    if (!drawn.getElementById("live")) return; // a failure: what is there stays, and is asked for again
+    document.title = drawn.title;
+    for (const id of ["live", "end"]) become(document.getElementById(id), drawn.getElementById(id));
   });
+}
+
+// What is shown becomes what was drawn, and what is the same in both is not touched: focus stays where it is, and so does
+// the line that somebody reads. What has an id is known by it; nothing here changes its order.
+function become(shown, drawn) {
+  for (const { name } of [...shown.attributes]) if (!drawn.hasAttribute(name)) shown.removeAttribute(name);
+  for (const { name, value } of drawn.attributes) {
+    if (shown.getAttribute(name) !== value) shown.setAttribute(name, value);
+  }
+  let at = shown.firstChild;
+  const drop = () => {
+    const gone = at;
+    at = at.nextSibling;
+    gone.remove();
+  };
+  for (const child of [...drawn.childNodes]) {
+    let known = at;
+    while (child.id && known && known.id !== child.id) known = known.nextSibling;
+    if (known?.nodeName !== child.nodeName || known.id !== child.id) {
+      shown.insertBefore(child, at);
+      continue;
+    }
+    while (at !== known) drop();
+    at = at.nextSibling;
+    if (child instanceof Element) become(known, child);
+    else if (known.data !== child.data) known.data = child.data;
+  }
+  while (at) drop();
 }
