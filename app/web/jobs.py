@@ -72,8 +72,13 @@ async def submit(request: Request, services: ServicesDep, caller: CallerDep) -> 
 
 
 @router.get("/new")
-def new_page(request: Request, services: ServicesDep, dataset: Annotated[str, Query(max_length=100)] = "") -> Response:
-    return _form_page(request, services, JobForm.of([("dataset", dataset)] if dataset else []))
+def new_page(
+    request: Request,
+    services: ServicesDep,
+    dataset: Annotated[str, Query(max_length=100)] = "",
+    backbone: Annotated[str, Query(max_length=100)] = "",
+) -> Response:
+    return _form_page(request, services, JobForm.of([("dataset", dataset), ("backbone", backbone)]))
 
 
 @router.post("/new")

@@ -174,3 +174,23 @@ def test_a_button_stays_the_one_that_has_the_focus(browser: Browser, server: Run
         record_epochs(server, claim, 2)
         expect(page.get_by_role("button", name="Stop")).to_have_count(0)
         assert page.evaluate("window.cancel === document.activeElement")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_backbone_is_to_be_started_from_and_not_to_be_tried(
+    browser: Browser, server: RunningServer, claim: Claim, size: str
+) -> None:
+    api_builders.ready_dataset(server.services.database)
+    model = api_builders.register_model(server.services, aliases=(), method="self_supervised")
+    with visit(browser, server.url, size) as page:
+        page.goto(f"/jobs/{claim.job_id}")
+        with server.services.database.write() as session:
+            queue.succeed(session, claim, model_id=model, metrics={"val_loss": 3.2})
+        result = page.get_by_role("region", name="Result")
+        expect(result).to_contain_text("A backbone to start later jobs from.")
+        expect(page.get_by_role("status")).to_have_text("The job has succeeded.")
+        expect(page.get_by_text("told right")).to_have_count(0)
+        expect(result.get_by_role("link", name="Try it")).to_have_count(0)
+        expect(result.get_by_role("link", name="See the backbone")).to_have_attribute("href", f"/models/{model}")
+        result.get_by_role("link", name="Start a job from it").click()
+        expect(page.get_by_label("Start from")).to_have_value(model)
