@@ -1,5 +1,6 @@
 """/models: how good one is, where it errs, and which one answers."""
 
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from app.api import jobs, models
 from app.api.deps import After, ServicesDep
 from app.api.schemas import Alias, AliasRequest, Evaluation, Model, SplitEvaluation, thumbnail_path
 from app.api.services import Services
+from app.datasets.manifest import Record
 from app.errors import Conflict, InvalidRequest, ModelUnavailable, NotFound
 from app.registry import DEFAULT_ALIAS
 from app.web import figures
@@ -51,6 +53,8 @@ def model_page(
     found = models.get_model(services, model)
     evaluation, why_not = _evaluation(services, found.id)
     chosen = _of_task(evaluation, task)
+    is_first = not task or task in [each.name for each in found.tasks[:1]]  # which alone has a forecast
+    forecast = evaluation.forecast if evaluation and is_first else None
     return page(
         request,
         "model.html",
@@ -63,7 +67,7 @@ def model_page(
         shown=chosen,
         matrix=figures.matrix(chosen, most=CLASSES_IN_MATRIX) if chosen else None,
         reliability=figures.reliability(chosen.reliability) if chosen and chosen.reliability else None,
-        forecast=figures.forecast(evaluation.forecast, found.metrics) if evaluation and evaluation.forecast else None,
+        forecast=figures.forecast(forecast, found.metrics) if forecast else None,
         worst_classes=figures.worst_first(chosen.per_class)[:CLASSES_LISTED] if chosen else [],
         mistakes=chosen.mistakes[:MISTAKES_SHOWN] if chosen else [],
         has_job=_has_job(services, found),
@@ -86,7 +90,7 @@ def cell_fragment(
         raise NotFound("The model has no such cell; reload its page.")
     count = chosen.confusion_matrix[chosen.classes.index(true)][chosen.classes.index(predicted)]
     if true == predicted:
-        shown = _right(services, found, chosen, true) if not task else []
+        shown = _right(services, found, chosen, true, task=task)
     else:
         of_cell = [each for each in chosen.mistakes if (each.true, each.predicted) == (true, predicted)]
         shown = [CellPicture(each.path, each.thumbnail, each.score) for each in of_cell[:PICTURES_IN_CELL]]
@@ -128,21 +132,35 @@ def _of_task(evaluation: Evaluation | None, task: str | None) -> SplitEvaluation
     return (evaluation.tasks or {})[task]
 
 
-def _right(services: Services, model: Model, shown: SplitEvaluation, name: str) -> list[CellPicture]:
+def _right(
+    services: Services, model: Model, shown: SplitEvaluation, name: str, *, task: str | None
+) -> list[CellPicture]:
     """Validation pictures of the class that are no mistakes; none where the data set is gone."""
     wrong = {mistake.path for mistake in shown.mistakes}
     passed_over = wrong | _excluded(services, model)
+    enough = PICTURES_IN_CELL + len(passed_over)
     try:
-        found, _ = services.pictures.page(
-            model.dataset, class_name=name, split="val", limit=PICTURES_IN_CELL + len(passed_over), after=None
-        )
+        of_class = _of_class_in_task(services, model, name, task) if task else _of_class(services, model, name, enough)
     except NotFound:
         return []
-    right = [record for record, _ in found if record.path not in passed_over]
+    right = [record for record in of_class if record.path not in passed_over]
     return [
         CellPicture(record.path, thumbnail_path(model.dataset, record.image_id), None)
         for record in right[:PICTURES_IN_CELL]
     ]
+
+
+def _of_class(services: Services, model: Model, name: str, most: int) -> list[Record]:
+    found, _ = services.pictures.page(model.dataset, class_name=name, split="val", limit=most, after=None)
+    return [record for record, _ in found]
+
+
+def _of_class_in_task(services: Services, model: Model, name: str, task: str) -> list[Record]:
+    """All of them: a data set's pictures can be asked for by the classes of its first task alone."""
+    place = [each.name for each in model.tasks].index(task)
+    label = model.tasks[place].classes.index(name)
+    found, _ = services.pictures.page(model.dataset, class_name=None, split="val", limit=sys.maxsize - 1, after=None)
+    return [record for record, _ in found if record.labels[place] == label]
 
 
 def _excluded(services: Services, model: Model) -> set[str]:
