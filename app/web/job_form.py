@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from app.errors import InvalidRequest
+from app.errors import GraftError
 from app.jobs.request import Hyperparameters, JobRequest, Method, Promote, Recipe, parse_request
 
 METHODS: dict[Method | Literal["auto"], str] = {
@@ -89,7 +89,7 @@ class JobForm:
             | ({"exclude": self.exclude} if self.exclude else {})
         )
 
-    def errors(self, error: InvalidRequest | None) -> dict[str, str]:
+    def errors(self, error: GraftError | None) -> dict[str, str]:
         """What is wrong, by the field's name."""
         return {} if error is None else {each.pointer.split("/")[-1]: each.detail for each in error.errors}
 
@@ -98,7 +98,7 @@ def _value(text: str) -> Any:
     """A number, true or false; any other text stays one, and is judged by the request."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or deeper than Python goes
         return text
     return value if isinstance(value, int | float) else text
 

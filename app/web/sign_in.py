@@ -83,6 +83,9 @@ def _is_known(services: Services, request: Request) -> bool:
 
 def _ours(address: str) -> str:
     """A place on this server; anything else would let a link lead people away from it."""
-    parts = urlsplit(address)
-    is_ours = address.startswith("/") and not address.startswith(("//", "/\\")) and not parts.netloc
+    try:
+        host = urlsplit(address).netloc
+    except ValueError:  # a bracket that is not closed, as if of an IPv6 address
+        return "/"
+    is_ours = address.startswith("/") and not address.startswith(("//", "/\\")) and not host
     return address if is_ours and address.isprintable() else "/"

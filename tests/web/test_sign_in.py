@@ -208,3 +208,14 @@ def test_a_key_that_is_revoked_ends_what_is_open(browser: Browser, server: Runni
         page.get_by_label("Name").fill("anything")  # the estimate is asked for again
         page.get_by_label("Name").blur()
         page.wait_for_url(re.compile("/sign-in"))
+
+
+@pytest.mark.parametrize("place", ["http://[", "//[", "/\t/["])
+def test_an_address_that_is_none_leads_to_the_start(server: RunningServer, client: httpx.Client, place: str) -> None:
+    key = token(create_key(server, Scope.predict))
+
+    shown = client.get("/sign-in", params={"next": place}, headers=PERSON)
+    led = client.post("/sign-in", data={"key": key, "next": place})
+
+    assert (shown.status_code, led.status_code, led.headers["location"]) == (200, 303, "/")
+    assert 'name="next" value="/"' in shown.text
