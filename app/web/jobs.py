@@ -1,6 +1,5 @@
 """/jobs: start one, watch it, end it, and hold several side by side."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -66,7 +65,7 @@ async def submit(request: Request, services: ServicesDep, caller: CallerDep) -> 
         job = form.request()
         scope = f"{caller.key_id} POST /jobs"
         answer, _ = await run_in_threadpool(jobs.submit_once, services, job, scope=scope, key=None)
-    except InvalidRequest as error:
+    except GraftError as error:
         return await run_in_threadpool(_form_page, request, services, form, error)
     return go_to(request, f"/jobs/{answer['id']}")
 
@@ -100,10 +99,15 @@ async def estimate_fragment(request: Request, services: ServicesDep) -> Response
 
 
 @router.get("/compare")
-def compare_page(
-    request: Request, services: ServicesDep, job: Annotated[list[str] | None, Query(max_length=MOST_COMPARED)] = None
-) -> Response:
-    runs = [(found, jobs.job_history(services, found.id).data) for found in _each_job(services, job or [])]
+def compare_page(request: Request, services: ServicesDep, job: Annotated[list[str] | None, Query()] = None) -> Response:
+    ticked = list(dict.fromkeys(job or []))
+    if len(ticked) > MOST_COMPARED:
+        raise InvalidRequest(
+            f"{len(ticked)} jobs are too many to be held side by side: go back and tick {MOST_COMPARED} at most.",
+            title="Too many jobs",
+        )
+    each_job = [jobs.read_job(services, job_id) for job_id in ticked]
+    runs = [(found, jobs.job_history(services, found.id).data) for found in each_job]
     return page(
         request,
         "jobs_compare.html",
@@ -144,21 +148,24 @@ def delete(request: Request, services: ServicesDep, job_id: PageId) -> Response:
     return go_to(request, "/jobs")
 
 
-def _form_page(request: Request, services: Services, form: JobForm, error: InvalidRequest | None = None) -> Response:
+def _form_page(request: Request, services: Services, form: JobForm, error: GraftError | None = None) -> Response:
     ready = datasets.list_datasets(services, limit=200, status="ready").data
     chosen = form.one("dataset")
     if chosen and chosen not in {each.id for each in ready}:
         ready.insert(0, datasets.read_dataset(services, chosen))
-    return page(
+    problem = Problem.of(error) if error else None
+    response = page(
         request,
         "job_new.html",
-        status_code=422 if error else 200,
+        status_code=problem.status if problem else 200,
         form=form,
         datasets=ready,
         backbones=models.list_backbones(services).data,
         errors=form.errors(error),
-        problem=Problem.of(error) if error else None,
+        problem=problem,
     )
+    response.headers.update(problem.response_headers(path=request.url.path) if problem else {})
+    return response
 
 
 def _watched(services: Services, job_id: str) -> dict[str, Any]:
@@ -179,7 +186,3 @@ def _watched(services: Services, job_id: str) -> dict[str, Any]:
         "last_event_id": happened[-1].id if happened else "0",
         "is_over": JobStatus(job.status).is_final,
     }
-
-
-def _each_job(services: Services, ids: Sequence[str]) -> list[Any]:
-    return [jobs.read_job(services, job_id) for job_id in dict.fromkeys(ids)]

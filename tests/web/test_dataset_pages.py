@@ -4,11 +4,14 @@ import re
 import zipfile
 from pathlib import Path
 
+import builders
 import httpx
 import pytest
+from api_builders import RunningServer
 from browsing import SIZES, drop, visit
 from furnishing import Furnished, flawed_zip
 from playwright.sync_api import Browser, Page, expect
+from test_pretraining_journey import upload
 
 pytestmark = pytest.mark.slow
 
@@ -129,3 +132,18 @@ def test_a_data_set_is_deleted_after_a_question(browser: Browser, furnished: Fur
         page.wait_for_url(re.compile("/datasets$"))
 
     assert httpx.get(f"{furnished.url}/v1/datasets/{found['id']}").status_code == 404
+
+
+def test_a_class_with_two_spaces_in_its_name_is_found(
+    browser: Browser, server: RunningServer, client: httpx.Client
+) -> None:
+    files = {
+        f"{name}/{i}.jpg": builders.jpeg(10 * place + i) for place, name in enumerate(("a  b", "c")) for i in range(3)
+    }
+    dataset = upload(server, client, files)
+    with visit(browser, server.url) as page:
+        page.goto(f"/datasets/{dataset['id']}/images")
+        page.get_by_label("Class").select_option(label="a b")  # as it is shown
+        page.get_by_role("button", name="Show").click()
+        expect(page.locator(".grid img")).to_have_count(3)
+        expect(page.get_by_label("Class")).to_have_value("a  b")

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import running
+from api_builders import RunningServer
 from browsing import context, drop, visit
 from furnishing import Furnished, flawed_zip
 from PIL import Image
@@ -156,3 +157,31 @@ def test_a_file_that_goes_away_meanwhile_is_named(browser: Browser, furnished: F
             (noise_folder / "zwei ü" / "5.png").unlink()
             expect(page.get_by_role("alert")).to_contain_text("noise/zwei ü/5.png cannot be read")
         expect(page.locator(".sending")).to_be_hidden()
+
+
+def test_the_same_archive_under_another_name_or_of_another_kind_is_another_upload(
+    browser: Browser, server: RunningServer, tmp_path: Path
+) -> None:
+    archive = tmp_path / "large.zip"
+    archive.write_bytes(flawed_zip())
+    with zipfile.ZipFile(archive, "a") as more:
+        more.writestr("train/red/noise.jpg", random.Random(7).randbytes(6_000_000))
+    with context(browser, server.url) as opened:
+        page = opened.new_page()
+        page.goto("/datasets")
+        with slow_line(page, 1_000_000):
+            drop(page, "[data-upload]", archive)
+            sending(page, r"[1-9]")
+            page.close()
+        page = opened.new_page()
+        asked = uploads_of(page)
+        page.goto("/datasets")
+        page.get_by_text("More").click()
+        page.get_by_label("Name").fill("another")
+        page.get_by_label("The pictures have no classes").check()
+        page.locator("[data-archive]").set_input_files(archive)
+        page.wait_for_url(re.compile("/datasets/ds_"))
+        found = httpx.get(f"{server.url}/v1/datasets/{page.url.rpartition('/')[2]}").json()
+
+    assert asked[0].method == "POST"
+    assert (found["name"], found["kind"]) == ("another", "unlabelled")

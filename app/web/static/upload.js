@@ -199,10 +199,13 @@ function described(zone, name) {
 
 // In pieces, as far as the line is good; what was begun before, on this page or another day, goes on.
 function sent(archive, metadata, signal, onSent) {
+  const known = archive.fingerprint ?? ["graft-archive", archive.name, archive.size, archive.lastModified].join("-");
   return new Promise((resolve, reject) => {
     const upload = new tus.Upload(archive, {
       endpoint: new URL("/v1/uploads", location).href,
       metadata,
+      // Of another name or kind it is another upload: what was begun would arrive as what it was begun as.
+      fingerprint: async () => `${known}-${JSON.stringify(metadata)}`,
       removeFingerprintOnSuccess: true,
       retryDelays: [0, 1000, 2000, 4000, 8000, 15000, 30000],
       onShouldRetry: (error) => !isUnreadable(error) && mayBeOver(status(error)),
@@ -212,7 +215,6 @@ function sent(archive, metadata, signal, onSent) {
       ...(archive instanceof FolderZip && {
         chunkSize: PIECE_BYTES,
         fileReader: { openFile: async () => archive },
-        fingerprint: async () => `${archive.fingerprint}-${JSON.stringify(metadata)}`,
       }),
     });
     signal.addEventListener("abort", () => {
