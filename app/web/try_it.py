@@ -12,7 +12,7 @@ from app.api.feedback import FeedbackRequest
 from app.api.schemas import Model
 from app.api.services import Services
 from app.api.strict_json import parse_as
-from app.errors import NotFound
+from app.errors import InvalidRequest, NotFound
 from app.vision.artifact import REFERENCE_FILE
 from app.web.datasets import dataset_names
 from app.web.site import PageId, page, read_form
@@ -52,7 +52,13 @@ async def say(request: Request, services: ServicesDep, prediction_id: PageId) ->
     given = {name: text for name, text in await read_form(request) if text}
     fields = {"label": given.get("label", ""), "task": given.get("task"), "new_class": given.get("new_class") == "true"}
     body = parse_as(FeedbackRequest, fields)
-    stored = await run_in_threadpool(feedback.give_feedback, services, prediction_id, body)
+    try:
+        stored = await run_in_threadpool(feedback.give_feedback, services, prediction_id, body)
+    except InvalidRequest as error:
+        sentence, of_api, _ = error.detail.partition(' With "new_class"')
+        raise InvalidRequest(
+            sentence + (" Tick “a class the model does not know” if it is one." if of_api else "")
+        ) from None
     return page(request, "try_feedback.html", stored=stored)
 
 

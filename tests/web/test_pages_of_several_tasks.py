@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import builders
@@ -79,3 +80,19 @@ def test_the_pictures_that_are_right_are_those_of_the_task(
             expect(page.locator("#cell img")).to_have_count(count)
             paths = page.locator("#cell img").evaluate_all("images => images.map(image => image.alt)")
             assert {int(path.removesuffix(".jpg")) // 2 % 2 for path in paths} == {found["classes"].index(name)}
+
+
+def test_the_label_to_correct_is_that_of_the_chosen_task(
+    browser: Browser, server: RunningServer, trained: Trained, tmp_path: Path
+) -> None:
+    picture = builders.written(tmp_path / "one.jpg", builders.jpeg(999, tint=(0, 0, 110)))
+    with visit(browser, server.url) as page:
+        page.goto("/try")
+        page.get_by_label("Keep the picture on the server").check()
+        page.locator("[data-pictures]").set_input_files(picture)
+        label = page.get_by_label("What is it really?")
+        expect(label).to_have_value("blue")
+        page.get_by_label("Of what").select_option("light")
+        expect(label).to_have_value("dark")
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_text("Kept: dark.")).to_be_visible()

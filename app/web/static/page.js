@@ -18,8 +18,15 @@ window.addEventListener("pageshow", () => {
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("button");
   if (button?.hasAttribute("data-copy")) {
-    await navigator.clipboard.writeText(button.previousElementSibling.textContent);
-    button.textContent = "Copied";
+    const text = button.previousElementSibling;
+    try {
+      await navigator.clipboard.writeText(text.textContent);
+      button.textContent = "Copied";
+    } catch {
+      // Browsers have a clipboard for scripts over HTTPS and on localhost alone, and people may refuse it.
+      getSelection().selectAllChildren(text);
+      button.textContent = "Selected";
+    }
   }
   if (button?.hasAttribute("data-tick-all")) {
     button.closest("details").querySelectorAll("input[name=exclude]").forEach((box) => (box.checked = true));
@@ -35,12 +42,15 @@ function count() {
   }
 }
 
-// A key that was revoked meanwhile.
 document.addEventListener("htmx:beforeSwap", (event) => {
+  // A key that was revoked meanwhile.
   if (event.detail.xhr.status === 401) {
     event.detail.shouldSwap = false;
     location.assign(`/sign-in?next=${encodeURIComponent(location.pathname + location.search)}`);
   }
+  // A form with a place for what is wrong stays, with all that was typed.
+  const place = event.detail.xhr.status >= 400 && event.detail.requestConfig.elt.querySelector("[data-wrong]");
+  if (place) [event.detail.target, event.detail.swapOverride] = [place, "innerHTML"];
 });
 
 const watched = document.querySelector("[data-events]");

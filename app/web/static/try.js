@@ -22,23 +22,50 @@ function prepare() {
   });
   page.querySelector("[data-pictures]").addEventListener("change", (event) => ask([...event.target.files]));
   form.addEventListener("change", (event) => {
-    if (event.target.name === "model") location.assign(`/try?model=${encodeURIComponent(event.target.value)}`);
-    else ask(last);
+    const pictures = last;
+    // A request that keeps them is waited for: broken off, it may have kept them all the same.
+    if (event.target.name !== "model") keeping.then(() => pictures === last && ask(last));
   });
+  page.querySelector("#answers").addEventListener("change", ({ target }) => {
+    if (target.name === "task") target.form.elements.label.value = target.selectedOptions[0].dataset.label;
+  });
+  prepareModel(form.elements.model);
   page.querySelector("[data-camera]").addEventListener("click", openCamera);
 }
 
+// Its page follows when one was chosen. An arrow key chooses one at each press, so then it is Enter, or leaving the field.
+function prepareModel(select) {
+  const shown = select.value;
+  let isByKey = false;
+  const follow = () => {
+    if (select.value !== shown) location.assign(`/try?model=${encodeURIComponent(select.value)}`);
+  };
+  select.addEventListener("pointerdown", () => (isByKey = false));
+  select.addEventListener("keydown", ({ key }) => {
+    isByKey = key !== "Enter";
+    if (!isByKey) follow();
+  });
+  select.addEventListener("change", () => isByKey || follow());
+  select.addEventListener("blur", follow);
+}
+
 let last = [];
+let kept = []; // of the last pictures, each with what corrects its label, where the server keeps it
+let keeping = Promise.resolve();
 let asking = new AbortController();
 
 async function ask(pictures) {
   if (!pictures.length) return;
+  if (pictures !== last) kept = [];
   last = pictures;
   asking.abort();
   asking = new AbortController();
   const { signal } = asking;
   const say = (text) => (page.querySelector("[role=status]").textContent = text);
   const fields = new FormData(form);
+  if (kept.length) fields.delete("store");
+  let isKept = () => {};
+  if (fields.has("store")) keeping = new Promise((resolve) => (isKept = resolve));
   for (const picture of pictures) fields.append("file", picture, picture.name || "picture");
   say("The model looks at it …");
   try {
@@ -54,11 +81,17 @@ async function ask(pictures) {
       shown.onerror = () => shown.remove(); // what the server could not read either, most likely
     }
     window.htmx.process(answers);
+    answers.querySelectorAll(".answer").forEach((answer, place) => {
+      const fresh = answer.querySelector(".kept");
+      if (fresh) kept[place] = fresh;
+      else if (kept[place]) answer.querySelector(".told")?.append(kept[place]);
+    });
     const labels = [...answers.querySelectorAll(".told h2")].map((heading) => heading.textContent.trim());
     say(labels.length ? `Answered: ${labels.join("; ")}` : "");
   } catch (error) {
     if (!signal.aborted) say("The server did not answer. Try again.");
   } finally {
+    isKept();
     page.querySelector("[data-pictures]").value = "";
   }
 }
