@@ -41,7 +41,8 @@ def test_a_spent_quota_is_told_in_the_form_which_stays_filled(busy_server: Runni
         answer = client.post("/jobs", data=filled)
 
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "30")
-    assert 'role="alert">1 jobs and batches wait or run already' in answer.text
+    assert '<p class="problem" role="alert">' in answer.text
+    assert "1 jobs and batches wait or run already" in answer.text
     assert f'<option value="{dataset}" selected>' in answer.text
     assert '<option value="graft_small" selected>' in answer.text
     assert 'value="the third"' in answer.text and 'value="7"' in answer.text
