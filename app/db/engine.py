@@ -34,6 +34,10 @@ POSTGRES_PATIENCE = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
+# A process that is frozen within a transaction (its machine, a debugger) holds locks that everybody may wait for. It is
+# broken off before those who wait give up; both before a lease ends. None of our transactions waits for anything else.
+IDLE_IN_TRANSACTION_SECONDS = 25
+LOCK_TIMEOUT_SECONDS = 30
 
 T = TypeVar("T")
 
@@ -111,9 +115,10 @@ class Database:
         """One transaction that may change the tables themselves: all of it happens, or nothing.
 
         SQLite alters a table by rebuilding it, and dropping the old one would delete every row that refers to it. So
-        foreign keys are not enforced here but checked at the end; IntegrityError says which table breaks one.
+        foreign keys are not enforced here but checked at the end; IntegrityError says which table breaks one. Raises
+        Overloaded as `write` does.
         """
-        with self.engine.connect() as connection:
+        with _unavailable_means_overloaded(), self.engine.connect() as connection:
             if not self._is_sqlite:
                 with connection.begin():
                     yield connection
@@ -182,7 +187,8 @@ def _sqlite_engine(url: str) -> Engine:
     path = make_url(url).database
     if path and path != ":memory:":
         make_folder(Path(path).parent)
-    engine = create_engine(url, module=sqlite3, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
+    patience = {"timeout": BUSY_TIMEOUT_SECONDS}
+    engine = create_engine(url, module=sqlite3, connect_args=patience, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
@@ -207,9 +213,15 @@ def _sqlite_engine(url: str) -> Engine:
 
 def _postgres_engine(url: str) -> Engine:
     said = make_url(url).query
-    patience = {name: value for name, value in POSTGRES_PATIENCE.items() if name not in said}
-    # Connections that a restart of PostgreSQL has ended are noticed before they are used.
-    return create_engine(url, pool_pre_ping=True, connect_args=patience)
+    patience: dict[str, Any] = {name: value for name, value in POSTGRES_PATIENCE.items() if name not in said}
+    ours = {"idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_SECONDS, "lock_timeout": LOCK_TIMEOUT_SECONDS}
+    options = " ".join(f"-c {name}={seconds * 1000}" for name, seconds in ours.items())
+    patience["options"] = (
+        f"{options} {said.get('options', '')}".rstrip()
+    )  # of two that say the same the last one counts
+    # Connections that a restart of PostgreSQL has ended are noticed before they are used. What statements were given is
+    # secret now and then, and errors are logged.
+    return create_engine(url, pool_pre_ping=True, connect_args=patience, hide_parameters=True)
 
 
 @contextmanager
@@ -227,6 +239,8 @@ def _unavailable_means_overloaded() -> Iterator[None]:
 
 
 def _is_locked(error: DBAPIError) -> bool:
+    if getattr(error.orig, "sqlstate", None) == "55P03":  # PostgreSQL's lock_timeout
+        return True
     return isinstance(error.orig, sqlite3.OperationalError) and "locked" in str(error.orig)
 
 

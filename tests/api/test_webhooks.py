@@ -15,10 +15,11 @@ import httpx
 import pytest
 from api_builders import RunningServer, assert_is_problem
 from hook_receiver import Receiver
+from sqlalchemy import text as sql
 from sqlalchemy import update
 from test_models_and_operations import create_key
 
-from app import registry, webhooks, workspaces
+from app import logs, registry, webhooks, workspaces
 from app.access import Scope
 from app.api import webhook_dispatch
 from app.api.webhook_dispatch import Line
@@ -88,7 +89,19 @@ def test_secret_is_shown_once_and_never_written_to_the_log(
         said = client.get(path).text + client.get(f"{path}/deliveries").text
     for text in (said, printed.getvalue()):
         assert receiver.secret.removeprefix("whsec_") not in text
-    assert "webhook not delivered" in printed.getvalue()
+
+
+def test_secret_is_not_in_the_log_if_the_database_does_not_take_it(
+    any_server: RunningServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(any_server.services.settings)
+    with any_server.services.database.migration() as connection:
+        connection.execute(sql("ALTER TABLE webhooks DROP COLUMN url"))
+    with api_builders.client_of(any_server) as client:
+        assert client.post("/v1/webhooks", json={"url": "https://example.com/"}).status_code == 500
+    printed = capsys.readouterr().err
+    assert "INSERT INTO webhooks" in printed
+    assert "whsec_" not in printed
 
 
 def test_what_happens_is_told_signed_and_in_order(
