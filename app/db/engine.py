@@ -6,6 +6,7 @@ between, whatever the busy timeout.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,10 @@ from app.storage import make_folder
 
 # Waiting writers get this long. Shorter than a worker's lease (45 s), so that a lock never costs a lease.
 BUSY_TIMEOUT_SECONDS = 30
+# Each who waits for SQLite's lock has one of the 15 connections and of the 40 threads that answer requests. The others
+# are for who only reads: so no more wait at a time, and who finds no place in a moment is told to come again.
+WAITING_WRITERS = 8
+WRITERS_PATIENCE_SECONDS = 1.0
 # A PostgreSQL that has gone without a word, its machine for example, is given up after half a minute instead of hours.
 # What the URL says goes before. Source: postgresql.org/docs/current/libpq-connect.html.
 POSTGRES_PATIENCE = {
@@ -57,6 +62,7 @@ class Database:
         is_file = self._is_sqlite and path and path != ":memory:"
         self._ballast = Ballast(Path(f"{path}-ballast"), ballast_bytes) if is_file else None
         self.engine = _sqlite_engine(url) if self._is_sqlite else _postgres_engine(url)
+        self._writers = threading.BoundedSemaphore(WAITING_WRITERS)
         self.workspace_id: str | None = None
         self._actor: Actor | None = None
 
@@ -73,10 +79,15 @@ class Database:
     def write(self) -> Iterator[Session]:
         """A transaction that may change things: committed on leaving, rolled back on any exception.
 
-        Raises Overloaded if the database stays locked for longer than the busy timeout, or cannot be reached; in the
-        latter case the change may have been made, if it was at its very end.
+        Raises Overloaded if the database stays locked for longer than the busy timeout, if many wait for that already,
+        or if it cannot be reached; in the latter case the change may have been made, if it was at its very end.
         """
-        with self._session("BEGIN IMMEDIATE") as session, _unavailable_means_overloaded(), session.begin():
+        with (
+            self._place_among_writers(),
+            self._session("BEGIN IMMEDIATE") as session,
+            _unavailable_means_overloaded(),
+            session.begin(),
+        ):
             yield session
             session.add_to_audit_log()
 
@@ -147,6 +158,18 @@ class Database:
 
     def dispose(self) -> None:
         self.engine.dispose()
+
+    @contextmanager
+    def _place_among_writers(self) -> Iterator[None]:
+        if not self._is_sqlite:
+            yield
+        elif self._writers.acquire(timeout=WRITERS_PATIENCE_SECONDS):
+            try:
+                yield
+            finally:
+                self._writers.release()
+        else:
+            raise _busy()
 
     @contextmanager
     def _session(self, begin: str) -> Iterator[TenantSession]:
@@ -232,10 +255,14 @@ def _unavailable_means_overloaded() -> Iterator[None]:
         raise Overloaded("Too many requests wait for the database; try again.", retry_after_seconds=5) from error
     except DBAPIError as error:
         if _is_locked(error):
-            raise Overloaded("The database is busy; try again.", retry_after_seconds=5) from error
+            raise _busy() from error
         if _is_away(error):
             raise Overloaded("The database does not answer; try again.", retry_after_seconds=5) from error
         raise
+
+
+def _busy() -> Overloaded:
+    return Overloaded("The database is busy; try again.", retry_after_seconds=5)
 
 
 def _is_locked(error: DBAPIError) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import api_builders
 import builders
+import httpx
 import pytest
 from api_builders import assert_is_problem, create_key
 from test_job_routes import asked_for
@@ -86,3 +87,28 @@ def test_locked_database_is_told_with_503_and_everything_goes_on_after_it(
                 assert access.list_keys(session)[0].last_used_at is not None
     assert '"status": 500' not in printed.getvalue()
     assert "Traceback" not in printed.getvalue()
+
+
+def test_who_reads_or_predicts_is_answered_soon_while_many_wait_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "BUSY_TIMEOUT_SECONDS", 15)
+    settings = api_builders.settings_for(tmp_path)
+    with api_builders.running(settings) as server, ThreadPoolExecutor(45) as pool:
+        api_builders.register_model(server.services)
+        job = asked_for(api_builders.ready_dataset(server.services.database))
+
+        def submit() -> int:
+            return httpx.post(server.url + "/v1/jobs", json=job, timeout=60).status_code
+
+        with locked_by_another(settings.data_dir / "graft.db"), api_builders.client_of(server) as client:
+            assert client.post("/predict", content=builders.jpeg()).status_code == 200  # loaded
+            writers = [pool.submit(submit) for _ in range(45)]
+            seconds = []
+            while sum(writer.done() for writer in writers) < 45 - engine.WAITING_WRITERS:
+                for method, path, content in (("GET", "/v1/jobs", None), ("POST", "/predict", builders.jpeg())):
+                    answer = client.request(method, path, content=content)
+                    assert answer.status_code == 200
+                    seconds.append(answer.elapsed.total_seconds())
+            assert max(seconds) < 5.0
+        assert {writer.result() for writer in writers} == {201, 503}
