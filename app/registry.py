@@ -143,7 +143,8 @@ def delete(session: Session, model_id: str) -> None:
 
     Raises NotFound, or Conflict while an alias points at it.
     """
-    model = _by_id(session, model_id)
+    # Held before its aliases are looked at: whoever is giving it one comes before that, or finds no model.
+    model = _found(session.scalar(_row(model_id).with_for_update()))
     names = list(session.scalars(select(AliasRow.name).where(AliasRow.model_id == model.id).order_by(AliasRow.name)))
     if names:
         raise Conflict(
@@ -191,7 +192,7 @@ def point_alias(session: Session, name: str, model_id: str, *, replaces_interim:
             "and it does not begin as an id does (mdl_, ds_, job_, key_).",
             errors=[FieldError("#/name", "not a valid name for an alias")],
         )
-    model = _by_id(session, model_id)
+    model = hold(session, model_id)
     _lock_aliases(session)
     alias = _alias(session, name)
     before = None if alias is None else alias.model_id
@@ -261,10 +262,6 @@ def _alias(session: Session, name: str) -> AliasRow | None:
 
 def _no_alias() -> NotFound:
     return NotFound("There is no alias of this name; GET /v1/aliases lists them.", code="alias-not-found")
-
-
-def _by_id(session: Session, model_id: str) -> ModelRow:
-    return _found(session.scalar(_row(model_id)))
 
 
 def _row(model_id: str) -> Select[ModelRow]:

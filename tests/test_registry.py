@@ -1,7 +1,7 @@
 """Models are registered once, found by id and alias, and aliases move and move back."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -225,6 +225,38 @@ def test_a_new_alias_that_two_give_at_once_is_the_later_one_s(any_database: Data
     with any_database.read() as session:
         (alias,) = registry.aliases(session)
     assert {alias.model_id, alias.previous_model_id} < {f"mdl_{number}" for number in range(4)}
+
+
+def test_a_model_that_is_just_given_an_alias_is_not_deleted(any_database: Database) -> None:
+    def delete() -> None:
+        with any_database.write() as session:
+            registry.delete(session, "mdl_1")
+
+    with any_database.write() as session:
+        register(session, 1)
+    with ThreadPoolExecutor(1) as pool:
+        with any_database.write() as session:
+            registry.point_alias(session, "champion", "mdl_1")
+            deleting = pool.submit(delete)
+            assert not wait([deleting], timeout=1.0).done  # while the alias is not there yet
+        with pytest.raises(Conflict, match="in use as champion"):
+            deleting.result(timeout=30)
+
+
+def test_a_model_that_is_just_deleted_is_given_no_alias(any_database: Database) -> None:
+    def point() -> None:
+        with any_database.write() as session:
+            registry.point_alias(session, "champion", "mdl_1")
+
+    with any_database.write() as session:
+        register(session, 1)
+    with ThreadPoolExecutor(1) as pool:
+        with any_database.write() as session:
+            registry.delete(session, "mdl_1")
+            pointing = pool.submit(point)
+            assert not wait([pointing], timeout=1.0).done
+        with pytest.raises(NotFound):
+            pointing.result(timeout=30)
 
 
 def test_an_alias_remembers_what_it_pointed_at_before(database: Database) -> None:
