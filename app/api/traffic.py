@@ -60,6 +60,7 @@ class Traffic:
         self._wrong_keys = Throttle()
         self._lock = threading.Lock()
         self._unwritten: Counter[tuple[str, date]] = Counter()
+        self._being_written: Counter[tuple[str, date]] = Counter()
         self._written: dict[tuple[str, date], int] = {}
         self._used: set[Caller] = set()
 
@@ -127,6 +128,7 @@ class Traffic:
     def _write_predictions(self) -> None:
         with self._lock:
             counts, self._unwritten = self._unwritten, Counter()
+            self._being_written.update(counts)
             days = {*counts, *(of for of in self._written if of[1] == self._today())}
         if not days:
             return
@@ -140,12 +142,14 @@ class Traffic:
         except BaseException:
             with self._lock:
                 self._unwritten.update(counts)
+                self._being_written.subtract(counts)
             raise
         with self._lock:
+            self._being_written.subtract(counts)
             self._written = {of: count for of, count in (self._written | written).items() if of[1] == self._today()}
 
     def _count(self, counted: tuple[str, date]) -> int:
         if counted not in self._written:
             with self._database.read() as session:
                 self._written[counted] = workspaces.predictions_on(session, *counted)
-        return self._written[counted] + self._unwritten[counted]
+        return self._written[counted] + self._being_written[counted] + self._unwritten[counted]

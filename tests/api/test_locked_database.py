@@ -112,3 +112,16 @@ def test_who_reads_or_predicts_is_answered_soon_while_many_wait_to_write(
                     seconds.append(answer.elapsed.total_seconds())
             assert max(seconds) < 5.0
         assert {writer.result() for writer in writers} == {201, 503}
+
+
+def test_pictures_count_against_the_days_quota_while_they_are_written_down(tmp_path: Path) -> None:
+    settings = api_builders.settings_for(tmp_path, workspace_max_predictions_per_day=1)
+    with api_builders.running(settings) as server, api_builders.client_of(server) as client:
+        api_builders.register_model(server.services)
+        assert client.post("/predict", content=builders.jpeg()).status_code == 200
+        with locked_by_another(settings.data_dir / "graft.db"), ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(server.services.traffic.write_down)
+            for _ in range(20):
+                assert client.get("/v1/usage").json()["predictions_today"]["used"] == 1
+                assert_is_problem(client.post("/predict", content=builders.jpeg()), 429, "quota-of-predictions-spent")
+            assert not writing.done()
