@@ -179,8 +179,9 @@ async def get_batch(request: Request, services: ServicesDep, batch_id: BatchId, 
     responses=problems(404, 409),
 )
 def cancel_batch(services: ServicesDep, batch_id: BatchId) -> Batch:
-    with services.database.write() as session:
-        return _render(session, queue.request_cancel(session, batch_id, kind=JobKind.prediction))
+    return services.database.free(
+        lambda session: _render(session, queue.request_cancel(session, batch_id, kind=JobKind.prediction))
+    )
 
 
 @router.delete(

@@ -117,8 +117,7 @@ def get_job(services: ServicesDep, job_id: JobId) -> FineTuningJob:
     responses=problems(404, 409),
 )
 def cancel_job(services: ServicesDep, job_id: JobId) -> FineTuningJob:
-    with services.database.write() as session:
-        return FineTuningJob.of(queue.request_cancel(session, job_id_of(job_id)))
+    return services.database.free(lambda session: FineTuningJob.of(queue.request_cancel(session, job_id_of(job_id))))
 
 
 @router.post(

@@ -119,8 +119,7 @@ def cancel_job(services: ServicesDep, job_id: JobId) -> Job:
     responses=problems(404, 409),
 )
 def stop_job(services: ServicesDep, job_id: JobId) -> Job:
-    with services.database.write() as session:
-        return _render(session, queue.request_stop(session, job_id))
+    return services.database.free(lambda session: _render(session, queue.request_stop(session, job_id)))
 
 
 @router.delete(

@@ -188,8 +188,7 @@ def change_webhook(
     responses=problems(404),
 )
 def delete_webhook(services: ServicesDep, webhook_id: WebhookId) -> Deleted:
-    with services.database.write() as session:
-        webhooks.delete(session, webhook_id)
+    services.database.free(lambda session: webhooks.delete(session, webhook_id))
     return Deleted(id=webhook_id, object="webhook")
 
 

@@ -9,10 +9,15 @@ import builders
 import disks
 import numpy as np
 import pytest
+import queue_builders
 from api_builders import CLASSES, assert_is_problem, wait_for
 from disks import fill
+from sqlalchemy import update
+from test_job_routes import asked_for
 from test_resumable_uploads import TUS, assert_is_whole, begin, half_a_piece, noise, offset_of, send
 
+from app.db.tables import JobRow
+from app.jobs.states import JobKind
 from app.settings import MEBIBYTE
 
 
@@ -99,6 +104,26 @@ def test_deleting_works_on_a_full_disk_in_the_room_of_the_ballast(small_disk: Pa
         filler.unlink()
         assert server.services.database.keep_ballast()
         assert ballast.stat().st_size == MEBIBYTE
+
+
+@pytest.mark.parametrize(
+    "path", ["jobs/{job}/stop", "jobs/{job}/cancel", "fine_tuning/jobs/{job}/cancel", "batches/{batch}/cancel"]
+)
+def test_ending_a_job_works_on_a_full_disk_in_the_room_of_the_ballast(small_disk: Path, path: str) -> None:
+    settings = api_builders.settings_for(small_disk, ballast_bytes=MEBIBYTE)
+    with api_builders.running(settings) as server, api_builders.client_of(server) as client:
+        database = server.services.database
+        wait_for((settings.data_dir / "graft.db-ballast").exists)
+        request = asked_for(api_builders.ready_dataset(database))
+        job = client.post("/v1/jobs", json=request).json()["id"]
+        batch = queue_builders.submit(database, kind=JobKind.prediction, top_k=1, files=1, size_bytes=1, sha256="")
+        with database.write() as session:
+            session.execute(update(JobRow).where(JobRow.id == batch).values(model_id="mdl_1"))
+        queue_builders.claim_next(database)
+        fill(small_disk)
+        assert any(client.post("/v1/jobs", json=request).status_code == 507 for _ in range(500))
+
+        assert client.post("/v1/" + path.format(job=job, batch=batch)).status_code == 200
 
 
 def test_ballast_is_made_only_where_there_is_plenty_of_room(small_disk: Path) -> None:
