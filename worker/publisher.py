@@ -94,6 +94,8 @@ class Publisher:
 
         def register(session: Session, saved: Saved, decision: Decision) -> bool:
             """False, with nothing written, if the default is no longer the one that was decided beside."""
+            if registry.find_of_job(session, claim.job_id, role=role) == model_id:
+                return True  # that it was registered was not heard of, when the database went away
             if registry.lock_default(session) != decision.incumbent:
                 return False
             registry.register(

@@ -16,16 +16,18 @@ from typing import Any
 import pytest
 import queue_builders
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 from training_jobs import SIZE, Job, act_after_steps, same_weights, write_dataset
 
 from app import registry
 from app.db.engine import Database
 from app.db.tables import ModelRow
+from app.errors import Overloaded
 from app.jobs.spec import StartingModel
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.vision.preprocessing import Preprocessing
-from worker.reporter import ShuttingDown
+from worker.reporter import Reporter, ShuttingDown
 from worker.training import loop, methods
 from worker.training.checkpoint import Checkpoints
 
@@ -216,6 +218,28 @@ def test_an_auto_job_given_back_in_a_heat_ends_as_if_it_had_not_been(
     assert disturbed.row.metrics is not None and undisturbed.row.metrics is not None
     assert disturbed.row.metrics["val_accuracy"] == undisturbed.row.metrics["val_accuracy"]
     assert disturbed.row.metrics["method"] == undisturbed.row.metrics["method"]
+
+
+def test_a_probe_whose_commit_was_not_heard_of_is_registered_once(
+    auto: Callable[..., Job], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[str] = []
+    real = Reporter._written
+
+    def written(reporter: Reporter, work: Callable[[Session], Any]) -> Any:
+        stored = real(reporter, work)
+        with database.read() as session:
+            probe = registry.find_of_job(session, reporter._claim.job_id, role="probe")
+        if probe is not None and not lost:
+            lost.append(probe)
+            raise Overloaded("The database does not answer; try again.")
+        return stored
+
+    monkeypatch.setattr(Reporter, "_written", written)
+    done = auto(hyperparameters=VALUES)
+    done.run()
+    assert [models(database, done.id)["probe"].id] == lost
+    assert done.row.status == "succeeded"
 
 
 def test_every_contender_does_without_what_the_job_excludes(auto: Callable[..., Job], storage: LocalStorage) -> None:
