@@ -7,7 +7,7 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, StringConstraints
+from pydantic import Field, SecretStr, StringConstraints, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024**2
@@ -254,15 +254,18 @@ class Settings(BaseSettings):
         None, description="Folder in which each training job has a folder of event files for TensorBoard."
     )
 
+    @field_validator("storage_url")
+    @classmethod
+    def _is_served(cls, url: str) -> str:
+        if url and not url.startswith("file://"):
+            raise ValueError("only file:// addresses are supported")
+        return url
+
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'graft.db'}"
 
     @property
     def storage_root(self) -> Path:
-        """Folder of the local storage. Raises ValueError for a storage_url this version cannot serve."""
-        if not self.storage_url:
-            return self.data_dir.resolve()
-        if self.storage_url.startswith("file://"):
-            return Path(self.storage_url.removeprefix("file://")).resolve()
-        raise ValueError("GRAFT_STORAGE_URL: only file:// addresses are supported")
+        """Folder of the local storage."""
+        return Path(self.storage_url.removeprefix("file://")).resolve() if self.storage_url else self.data_dir.resolve()

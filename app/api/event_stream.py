@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from app.api.schemas import Event
-from app.errors import Overloaded
+from app.errors import NotFound, Overloaded
 
 PING_INTERVAL_SECONDS = 15.0
 POLL_SECONDS = 0.2
@@ -63,7 +63,10 @@ async def _lines(
             last_sent_at = loop.time()
         if len(look.events) < BATCH_SIZE:
             await asyncio.sleep(POLL_SECONDS)
-        look = await _looked(look_after, after)
+        try:
+            look = await _looked(look_after, after)
+        except NotFound:
+            return  # the job was deleted meanwhile; who connects again is told so
 
 
 async def _looked(look_after: Callable[[int], Look], after: int) -> Look:

@@ -10,7 +10,7 @@ class JobStatus(StrEnum):
     running = "running"  # owned by the worker that holds the current fence; moved on by that worker or a reclaim
     succeeded = "succeeded"  # final: its model is registered, its data set ready, or its results are published
     failed = "failed"  # final: `error` says why
-    cancelled = "cancelled"  # final: on request; it has no model
+    cancelled = "cancelled"  # final: on request; no model is its result, though one of method auto may leave its probe
 
     @property
     def is_final(self) -> bool:

@@ -155,6 +155,19 @@ def test_server_stops_while_a_stream_is_open(server: RunningServer, client: http
         stopping.join()
 
 
+def test_stream_of_a_job_that_is_deleted_ends_whole(server: RunningServer, client: httpx.Client, job: str) -> None:
+    def delete() -> None:  # at once, so that no look comes between
+        with server.services.database.write() as session:
+            queue.succeed(session, current(job))
+            queue.delete(session, job)
+
+    with connect_sse(client, "GET", f"/v1/jobs/{job}/events") as source:
+        stream = source.iter_sse()
+        assert [next(stream).event for _ in range(3)] == ["status", "status", "log"]
+        delete()
+        assert list(stream) == []
+
+
 @pytest.mark.parametrize("position", ["x", "-1", "1e3", "9" * 19])
 def test_what_is_no_event_id_is_refused(client: httpx.Client, job: str, position: str) -> None:
     assert_is_problem(client.get(f"/v1/jobs/{job}/events?after={position}"), 422, "invalid-request")

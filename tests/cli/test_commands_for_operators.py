@@ -62,13 +62,22 @@ def test_settings_masks_passwords(graft: Graft, monkeypatch: pytest.MonkeyPatch,
     assert "cret" not in result.output
 
 
-def test_a_wrong_setting_is_named(graft: Graft, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRAFT_PORT", "70000")
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("GRAFT_PORT", "70000", "Input should be less than or equal to 65535"),
+        ("GRAFT_STORAGE_URL", "s3://bucket", "Value error, only file:// addresses are supported"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    graft: Graft, monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
+) -> None:
+    monkeypatch.setenv(name, value)
 
-    result = graft("settings")
+    result = graft("up")
 
     assert result.exit_code == 2
-    assert result.errors == ("The settings are not valid:\n  GRAFT_PORT: Input should be less than or equal to 65535\n")
+    assert result.errors == f"The settings are not valid:\n  {name}: {reason}\n"
 
 
 def test_dotenv_may_hold_what_commands_need_and_what_is_not_ours(
