@@ -3,13 +3,19 @@
 An entry of such a folder is named by the id of its row: "models/mdl_…". Knows tables and keys.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, TypeVar
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from app.db.engine import Database
 from app.db.tables import DatasetRow, JobRow, ModelRow, PredictionRow, UploadRow
+from app.storage import LocalStorage, is_disk_full
+
+T = TypeVar("T")
 
 FOLDERS: Mapping[type[Any], tuple[str, ...]] = {
     JobRow: ("jobs", "batches"),
@@ -27,3 +33,23 @@ def has_row(database: Database, key: str) -> bool:
     table = TABLES[folder]
     with database.read() as session:
         return session.scalar(select(table.seq).where(table.id == row_id)) is not None
+
+
+def delete(database: Database, storage: LocalStorage, *keys: str, rows: Callable[[Session], T]) -> T:
+    """Deletes rows, as `rows` does, and then their files; returns what `rows` does. Should this process die between the
+    two, a sweep comes to the files.
+
+    keys: of rows that the caller has seen, and not as a client has written them. Raises what `rows` does.
+    """
+    with ExitStack() as announced:
+        try:
+            # Of all workspaces: a row that this one does not see keeps its files.
+            announced.enter_context(storage.announced(*keys, is_wanted=partial(has_row, database.within(None))))
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            # No room for that, and all the more reason to make some.
+        deleted = database.free(rows)
+    for key in keys:
+        storage.delete(key)
+    return deleted

@@ -145,14 +145,22 @@ def delete(session: Session, prediction_id: str) -> None:
     session.delete(find(session, prediction_id))
 
 
-def expire(session: Session, *, max_bytes: int, before: datetime) -> list[str]:
-    """Forgets what was kept before a time, and then the oldest until the pictures' bytes fit. Returns their ids."""
+def expired(session: Session, *, max_bytes: int, before: datetime, limit: int) -> list[str]:
+    """Ids of what was kept before a time, and of the oldest until the pictures' bytes fit: up to `limit`, oldest first.
+
+    To be asked within one workspace: whose predictions are too much says nothing of another's."""
     too_old = session.scalar(select(func.max(PredictionRow.seq)).where(PredictionRow.created_at < before)) or 0
     last_to_go = max(too_old, _last_beyond(session, max_bytes))
     if not last_to_go:
         return []
-    gone = delete_from(PredictionRow).where(PredictionRow.seq <= last_to_go).returning(PredictionRow.id)
-    return list(session.scalars(gone, execution_options={"synchronize_session": False}))
+    to_go = select(PredictionRow.id).where(PredictionRow.seq <= last_to_go)
+    return list(session.scalars(to_go.order_by(PredictionRow.seq).limit(limit)))
+
+
+def forget(session: Session, prediction_ids: Sequence[str]) -> None:
+    """Those of them that are still there."""
+    gone = delete_from(PredictionRow).where(PredictionRow.id.in_(prediction_ids))
+    session.execute(gone, execution_options={"synchronize_session": False})
 
 
 def _last_beyond(session: Session, max_bytes: int) -> int:

@@ -104,7 +104,7 @@ class Settings(BaseSettings):
         True, description="Whether /predict keeps pictures and answers of requests that ask for it with store=true."
     )
     max_stored_prediction_bytes: Annotated[int, Field(ge=1)] = Field(
-        5 * GIBIBYTE, description="Pictures kept with predictions, all together, in bytes; the oldest go first."
+        5 * GIBIBYTE, description="Pictures kept with predictions of each workspace, in bytes; the oldest go first."
     )
     max_stored_prediction_days: Annotated[float, Field(gt=0, le=36500)] = Field(
         90.0, description="How long a prediction and its picture are kept, in days."

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 from starlette.responses import Response, StreamingResponse
 
-from app import registry
+from app import holdings, registry
 from app.api import archive_uploads
 from app.api.archive_uploads import ArchiveUse, Tick, archive_body, created
 from app.api.classifiers import model_id_of
@@ -191,10 +191,16 @@ def cancel_batch(services: ServicesDep, batch_id: BatchId) -> Batch:
     responses=problems(404, 409),
 )
 def delete_batch(services: ServicesDep, batch_id: BatchId) -> Deleted:
-    services.database.free(lambda session: queue.delete(session, batch_id, kind=JobKind.prediction))
-    services.storage.delete(batches.folder_key(batch_id))
-    services.storage.delete(f"jobs/{batch_id}")
-    return Deleted(id=batch_id, object="batch")
+    with services.database.read() as session:
+        found = _find(session, batch_id).id
+    holdings.delete(
+        services.database,
+        services.storage,
+        batches.folder_key(found),
+        f"jobs/{found}",
+        rows=lambda session: queue.delete(session, found, kind=JobKind.prediction),
+    )
+    return Deleted(id=found, object="batch")
 
 
 @router.get(

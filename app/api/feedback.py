@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from app import predictions, registry
+from app import holdings, predictions, registry
 from app.api.deps import After, Limit, ServicesDep, json_body
 from app.api.evaluation import check_predicts
 from app.api.openapi import json_request, problems
@@ -183,9 +183,15 @@ def get_picture(services: ServicesDep, prediction_id: PredictionId) -> Response:
     responses=problems(404),
 )
 def delete_prediction(services: ServicesDep, prediction_id: PredictionId) -> Deleted:
-    services.database.free(lambda session: predictions.delete(session, prediction_id))
-    services.storage.delete(picture_key(prediction_id))
-    return Deleted(id=prediction_id, object="prediction")
+    with services.database.read() as session:
+        found = predictions.find(session, prediction_id).id
+    holdings.delete(
+        services.database,
+        services.storage,
+        picture_key(found),
+        rows=lambda session: predictions.delete(session, found),
+    )
+    return Deleted(id=found, object="prediction")
 
 
 @router.post(

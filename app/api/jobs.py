@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from app import holdings
 from app.api import event_stream, idempotency, training
 from app.api.deps import NUMBERED_ID, After, CallerDep, IdempotencyKey, Limit, ServicesDep, Wait, json_body, wait_until
 from app.api.event_stream import Look
@@ -129,9 +130,12 @@ def stop_job(services: ServicesDep, job_id: JobId) -> Job:
     responses=problems(404, 409),
 )
 def delete_job(services: ServicesDep, job_id: JobId) -> Deleted:
-    services.database.free(lambda session: queue.delete(session, job_id))
-    services.storage.delete(f"jobs/{job_id}")
-    return Deleted(id=job_id, object="job")
+    with services.database.read() as session:
+        found = queue.find(session, job_id).id
+    holdings.delete(
+        services.database, services.storage, f"jobs/{found}", rows=lambda session: queue.delete(session, found)
+    )
+    return Deleted(id=found, object="job")
 
 
 @router.get("/v1/jobs/{job_id}/history", response_model=History, summary="Its epochs", responses=problems(404))

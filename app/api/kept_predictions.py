@@ -3,11 +3,12 @@ away again when there are too many or they are too old. Knows no requests.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
-from sqlalchemy.orm import Session
+from sqlalchemy.exc import SQLAlchemyError
 
 from app import holdings, predictions
 from app.api.schemas import Prediction
@@ -15,12 +16,15 @@ from app.clock import PatientClock
 from app.datasets.manifest import digest_of
 from app.db.engine import Database
 from app.db.tables import new_id
-from app.errors import FieldError, Forbidden, TooLarge
+from app.errors import FieldError, Forbidden, Overloaded, TooLarge
 from app.predictions import Kept, picture_key
 from app.serving.scores import Scores
 from app.settings import Settings
 from app.storage import LocalStorage
 from app.workspaces import Workspace
+
+# Of one transaction that deletes.
+PICTURES_AT_A_TIME = 100
 
 
 @dataclass(frozen=True)
@@ -69,25 +73,31 @@ class Shelf:
             with self.database.write() as session:
                 workspace.check_room(session, size_bytes)
                 predictions.add(session, kept, model_id=model_id, alias=alias)
-                gone = self._forget_old(session)
-        self._delete_pictures(gone)
+        # They are kept whatever comes of others; what is not deleted now is in an hour.
+        with suppress(OSError, SQLAlchemyError, Overloaded):
+            self.expire()
         return [
             prediction.model_copy(update={"id": one.id}) for one, (_, _, prediction) in zip(kept, answered, strict=True)
         ]
 
     def expire(self) -> None:
-        """Deletes what is too old, and the oldest of what is too much."""
-        with self.database.write() as session:
-            gone = self._forget_old(session)
-        self._delete_pictures(gone)
+        """Deletes what the workspace has that is too old, and the oldest of what is too much."""
+        while ids := self._expired():
+            holdings.delete(
+                self.database,
+                self.storage,
+                *map(picture_key, ids),
+                rows=partial(predictions.forget, prediction_ids=ids),
+            )
 
-    def _forget_old(self, session: Session) -> list[str]:
-        before = self.clock.before(timedelta(days=self.settings.max_stored_prediction_days))
-        return predictions.expire(session, max_bytes=self.settings.max_stored_prediction_bytes, before=before)
-
-    def _delete_pictures(self, prediction_ids: Sequence[str]) -> None:
-        for prediction_id in prediction_ids:
-            self.storage.delete(picture_key(prediction_id))
+    def _expired(self) -> list[str]:
+        with self.database.read() as session:
+            return predictions.expired(
+                session,
+                max_bytes=self.settings.max_stored_prediction_bytes,
+                before=self.clock.before(timedelta(days=self.settings.max_stored_prediction_days)),
+                limit=PICTURES_AT_A_TIME,
+            )
 
 
 def _kept(picture: bytes, own: Scores, prediction: Prediction) -> Kept:

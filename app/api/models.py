@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Path, Query
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import registry
+from app import holdings, registry
 from app.api import training
 from app.api.deps import After, Limit, ServicesDep, json_body
 from app.api.evaluation import check_predicts, read_evaluation
@@ -147,17 +147,17 @@ def _point_alias(services: Services, name: str, model_id: str) -> Alias:
 
 
 def _delete_model(services: Services, name: str) -> str:
-    def delete(session: Session) -> str:
-        model_id = registry.find(session, name).id
+    def delete(session: Session) -> None:
         registry.delete(session, model_id)
         # Asked last: who was just submitting a batch has held the model until then. A refusal takes all of it back.
         if queue.needs_model(session, model_id):
             raise Conflict(
-                "A batch that has not ended asks this model; cancel it, or wait for its end.", code="model-in-use"
+                "A batch that has not ended asks this model, or a training job starts from it; cancel it, or wait for "
+                "its end.",
+                code="model-in-use",
             )
-        return model_id
 
-    model_id = services.database.free(delete)
-    services.storage.delete(f"models/{model_id}")
-    services.storage.delete(exports_of(model_id))
+    with services.database.read() as session:
+        model_id = registry.find(session, name).id
+    holdings.delete(services.database, services.storage, f"models/{model_id}", exports_of(model_id), rows=delete)
     return model_id

@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -20,7 +19,6 @@ from app.api.services import Services
 from app.errors import GraftError, NotFound
 from app.jobs import batches, events, queue
 from app.jobs.states import JobKind, JobStatus
-from app.storage import is_disk_full
 
 SWEEP_INTERVAL_SECONDS = 3600.0
 # By then a clock that was wrong when the machine started has been set.
@@ -84,18 +82,7 @@ def _delete_batches(services: Services, moment: datetime) -> int:
 
 
 def _delete_batch(services: Services, batch_id: str) -> None:
-    folder = batches.folder_key(batch_id)
-    try:
-        # Announced, so that files whose row is gone are swept should this process die before it came to them.
-        with services.storage.announced(folder, is_wanted=partial(holdings.has_row, services.database)):
-            _delete_row(services, batch_id, kind=JobKind.prediction)
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        # No room for that, and all the more reason to make some.
-        _delete_row(services, batch_id, kind=JobKind.prediction)
-        services.storage.delete(folder)
-    services.storage.delete(f"jobs/{batch_id}")
+    _delete(services, batch_id, batches.folder_key(batch_id), kind=JobKind.prediction)
 
 
 def _delete_failed(services: Services, moment: datetime) -> int:
@@ -106,8 +93,7 @@ def _delete_failed(services: Services, moment: datetime) -> int:
 
 
 def _delete_job(services: Services, job_id: str) -> None:
-    _delete_row(services, job_id, kind=JobKind.training)
-    services.storage.delete(f"jobs/{job_id}")
+    _delete(services, job_id, kind=JobKind.training)
 
 
 def _done(services: Services, items: Sequence[Item], act: Callable[[Services, Item], None]) -> list[Item]:
@@ -124,7 +110,12 @@ def _done(services: Services, items: Sequence[Item], act: Callable[[Services, It
     return done
 
 
-def _delete_row(services: Services, job_id: str, *, kind: JobKind) -> None:
-    """Unless somebody else was first."""
-    with contextlib.suppress(NotFound):
-        services.database.free(lambda session: queue.delete(session, job_id, kind=kind))
+def _delete(services: Services, job_id: str, *folders: str, kind: JobKind) -> None:
+    with contextlib.suppress(NotFound):  # somebody else was first
+        holdings.delete(
+            services.database,
+            services.storage,
+            *folders,
+            f"jobs/{job_id}",
+            rows=lambda session: queue.delete(session, job_id, kind=kind),
+        )

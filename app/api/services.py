@@ -10,7 +10,7 @@ import anyio
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import audit, holdings, registry
+from app import audit, holdings, registry, workspaces
 from app.api.dataset_pictures import check_pixels, training_pictures
 from app.api.kept_predictions import Shelf
 from app.api.metrics import Metrics
@@ -172,7 +172,7 @@ async def sweep_storage(services: Services) -> None:
     returns."""
     while True:
         try:
-            await asyncio.to_thread(services.shelf.expire)
+            await asyncio.to_thread(_expire_predictions, services)
             await asyncio.to_thread(_forget_old_changes, services)
             removed = await asyncio.to_thread(services.storage.sweep)
             if removed:
@@ -200,6 +200,13 @@ def _aliases(services: Services) -> dict[tuple[str, str], str]:
     """Model ids by workspace and alias."""
     with services.database.read() as session:
         return {(alias.workspace_id, alias.name): alias.model_id for alias in registry.aliases(session)}
+
+
+def _expire_predictions(services: Services) -> None:
+    with services.database.read() as session:
+        ids = [row.id for row in workspaces.list_workspaces(session)]
+    for workspace_id in ids:
+        replace(services, database=services.database.within(workspace_id)).shelf.expire()
 
 
 def _forget_old_changes(services: Services) -> None:

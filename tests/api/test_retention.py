@@ -2,25 +2,31 @@
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import api_builders
+import builders
 import pytest
 import queue_builders
 from api_builders import RunningServer, assert_is_problem
 from disks import fill
 from httpx_sse import connect_sse
 from running import wait_until
-from sqlalchemy import update
+from sqlalchemy import select, update
 
+from app import holdings, workspaces
 from app.api import retention
 from app.api.retention import Swept
 from app.api.services import Services
 from app.db.engine import Database
-from app.db.tables import DEFAULT_WORKSPACE, JobRow, utc_now
+from app.db.tables import DEFAULT_WORKSPACE, JobRow, PredictionRow, utc_now
+from app.errors import Overloaded
 from app.jobs import batches, queue
 from app.jobs.states import JobKind
 from app.settings import MEBIBYTE, Settings
+from app.storage import LocalStorage
+from app.workspaces import Limits
 
 BATCH = {"size_bytes": 1, "top_k": 1, "files": 1, "sha256": "0" * 64}
 
@@ -171,3 +177,81 @@ def test_batches_go_on_a_full_disk_too(small_disk: Path) -> None:
         assert sweep(server).batches == 2
 
         assert [server.services.storage.exists(batches.folder_key(batch)) for batch in old] == [False, False]
+
+
+@pytest.mark.parametrize("what", ["model", "prediction", "expired prediction", "batch", "swept batch"])
+def test_files_that_outlast_their_row_are_swept(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def delete(_storage: LocalStorage, _key: str) -> None:
+        raise Overloaded("As if this process had died here.")  # known, so that nobody prints all of its frames
+
+    services, storage = server.services, server.services.storage
+    model = api_builders.register_model(services)
+    other = api_builders.register_model(services, aliases=())
+    batch = ended_batch(services, days_ago=91)
+    with api_builders.client_of(server) as client:
+        answer = client.post("/predict", params={"store": "true"}, content=builders.jpeg())
+        prediction = answer.json()["predictions"][0]["id"]
+        with services.database.write() as session:
+            session.execute(update(PredictionRow).values(created_at=utc_now() - timedelta(days=91)))
+        key, path = {
+            "model": (f"models/{other}", f"/v1/models/{other}"),
+            "prediction": (f"predictions/{prediction}", f"/v1/predictions/{prediction}"),
+            "expired prediction": (f"predictions/{prediction}", ""),
+            "batch": (f"batches/{batch}", f"/v1/batches/{batch}"),
+            "swept batch": (f"batches/{batch}", ""),
+        }[what]
+        with monkeypatch.context() as broken:
+            broken.setattr(LocalStorage, "delete", delete)
+            if path:
+                assert client.delete(path).status_code == 503
+            else:
+                with pytest.raises(Overloaded):
+                    sweep(server) if what == "swept batch" else services.shelf.expire()
+    is_wanted = partial(holdings.has_row, server.app.state.services.database)
+    assert (is_wanted(key), storage.exists(key)) == (False, True)
+
+    storage.sweep_announced(is_wanted, older_than_seconds=0)
+
+    assert not storage.exists(key)
+    assert storage.exists(f"models/{model}")
+
+
+@pytest.mark.parametrize("path", ["batches", "jobs", "predictions", "models"])
+def test_a_name_that_leads_elsewhere_deletes_nothing(server: RunningServer, path: str) -> None:
+    batch = ended_batch(server.services, days_ago=1)
+    for name in ("..", "%2e%2e", "."):
+        request = f"DELETE /v1/{path}/{name} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+        assert b" 40" in api_builders.raw_exchange(server, request.encode()).splitlines()[0]
+    assert server.services.storage.exists(batches.folder_key(batch))
+
+
+def test_what_one_workspace_keeps_too_much_of_costs_no_other_a_prediction(settings: Settings) -> None:
+    with RunningServer(settings) as server:
+        own, whole = server.services.database, server.app.state.services.database
+        with whole.write() as session:
+            theirs = whole.within(workspaces.create(session, "theirs", Limits()).id)
+        for database, ids in ((own, ("prd_1", "prd_2")), (theirs, ("prd_3", "prd_4", "prd_5"))):
+            with database.write() as session:
+                session.add_all([_kept(name) for name in ids])
+        with own.write() as session:
+            session.execute(update(PredictionRow).where(PredictionRow.id == "prd_1").values(size_bytes=100))
+
+    with RunningServer(settings.model_copy(update={"max_stored_prediction_bytes": 100})) as server:
+        database = server.app.state.services.database
+        wait_until(lambda: len(_predictions(database)) < 5, within_seconds=30, otherwise="nothing was swept")
+        wait_until(lambda: len(_predictions(database)) == 3, within_seconds=30, otherwise=str(_predictions(database)))
+    assert _predictions(database) == ["prd_2", "prd_4", "prd_5"]
+
+
+def _kept(name: str) -> PredictionRow:
+    answer = {"label": "cat", "score": 1.0, "top": []}
+    return PredictionRow(
+        id=name, model_id="mdl_1", dataset_id="ds_1", size_bytes=50, sha256="0", predicted={"": "cat"}, answer=answer
+    )
+
+
+def _predictions(database: Database) -> list[str]:
+    with database.read() as session:
+        return list(session.scalars(select(PredictionRow.id).order_by(PredictionRow.seq)))
