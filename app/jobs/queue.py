@@ -5,12 +5,12 @@ it happened; its event is written in the same transaction. Functions take a Sess
 that only look one inside `Database.read()`. Knows rows; not processes, files, or what a job does.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, Select, case, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, and_, case, func, insert, or_, select, update
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import exists as exists_row
 from sqlalchemy.engine import Row
@@ -227,18 +227,19 @@ def needs_dataset(session: Session, dataset_id: str) -> bool:
 
 
 def needs_model(session: Session, model_id: str) -> bool:
-    """Whether a prediction that has not ended asks the model."""
-    return bool(
-        session.scalar(
-            select(
-                exists_row().where(
-                    JobRow.model_id == model_id,
-                    JobRow.kind == JobKind.prediction,
-                    JobRow.status.not_in(FINAL),
-                )
-            )
-        )
-    )
+    """Whether a prediction that has not ended asks the model, or a training starts from it."""
+    asks = and_(JobRow.kind == JobKind.prediction, JobRow.model_id == model_id)
+    starts = JobRow.backbone["model"].as_string() == model_id
+    return bool(session.scalar(select(exists_row().where(or_(asks, starts), JobRow.status.not_in(FINAL)))))
+
+
+def ended_ids(session: Session, ids: Sequence[str]) -> set[str]:
+    """Those of the ids that are of jobs, of any kind, that have ended."""
+    ended: set[str] = set()
+    for start in range(0, len(ids), 1000):  # a statement takes only so many
+        among = JobRow.id.in_(ids[start : start + 1000])
+        ended.update(session.scalars(select(JobRow.id).where(among, JobRow.status.in_(FINAL))))
+    return ended
 
 
 def unfinished_ids(session: Session) -> set[str]:

@@ -140,6 +140,17 @@ def test_model_with_an_alias_is_not_deleted(server: RunningServer, client: httpx
     assert response.headers["x-should-retry"] == "false"
 
 
+def test_model_that_an_unfinished_job_starts_from_is_not_deleted(any_server: RunningServer) -> None:
+    model = api_builders.register_model(any_server.services, aliases=())
+    dataset = api_builders.ready_dataset(any_server.services.database)
+    with api_builders.client_of(any_server) as client:
+        job = client.post("/v1/jobs", json={"dataset": dataset, "method": "fine_tuning", "backbone": model}).json()
+
+        assert_is_problem(client.delete(f"/v1/models/{model}"), 409, "model-in-use")
+        client.post(f"/v1/jobs/{job['id']}/cancel")
+        assert client.delete(f"/v1/models/{model}").status_code == 200
+
+
 def test_deleted_model_does_not_predict(server: RunningServer, client: httpx.Client) -> None:
     model_id = api_builders.register_model(server.services, aliases=())
     assert client.post(f"/predict?model={model_id}", content=PICTURE).status_code == 200
