@@ -105,9 +105,7 @@ def restore(folder: Path, database_url: str, storage: LocalStorage) -> Contents:
         try:
             _refuse_rows(target)
             keys = _top_keys(contents)
-            # A job's files are swept without that, if no unfinished job speaks of them.
-            announced = [key for key in keys if not key.startswith("jobs/")]
-            with storage.announced(*announced, is_wanted=lambda _key: _has_rows(target)):
+            with storage.announced(*keys, is_wanted=lambda _key: _has_rows(target)):
                 _put_files(folder, keys, contents, storage)
                 with source.read() as rows, target.write() as session:
                     _copy_rows(rows.connection(), session.connection())

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import queue_builders
 
 from app.db.engine import Database
-from app.db.tables import DatasetRow
+from app.db.migrate import upgrade
+from app.db.tables import DEFAULT_WORKSPACE, DatasetRow
 from app.errors import StorageFull
 from app.storage import LocalStorage
 from worker.endings import sweep_files
@@ -215,3 +217,44 @@ def test_files_that_were_never_announced_are_never_swept(database: Database, sto
     sweep_files(database, storage)
 
     assert storage.exists("models/mdl_of_another_database")
+
+
+def test_files_of_a_row_whose_deleter_died_are_swept(database: Database, storage: LocalStorage) -> None:
+    with database.write() as session:
+        session.add(DatasetRow(id="ds_1", name="n", size_bytes=1, sha256="0", splits={}))
+    with storage.staging() as staged:
+        storage.publish(written(staged, a="1"), "datasets/ds_1")
+    url = database.engine.url.render_as_string()
+    run_and_kill(
+        storage,
+        "from sqlalchemy import text",
+        "from app import holdings",
+        "from app.db.engine import Database",
+        "LocalStorage.delete = lambda self, key: die()",
+        "rows = lambda session: session.execute(text('DELETE FROM datasets'))",
+        f"holdings.delete(Database({url!r}), storage, 'datasets/ds_1', rows=rows)",
+    )
+    [announcement] = storage.path("announced").iterdir()
+    assert storage.exists("datasets/ds_1")
+    make_older(announcement, seconds=2 * HOUR)
+
+    sweep_files(database, storage)
+
+    assert not storage.exists("datasets/ds_1")
+
+
+def test_checkpoints_are_not_swept_by_who_looks_into_another_database(
+    database: Database, storage: LocalStorage, tmp_path: Path
+) -> None:
+    job_id = queue_builders.claimed(database).job_id
+    with storage.staging() as staged:
+        storage.publish(written(staged, state="1"), f"jobs/{job_id}")
+    make_older(storage.path(f"jobs/{job_id}"), seconds=1000 * HOUR)
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    upgrade(url)
+    other = Database(url).within(DEFAULT_WORKSPACE)
+
+    sweep_files(other, storage)
+
+    assert storage.exists(f"jobs/{job_id}")
+    other.dispose()

@@ -3,6 +3,7 @@
 import contextlib
 from functools import partial
 
+import structlog
 from sqlalchemy.orm import Session
 
 from app import holdings
@@ -12,6 +13,8 @@ from app.errors import Conflict, NotFound
 from app.jobs import queue
 from app.jobs.states import JobKind, JobStatus
 from app.storage import LocalStorage
+
+log = structlog.get_logger(__name__)
 
 
 def settle_dataset(session: Session, job_id: str, *, kind: JobKind, status: JobStatus) -> None:
@@ -27,7 +30,8 @@ def settle_dataset(session: Session, job_id: str, *, kind: JobKind, status: JobS
 def delete_files_if_over(database: Database, storage: LocalStorage, job_id: str, *, kind: JobKind) -> None:
     """Deletes the job's checkpoints, unless another run may still go on from them.
 
-    A run that lost its claim does not delete what it wrote: the next one may just be reading its checkpoint.
+    A run that lost its claim does not delete what it wrote: the next one may just be reading its checkpoint. What the
+    disk does not let go of is left to the sweep: other jobs run beside this one.
     """
     with database.read() as session:
         try:
@@ -35,19 +39,20 @@ def delete_files_if_over(database: Database, storage: LocalStorage, job_id: str,
         except NotFound:
             is_over = True
     if is_over:
-        storage.delete(f"jobs/{job_id}")
+        try:
+            storage.delete(f"jobs/{job_id}")
+        except OSError as error:
+            log.error("job_files_not_deleted", job_id=job_id, error=str(error))
 
 
 def sweep_files(database: Database, storage: LocalStorage) -> None:
     """Deletes what processes that died have left: staged files, files of ended jobs, files that no row came to speak
-    of."""
+    of. What the database does not know stays: it may be another database's, which this one was taken for."""
     storage.sweep()
     storage.sweep_announced(partial(holdings.has_row, database))
     folder = storage.path("jobs")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    # After that: a job that begins meanwhile is among them.
     with database.read() as session:
-        unfinished = queue.unfinished_ids(session)
-    for name in names:
-        if name not in unfinished:
-            storage.delete(f"jobs/{name}")
+        ended = queue.ended_ids(session, names)
+    for name in ended:
+        storage.delete(f"jobs/{name}")

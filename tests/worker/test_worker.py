@@ -1,23 +1,27 @@
 """What becomes of jobs whose processes end well, badly, late, or not at all. Real processes, real signals."""
 
+import errno
 import os
 import shlex
 import signal
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from queue_builders import event_log, find, request_cancel, statuses, write_locked
+from queue_builders import event_log, find, request_cancel, statuses, submit, write_locked
 from running import command_of
 from worker_process import STORIES
-from workshop import Workshop, is_running, is_stopped, wait_until
+from workshop import FAST, Workshop, is_running, is_stopped, wait_until
 
 from app.datasets import catalog
+from app.db.engine import Database
 from app.errors import DatabaseMismatch
 from app.jobs import queue
 from app.jobs.states import JobKind
 from app.settings import Settings
+from app.storage import LocalStorage
 from worker.main import Child, run_worker
 from worker.wakeup import Wakeup
 
@@ -283,14 +287,44 @@ def test_worker_outlives_a_locked_database(workshop: Workshop) -> None:
 
 @pytest.mark.slow
 def test_files_that_a_dead_worker_left_of_ended_jobs_are_swept(workshop: Workshop) -> None:
-    queued = workshop.submit("work_until_released")
-    for job in (queued, "job_gone"):
+    ended, queued = workshop.submit("succeed"), workshop.submit("work_until_released")
+    request_cancel(workshop.database, ended)
+    for job in (ended, queued, "job_of_another_database"):
         workshop.storage.path(f"jobs/{job}/1").mkdir(parents=True)
     workshop.start_worker()
 
     workshop.wait_for_pid(queued)
-    assert not workshop.storage.exists("jobs/job_gone")
+    assert not workshop.storage.exists(f"jobs/{ended}")
     assert workshop.storage.exists(f"jobs/{queued}/1")
+    assert workshop.storage.exists("jobs/job_of_another_database/1")
+
+
+def test_files_that_the_disk_does_not_let_go_of_keep_no_job_from_running(
+    tmp_path: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def delete(_storage: LocalStorage, _key: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    url = database.engine.url.render_as_string()
+    settings = Settings(_env_file=None, data_dir=tmp_path, database_url=url, **FAST)  # type: ignore[arg-type]
+    stop = Wakeup()
+    worker = threading.Thread(target=lambda: run_worker(settings, child_command=STORIES, stop=stop))
+    other = submit(database, story="work_until_released")
+    with monkeypatch.context() as broken:
+        broken.setattr(LocalStorage, "delete", delete)
+        worker.start()
+        wait_until(lambda: (tmp_path / f"jobs/{other}/1/pid").exists())
+        batch = submit(database, kind=JobKind.prediction, story="raise_expected")
+        wait_until(lambda: find(database, batch, kind=JobKind.prediction).status == "failed")
+        ingest = submit(database, kind=JobKind.ingest, story="raise_expected", dataset_id="ds_none")
+        wait_until(lambda: find(database, ingest, kind=JobKind.ingest).status == "failed")
+        again = submit(database, kind=JobKind.ingest, story="raise_expected", dataset_id="ds_none")
+        wait_until(lambda: find(database, again, kind=JobKind.ingest).status == "failed")
+        assert worker.is_alive()
+        assert find(database, other).status == "running"
+    stop.set()
+    worker.join()
+    assert find(database, other).status == "queued"
 
 
 def test_worker_refuses_a_database_that_was_not_migrated(tmp_path_factory: pytest.TempPathFactory) -> None:
