@@ -258,8 +258,8 @@ def test_pictures_may_have_labels_of_all_things_or_of_some(
     job = train(server, client, dataset=by_client.dataset, method="feature_extraction", hyperparameters=SMALL, seed=1)
     promotion = client.get(f"/v1/models/{job['model']}").json()["promotion"]
     assert (promotion["incumbent"], promotion["promoted"]) == (by_client.id, False)
-    labels_of_validation = sum(found["support"] for task in evaluation(client, by_client.id) for found in task)
-    assert promotion["images"] == labels_of_validation
+    pictures_of_validation = {sum(found["support"] for found in task) for task in evaluation(client, by_client.id)}
+    assert pictures_of_validation == {promotion["images"]}
 
 
 def test_what_a_model_does_not_tell_cannot_be_learnt(client: httpx.Client, two_things: str) -> None:

@@ -243,6 +243,7 @@ def test_what_one_workspace_keeps_too_much_of_costs_no_other_a_prediction(settin
         wait_until(lambda: len(_predictions(database)) < 5, within_seconds=30, otherwise="nothing was swept")
         wait_until(lambda: len(_predictions(database)) == 3, within_seconds=30, otherwise=str(_predictions(database)))
     assert _predictions(database) == ["prd_2", "prd_4", "prd_5"]
+    database.dispose()  # the server has closed it, and this opened it again
 
 
 def _kept(name: str) -> PredictionRow:
