@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
+from app import holdings
 from app.access import Caller
 from app.api import archive_uploads
 from app.api.archive_uploads import BINARY, ArchiveUse, Tick, archive_body, created
@@ -131,16 +132,17 @@ async def get_dataset(request: Request, services: ServicesDep, dataset_id: Datas
 )
 def delete_dataset(services: ServicesDep, dataset_id: DatasetId) -> Deleted:
     def delete(session: Session) -> None:
-        queue.cancel_ingest(session, dataset_id)
-        catalog.delete(session, dataset_id)
+        queue.cancel_ingest(session, found)
+        catalog.delete(session, found)
         # Asked last: who was just submitting a job has held the data set until then. A refusal takes all of it back.
-        if queue.needs_dataset(session, dataset_id):
+        if queue.needs_dataset(session, found):
             raise Conflict("A job that has not ended needs this data set; cancel it, or wait for its end.")
 
-    services.database.free(delete)
-    services.pictures.forget(dataset_id)
-    services.storage.delete(f"datasets/{dataset_id}")
-    return Deleted(id=dataset_id, object="dataset")
+    with services.database.read() as session:
+        found = catalog.find(session, dataset_id).id
+    holdings.delete(services.database, services.storage, f"datasets/{found}", rows=delete)
+    services.pictures.forget(found)
+    return Deleted(id=found, object="dataset")
 
 
 @router.get(

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from app import holdings
+from app import holdings, registry
 from app.api import event_stream, idempotency, training
 from app.api.deps import NUMBERED_ID, After, CallerDep, IdempotencyKey, Limit, ServicesDep, Wait, json_body, wait_until
 from app.api.event_stream import Look
@@ -266,7 +266,10 @@ def _queue(services: Services, request: JobRequest, claim: Claim | None, print_o
     with services.database.read() as session:
         spec = resolve(session, services, request)
     with services.database.write() as session:
-        _check_ready(catalog.hold(session, request.dataset))  # it may have been deleted meanwhile
+        # Either may have been deleted meanwhile, and is not from here on.
+        _check_ready(catalog.hold(session, request.dataset))
+        if spec.backbone.model is not None:
+            registry.hold(session, spec.backbone.model)
         services.workspace.check_jobs(session)
         services.workspace.check_room(session, 1)  # where nothing more may be kept, no model should be trained
         row = _submit_spec(session, spec, name=request.name)

@@ -88,34 +88,7 @@ function follow(job) {
     const drawn = new DOMParser().parseFromString(event.detail.serverResponse, "text/html");
     if (!drawn.getElementById("live")) return; // a failure: what is there stays, and is asked for again
     document.title = drawn.title;
-    for (const id of ["live", "end"]) become(document.getElementById(id), drawn.getElementById(id));
+    // What is the same in both is not touched: focus stays where it is, and so does the line that somebody reads.
+    for (const id of ["live", "end"]) window.Idiomorph.morph(document.getElementById(id), drawn.getElementById(id));
   });
-}
-
-// What is shown becomes what was drawn, and what is the same in both is not touched: focus stays where it is, and so does
-// the line that somebody reads. What has an id is known by it; nothing here changes its order.
-function become(shown, drawn) {
-  for (const { name } of [...shown.attributes]) if (!drawn.hasAttribute(name)) shown.removeAttribute(name);
-  for (const { name, value } of drawn.attributes) {
-    if (shown.getAttribute(name) !== value) shown.setAttribute(name, value);
-  }
-  let at = shown.firstChild;
-  const drop = () => {
-    const gone = at;
-    at = at.nextSibling;
-    gone.remove();
-  };
-  for (const child of [...drawn.childNodes]) {
-    let known = at;
-    while (child.id && known && known.id !== child.id) known = known.nextSibling;
-    if (known?.nodeName !== child.nodeName || known.id !== child.id) {
-      shown.insertBefore(child, at);
-      continue;
-    }
-    while (at !== known) drop();
-    at = at.nextSibling;
-    if (child instanceof Element) become(known, child);
-    else if (known.data !== child.data) known.data = child.data;
-  }
-  while (at) drop();
 }
