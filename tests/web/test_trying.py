@@ -53,7 +53,9 @@ def test_what_was_typed_stays_with_what_is_wrong_about_it(
         expect(label).to_have_value("a horse")
         label.fill("Dog")
         page.get_by_role("button", name="Save").click()
-        expect(page.get_by_role("alert")).to_have_text("The label differs from the class 'dog' only in case, accents' encoding, blanks or dots.")
+        expect(page.get_by_role("alert")).to_have_text(
+            "The label differs from the class 'dog' only in case, accents' encoding, blanks or dots."
+        )
         label.fill("a horse")
         page.get_by_label("a class the model does not know").check()
         page.get_by_role("button", name="Save").click()
