@@ -114,6 +114,7 @@ def test_who_reads_or_predicts_is_answered_soon_while_many_wait_to_write(
         assert {writer.result() for writer in writers} == {201, 503}
 
 
+@pytest.mark.slow
 def test_pictures_count_against_the_days_quota_while_they_are_written_down(tmp_path: Path) -> None:
     settings = api_builders.settings_for(tmp_path, workspace_max_predictions_per_day=1)
     with api_builders.running(settings) as server, api_builders.client_of(server) as client:

@@ -222,6 +222,7 @@ def test_up_refuses_an_address_that_is_not_this_machines(graft: Graft) -> None:
     assert (result.exit_code, result.errors) == (1, "Cannot listen on 192.0.2.1: Cannot assign requested address.\n")
 
 
+@pytest.mark.slow
 def test_up_sends_nobodys_key_to_the_server_that_it_starts(tmp_path: Path) -> None:
     with graft_up(tmp_path, api_key="ft_\u00e9") as running:
         assert running.stop() == 0

@@ -230,6 +230,7 @@ def test_into_a_pipe_go_lines_without_bars_and_colours(
     assert not CONTROL.search(output + errors)
 
 
+@pytest.mark.slow
 def test_waiting_for_a_batch_and_for_a_check_outlives_a_restart_of_the_server(
     environment: dict[str, str], flowers: Path, tmp_path: Path
 ) -> None:

@@ -72,7 +72,7 @@ def when_events_are_read(server: RunningServer, act: Any) -> Iterator[None]:
     assert done
 
 
-@pytest.mark.parametrize("refused", [503, 429, 502])
+@pytest.mark.parametrize("refused", [503, *(pytest.param(other, marks=pytest.mark.slow) for other in (429, 502))])
 def test_the_end_is_seen_although_the_event_stream_was_refused(
     browser: Browser, server: RunningServer, claim: Claim, refused: int
 ) -> None:
