@@ -187,10 +187,10 @@ def test_half_precision_answers_for_those_models_alone_that_it_keeps(
 
     async def tried(busy: Predictor, name: str) -> None:
         for _ in range(3):
-            await busy.predict(name, [picture])
+            await busy.predict(await busy.load(name), [picture])
         async with asyncio.timeout(200):
             await asyncio.gather(*busy._building.values())
-        await busy.predict(name, [picture])
+        await busy.predict(await busy.load(name), [picture])
 
     async def story(busy: Predictor) -> None:
         await tried(busy, "touchy")
@@ -329,15 +329,15 @@ def test_busy_network_changes_its_engine_between_two_requests_and_a_new_start_ha
     picture = builders.jpeg(1, size=(90, 80))
 
     async def until_changed(busy: Predictor) -> list[float]:
-        (plain,) = await busy.predict("a", [picture])
+        (plain,) = await busy.predict(await busy.load("a"), [picture])
         assert busy.engine_of("a") == "torch"
         assert isinstance(plain, Scores)
         async with asyncio.timeout(240):
             while busy.engine_of("a") == "torch":
-                (outcome,) = await busy.predict("a", [picture])
+                (outcome,) = await busy.predict(await busy.load("a"), [picture])
                 assert isinstance(outcome, Scores)
                 await asyncio.sleep(0.05)
-        (fast,) = await busy.predict("a", [picture])
+        (fast,) = await busy.predict(await busy.load("a"), [picture])
         assert isinstance(fast, Scores)
         assert fast.values == pytest.approx(plain.values, abs=engine_builder.SCORE_TOLERANCE)
         return list(fast.values)
@@ -345,7 +345,7 @@ def test_busy_network_changes_its_engine_between_two_requests_and_a_new_start_ha
     async def at_once(fresh: Predictor) -> list[float]:
         await fresh.load("a")
         assert fresh.engine_of("a") == "onnxruntime"
-        (outcome,) = await fresh.predict("a", [picture])
+        (outcome,) = await fresh.predict(await fresh.load("a"), [picture])
         assert isinstance(outcome, Scores)
         return list(outcome.values)
 
@@ -383,10 +383,10 @@ def test_engine_that_cannot_be_built_leaves_torch(tmp_path: Path, monkeypatch: p
     async def story(busy: Predictor) -> None:
         await busy.load("a")
         storage.delete("models/a")  # gone before its engine is built
-        await busy.predict("a", [builders.jpeg(1)])
+        await busy.predict(await busy.load("a"), [builders.jpeg(1)])
         await asyncio.gather(*busy._building.values())
         assert busy.engine_of("a") == "torch"
-        assert len(await busy.predict("a", [builders.jpeg(1)])) == 1
+        assert len(await busy.predict(await busy.load("a"), [builders.jpeg(1)])) == 1
 
     running = opened(storage)
     try:
