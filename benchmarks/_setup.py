@@ -45,13 +45,7 @@ class Ingested:
     storage: LocalStorage
 
     def images(self, spec: TrainingSpec) -> PackedPixels:
-        return ensure_packed(
-            self.storage,
-            self.name,
-            spec.preprocessing.side,
-            limits=IngestLimits.from_settings(Settings()),
-            tick=lambda _share: None,
-        )
+        return ensure_packed(self.storage, self.name, spec.preprocessing.side, tick=lambda _share: None)
 
 
 def ingested(archive: Path, storage: LocalStorage) -> Ingested:
