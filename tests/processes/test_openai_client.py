@@ -131,7 +131,7 @@ def test_models_can_be_deleted(client: openai.OpenAI) -> None:
     deleted = client.models.delete(model_id)
 
     assert (deleted.id, deleted.deleted) == (model_id, True)
-    with pytest.raises(openai.NotFoundError, match="There is no model with this id"):
+    with pytest.raises(openai.NotFoundError, match="There is no model"):
         client.models.retrieve(model_id)
 
 
