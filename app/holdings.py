@@ -6,7 +6,7 @@ An entry of such a folder is named by the id of its row: "models/mdl_…". Knows
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -14,8 +14,6 @@ from sqlalchemy.orm import Session
 from app.db.engine import Database
 from app.db.tables import DatasetRow, JobRow, ModelRow, PredictionRow, UploadRow
 from app.storage import LocalStorage, is_disk_full
-
-T = TypeVar("T")
 
 FOLDERS: Mapping[type[Any], tuple[str, ...]] = {
     JobRow: ("jobs", "batches"),
@@ -35,9 +33,9 @@ def has_row(database: Database, key: str) -> bool:
         return session.scalar(select(table.seq).where(table.id == row_id)) is not None
 
 
-def delete(database: Database, storage: LocalStorage, *keys: str, rows: Callable[[Session], T]) -> T:
-    """Deletes rows, as `rows` does, and then their files; returns what `rows` does. Should this process die between the
-    two, a sweep comes to the files.
+def delete(database: Database, storage: LocalStorage, *keys: str, rows: Callable[[Session], None]) -> None:
+    """Deletes rows, as `rows` does, and then their files. Should this process die between the two, a sweep comes to the
+    files.
 
     keys: of rows that the caller has seen, and not as a client has written them. Raises what `rows` does.
     """
@@ -49,7 +47,6 @@ def delete(database: Database, storage: LocalStorage, *keys: str, rows: Callable
             if not is_disk_full(error):
                 raise
             # No room for that, and all the more reason to make some.
-        deleted = database.free(rows)
+        database.free(rows)
     for key in keys:
         storage.delete(key)
-    return deleted

@@ -16,7 +16,7 @@ from app.errors import Forbidden
 # A browser takes the first name only over TLS, for this host alone and every path: no other host can set it.
 ENCRYPTED_NAME, PLAIN_NAME = "__Host-graft-key", "graft-key"
 
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _OURS = frozenset({"same-origin", "none"})  # none: typed or reloaded by the person in front of it
 
 
@@ -35,7 +35,7 @@ def authorization_of(scope: Scope, headers: Headers) -> str | None:
     if own is not None:
         return own
     key = cookie_parser(headers.get("cookie", "")).get(cookie_name(scope, headers))
-    if scope["method"] not in _SAFE_METHODS:
+    if scope["method"] not in SAFE_METHODS:
         _check_is_from_our_pages(headers, has_cookie=key is not None)
     return f"Bearer {key}" if key else None
 

@@ -7,7 +7,6 @@ working on is never forgotten, whatever the clock says; what its process has lef
 
 import hashlib
 import json
-import os
 import re
 import secrets
 from dataclasses import dataclass
@@ -176,7 +175,7 @@ def _may_be_taken_over(row: IdempotencyRow, clock: PatientClock) -> bool:
 
 def _was_left_here(owner: dict[str, Any]) -> bool:
     """Whether a request of this process claimed it, and has ended: the database was away when it was to be released."""
-    return owner.get("nonce") not in _in_flight and is_alive(owner) and owner["pid"] == os.getpid()
+    return current_process().items() <= owner.items() and owner.get("nonce") not in _in_flight
 
 
 def _in_progress() -> Conflict:

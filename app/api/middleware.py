@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import access, telemetry, workspaces
 from app.access import Caller
 from app.api import failures, tus
-from app.api.cookies import authorization_of
+from app.api.cookies import SAFE_METHODS, authorization_of
 from app.api.deps import declared_bytes
 from app.api.problems import INTERNAL_ERROR, Problem
 from app.api.services import Services
@@ -68,7 +68,6 @@ CUT_OFF = Problem(
     "before you send it again.",
     headers={"x-should-retry": "false"},
 )
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 PREDICTION_PATHS = ("/predict", "/hf/", "/v2/models/")
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})

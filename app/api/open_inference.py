@@ -6,7 +6,6 @@ their Content-Type, since those clients name none. The protocol has no error for
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
 import torch
@@ -311,7 +310,7 @@ async def _optional_body(request: Request, schema: type[Body]) -> Body:
 
 
 def _metadata(services: Services, model: Named) -> ModelMetadata:
-    side = artifact.read_preprocessing(_folder(services, model)).crop
+    side = artifact.read_preprocessing(services.storage.path(f"models/{model.row.id}")).crop
     return ModelMetadata(
         name=model.name,
         versions=[model.row.id],
@@ -322,10 +321,6 @@ def _metadata(services: Services, model: Named) -> ModelMetadata:
         outputs=[TensorMetadata(name=SCORES, datatype="FP32", shape=[-1, len(model.row.classes)])],
         parameters=ModelParameters(classes=model.row.classes),
     )
-
-
-def _folder(services: Services, model: Named) -> FilePath:
-    return services.storage.path(f"models/{model.row.id}")
 
 
 def _default_model_id(services: Services) -> str | None:

@@ -254,6 +254,10 @@ class _Tree:
         return path[len(self.root) :].split("/") if path.startswith(self.root) else None
 
     @cached_property
+    def by_path(self) -> Mapping[str, File]:
+        return {file.path: file for file in self.files}
+
+    @cached_property
     def top_folders(self) -> frozenset[str]:
         """Names of the folders at the top, empty ones included."""
         above_files = {parts[0] for file in self.files if (parts := self.parts(file.path)) and len(parts) > 1}
@@ -433,7 +437,7 @@ class _Survey:
 
     def __init__(self, tree: _Tree) -> None:
         self._tables = tree.tables
-        self._files = {file.path: file for file in tree.files}
+        self._files = tree.by_path
         self._example = next((file.path for file in tree.files if file.why_not is None), None)
         self._rows = 0  # of all tables together
 
@@ -495,7 +499,7 @@ class _Labelling:
     def __init__(self, tree: _Tree, tasks: Sequence[str]) -> None:
         self._tree = tree
         self._tasks = tasks
-        self._files = {file.path: file for file in tree.files}
+        self._files = tree.by_path
         self._classes: list[set[str]] = [set() for _ in tasks]
         self._pictures: dict[str, Picture] = {}
         self._rejected: dict[str, Rejected] = {}

@@ -239,9 +239,8 @@ def _postgres_engine(url: str) -> Engine:
     patience: dict[str, Any] = {name: value for name, value in POSTGRES_PATIENCE.items() if name not in said}
     ours = {"idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_SECONDS, "lock_timeout": LOCK_TIMEOUT_SECONDS}
     options = " ".join(f"-c {name}={seconds * 1000}" for name, seconds in ours.items())
-    patience["options"] = (
-        f"{options} {said.get('options', '')}".rstrip()
-    )  # of two that say the same the last one counts
+    # Of two that say the same the last one counts.
+    patience["options"] = f"{options} {said.get('options', '')}".rstrip()
     # Connections that a restart of PostgreSQL has ended are noticed before they are used. What statements were given is
     # secret now and then, and errors are logged.
     return create_engine(url, pool_pre_ping=True, connect_args=patience, hide_parameters=True)

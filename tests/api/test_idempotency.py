@@ -199,32 +199,38 @@ def test_key_of_a_process_from_before_a_restart_is_taken_over_after_a_minute(
     assert submit(client, dataset, "k2").headers["idempotent-replayed"] == "true"
 
 
-def test_of_two_at_work_the_first_to_end_has_the_key_and_the_other_is_told_the_same(any_server: RunningServer) -> None:
+def two_at_work(
+    server: RunningServer, client: httpx.Client, *, begins: bytes, ends: bytes
+) -> tuple[httpx.Response, httpx.Response]:
+    """Answers to a request under the key k1 whose body is cut in two, and to a good one that took over from it in
+    between and ends after it."""
+    second: list[Future[httpx.Response]] = []
+    has_taken_over, has_ended = threading.Event(), threading.Event()
+
     def first() -> Iterator[bytes]:
-        yield ARCHIVE[:100]
-        api_builders.wait_for(lambda: claims(any_server))
-        say_of_another_machine(any_server)
+        yield begins
+        api_builders.wait_for(lambda: claims(server))
+        say_of_another_machine(server)
         second.append(pool.submit(upload, client, "k1", other()))
         has_taken_over.wait(api_builders.DEADLINE_SECONDS)
-        yield ARCHIVE[100:]
+        yield ends
 
     def other() -> Iterator[bytes]:
         yield ARCHIVE[:100]
-        api_builders.wait_for(lambda: claims(any_server)[0].owner["host"] != "another")
+        api_builders.wait_for(lambda: claims(server)[0].owner["host"] != "another")
         has_taken_over.set()
-        is_made.wait(api_builders.DEADLINE_SECONDS)
+        has_ended.wait(api_builders.DEADLINE_SECONDS)
         yield ARCHIVE[100:]
 
-    second: list[Future[httpx.Response]] = []
-    has_taken_over, is_made = threading.Event(), threading.Event()
-    with (
-        api_builders.client_of(any_server) as client,
-        api_builders.client_of(any_server) as slow,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        made = upload(slow, "k1", first())
-        is_made.set()
-        refused = second[0].result()
+    with api_builders.client_of(server) as slow, ThreadPoolExecutor(1) as pool:
+        answer = upload(slow, "k1", first())
+        has_ended.set()
+        return answer, second[0].result()
+
+
+def test_of_two_at_work_the_first_to_end_has_the_key_and_the_other_is_told_the_same(any_server: RunningServer) -> None:
+    with api_builders.client_of(any_server) as client:
+        made, refused = two_at_work(any_server, client, begins=ARCHIVE[:100], ends=ARCHIVE[100:])
 
         assert made.status_code == 201
         assert_is_problem(refused, 409, "request-in-progress")
@@ -234,32 +240,12 @@ def test_of_two_at_work_the_first_to_end_has_the_key_and_the_other_is_told_the_s
 
 
 def test_request_that_was_taken_over_and_fails_leaves_the_key_to_the_other(any_server: RunningServer) -> None:
-    def first() -> Iterator[bytes]:
-        yield b"no archive"
-        api_builders.wait_for(lambda: claims(any_server))
-        say_of_another_machine(any_server)
-        second.append(pool.submit(upload, client, "k1", other()))
-        has_taken_over.wait(api_builders.DEADLINE_SECONDS)
+    with api_builders.client_of(any_server) as client:
+        failed, made = two_at_work(any_server, client, begins=b"no archive", ends=b"")
 
-    def other() -> Iterator[bytes]:
-        yield ARCHIVE[:100]
-        api_builders.wait_for(lambda: claims(any_server)[0].owner["host"] != "another")
-        has_taken_over.set()
-        has_failed.wait(api_builders.DEADLINE_SECONDS)
-        yield ARCHIVE[100:]
-
-    second: list[Future[httpx.Response]] = []
-    has_taken_over, has_failed = threading.Event(), threading.Event()
-    with (
-        api_builders.client_of(any_server) as client,
-        api_builders.client_of(any_server) as slow,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        assert upload(slow, "k1", first()).status_code == 422
-        has_failed.set()
-
-        assert second[0].result().status_code == 201
-        assert upload(client, "k1").json() == second[0].result().json()
+        assert failed.status_code == 422
+        assert made.status_code == 201
+        assert upload(client, "k1").json() == made.json()
 
 
 def test_key_is_forgotten_after_a_day(server: RunningServer, client: httpx.Client, dataset: str) -> None:
