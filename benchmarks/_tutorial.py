@@ -6,7 +6,7 @@ train has requires_grad=False.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from app.vision.device import usable_cores
 
 BATCH_SIZE = int(CLASSIC["batch_size"])
 # Per network: its last layer, and what `fine_tuning` trains besides, as Graft's last stage.
-HEADS = {"resnet18": "fc", "mobilenet_v3_small": "classifier.3"}
+HEADS = {"resnet18": "fc", "resnet50": "fc", "mobilenet_v3_small": "classifier.3"}
 LAST_STAGES = {
     "resnet18": ("layer4",),
+    "resnet50": ("layer4",),
     "mobilenet_v3_small": ("features.9", "features.10", "features.11", "features.12", "classifier.0"),
 }
 
@@ -102,14 +103,16 @@ class Tutorial:
         return correct / count
 
 
-def best_workers(begin: Callable[[int], Tutorial], *, tries: int = 2) -> tuple[int, dict[int, float]]:
-    """Of 0, 1, 2, 4 and 8 loader processes, as far as there are cores for them, those with the fastest epoch of
-    training; and the seconds of each one's fastest.
+def best_workers(
+    begin: Callable[[int], Tutorial], *, counts: Sequence[int] = (0, 1, 2, 4, 8), tries: int = 2
+) -> tuple[int, dict[int, float]]:
+    """Of so many loader processes, as far as there are cores for them, those with the fastest epoch of training; and
+    the seconds of each one's fastest.
 
     begin: a loop with this many. One epoch before the clock runs wakes threads and fills the file cache.
     """
-    loops = {workers: begin(workers) for workers in (0, 1, 2, 4, 8) if workers <= max(2, usable_cores())}
-    loops[0].train_epoch()
+    loops = {workers: begin(workers) for workers in counts if workers <= max(2, usable_cores())}
+    next(iter(loops.values())).train_epoch()
     seconds: dict[int, float] = {}
     for _ in range(tries):
         for workers, loop in loops.items():

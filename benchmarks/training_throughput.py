@@ -2,13 +2,13 @@ r"""How fast each method trains, against the loop that courses teach and against
 
     python benchmarks/training_throughput.py --data FOLDER_OF_ZIPS [--models resnet18,mobilenet_v3_small] \
         [--methods full_fine_tuning,fine_tuning,feature_extraction,from_scratch] [--rounds 5] [--epochs 25] \
-        [--recipe modern] [--device cpu] [--threads 1] [--json throughput.json]
+        [--recipe modern] [--device cpu] [--threads 1] [--workers 0,1,2,4,8] [--json throughput.json]
 
 A round measures the tutorial, Graft and the limit one after the other, so that other work on the machine hits all
 three alike; ratios are taken within a round, and their median is shown with the smallest and largest. Random weights.
 
-- Tutorial: see _tutorial.py; it gets its best number of loader processes of 0, 1, 2, 4 and 8, measured first, and its
-  own process, since the others run with the memory settings that the worker gives its children.
+- Tutorial: see _tutorial.py; it gets its best number of loader processes of --workers, measured first, and its own
+  process, since the others run with the memory settings that the worker gives its children.
 - Graft: `methods.prepare` and `loop.fit`, nothing replaced. full_fine_tuning and from_scratch: an epoch of training.
   fine_tuning and feature_extraction compute frozen stages as they see fit, so there a whole job counts, preparation and
   validation included, against the tutorial's epoch (training and validation) times --epochs: of --epochs epochs, or of
@@ -31,7 +31,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -53,7 +53,7 @@ from _setup import (
     spread,
     synchronise,
 )
-from _tutorial import BATCH_SIZE, HEADS, Tutorial, best_workers
+from _tutorial import BATCH_SIZE, Tutorial, best_workers
 from torch import Tensor
 from torch.nn import functional
 
@@ -67,7 +67,7 @@ from worker.training import loop, methods
 from worker.training.features import ActivationSource
 from worker.training.graphs import RECORD_AFTER, RecordedPasses
 from worker.training.methods import Training
-from worker.training.pixels import PixelSource, Source, Split, ordered_batches
+from worker.training.pixels import Batch, PixelSource, Source, Split, TrainingBatches, ordered_batches
 
 # These may do their frozen stages once and for all, so only whole jobs compare.
 WHOLE_JOB = ("feature_extraction", "fine_tuning")
@@ -164,7 +164,7 @@ def _measure(
         else {"epochs": arguments.epochs, "batch_size": BATCH_SIZE},
     )
     is_solved = spec.hyperparameters.is_solved
-    tutorial = _TutorialProcess(pictures, backbone=model, method=method, device=device)
+    tutorial = _TutorialProcess(pictures, arguments.workers, backbone=model, method=method, device=device)
     epochs = arguments.epochs if is_job else 1
     measured = Measured(model, method, images=data.facts.train * epochs, epochs=epochs, workers=tutorial.workers)
     # More epochs than any round asks for.
@@ -174,7 +174,7 @@ def _measure(
     graft = job if is_job else epoch
     graft_part, bound = (job, limit.forward) if is_solved else (epoch, limit.epoch)
     for action in {graft, graft_part, bound}:
-        for _ in range(RECORD_AFTER + 2 if device.type == "cuda" else 1):
+        for _ in range(RECORD_AFTER + 2 if device.type == "cuda" and action is not job else 1):
             action()  # wakes threads and caches, and records what a GPU is given
     for _ in range(arguments.rounds):
         gc.collect()
@@ -196,12 +196,12 @@ def _measure(
 class _TutorialProcess:
     """The tutorial in a process with the memory settings that a user has."""
 
-    def __init__(self, pictures: Path, *, backbone: str, method: str, device: torch.device) -> None:
+    def __init__(self, pictures: Path, counts: list[int], *, backbone: str, method: str, device: torch.device) -> None:
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
         options = {"backbone": backbone, "method": method, "device": device}
         self._process = context.Process(
-            target=_run_tutorial, args=(theirs, pictures, torch.get_num_threads()), kwargs=options
+            target=_run_tutorial, args=(theirs, pictures, torch.get_num_threads(), counts), kwargs=options
         )
         self._process.start()
         self.workers: int = self._ours.recv()
@@ -218,14 +218,21 @@ class _TutorialProcess:
 
 
 def _run_tutorial(
-    theirs: Connection, pictures: Path, threads: int, *, backbone: str, method: str, device: torch.device
+    theirs: Connection,
+    pictures: Path,
+    threads: int,
+    counts: list[int],
+    *,
+    backbone: str,
+    method: str,
+    device: torch.device,
 ) -> None:
     torch.set_num_threads(threads)
 
     def begin(workers: int) -> Tutorial:
         return Tutorial.begin(pictures, backbone=backbone, method=method, workers=workers, device=device)
 
-    workers, _ = best_workers(begin)
+    workers, _ = best_workers(begin, counts=counts)
     tutorial = begin(workers)
     theirs.send(workers)
     while (with_validation := theirs.recv()) is not None:
@@ -340,29 +347,25 @@ class _Limit:
 
 @contextmanager
 def _waiting() -> Iterator[list[float]]:
-    """Counts the seconds that the loop waits for batches made in its thread: the one place where it looks inside."""
+    """Counts the seconds that the loop waits for its batches: the one place where it looks inside."""
     seconds = [0.0]
-    prefetched = loop.prefetched
+    rest_of = TrainingBatches.rest_of
 
-    @contextmanager
-    def counted(*arguments: Any, **named: Any) -> Iterator[Generator[Any, None, None]]:
-        with prefetched(*arguments, **named) as items:
-            yield count(items)
-
-    def count(items: Iterator[Any]) -> Generator[Any, None, None]:
+    def counted(feed: TrainingBatches, epoch: int, first_step: int) -> Iterator[Batch]:
+        batches = rest_of(feed, epoch, first_step)
         while True:
             start = time.perf_counter()
-            item = next(items, None)
+            batch = next(batches, None)
             seconds[0] += time.perf_counter() - start
-            if item is None:
+            if batch is None:
                 return
-            yield item
+            yield batch
 
-    loop.prefetched = counted
+    TrainingBatches.rest_of = counted
     try:
         yield seconds
     finally:
-        loop.prefetched = prefetched
+        TrainingBatches.rest_of = rest_of
 
 
 def _cpu_seconds() -> float:
@@ -378,8 +381,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of zips")
     parser.add_argument("--set", default="hymenoptera", help="name of a zip with train and val folders")
-    parser.add_argument("--models", type=names, default=list(HEADS))
+    parser.add_argument("--models", type=names, default=["resnet18", "mobilenet_v3_small"])
     parser.add_argument("--methods", type=names, default=list(METHODS))
+    parser.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[0, 1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=25, help="of the whole jobs")
     parser.add_argument("--recipe", choices=get_args(Recipe), default="modern")

@@ -37,7 +37,6 @@ labels = np.arange(len(images), dtype=np.int64) % 3
 train = Split(images, np.arange(len(images)), labels)
 augment = training_transform(
     "classic", image_size=16, crop_scale=(0.5, 1.0), horizontal_flip=True, interpolation="bilinear",
-    eval_transform=builders.prepare,
 )
 plan = replace(
     builders.plan(), train=PixelSource(train, augment, builders.prepare), epochs=1, batch_size=64,

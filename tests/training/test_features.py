@@ -19,7 +19,7 @@ from app.vision.folding import folded_prefix
 from app.vision.preprocessing import normalise
 from worker.training.augment import training_transform
 from worker.training.features import Activations, ActivationSource, FeatureCache, activations
-from worker.training.pixels import PixelSource, Source
+from worker.training.pixels import Kept, PixelSource, Source
 
 CPU = torch.device("cpu")
 IMAGES = 70  # more than one batch
@@ -37,7 +37,6 @@ def source(*, seed: int = 0) -> PixelSource:
         crop_scale=(0.3, 1.0),
         horizontal_flip=True,
         interpolation="bilinear",
-        eval_transform=prepare,
     )
     return PixelSource(builders.split(IMAGES, seed=seed, sides=(40, 36)), augment, prepare)
 
@@ -146,6 +145,30 @@ def test_views_differ_from_each_other_and_each_epoch_takes_another(cache: Featur
         seen = {tuple(epoch[i].tolist()) for epoch in epochs}
         assert seen == {tuple(found.rows(view, np.array([i]))[0].tolist()) for view in range(3)}
     assert torch.equal(made.batch(everything).inputs, plain.rows(0, everything))
+
+
+@pytest.mark.parametrize("trainable", [0, 1])
+@pytest.mark.parametrize("views", [None, 3])
+def test_activations_that_are_kept_give_the_same_batches_if_there_is_room_for_all(
+    cache: FeatureCache, trainable: int, views: int | None
+) -> None:
+    plain, _ = passed(classifier(trainable=trainable), cache)
+    augmented = passed(classifier(trainable=trainable), cache, views=views)[0] if views else None
+    rows = np.arange(IMAGES)[::-1].copy()
+    made = ActivationSource(source().labels, plain, rows, augmented, rows)
+    room = (augmented or plain).values.nbytes
+    assert made.keeping(Kept(CPU, room - 1)) is made
+    kept = Kept(CPU, room)
+    keeping = made.keeping(kept)
+    for positions in (np.array([3, 60, 0]), np.array([7])):
+        expected = made.training_batch(positions, seed=5, epoch=2, step=0)
+        for _ in range(2):  # kept, and given up
+            found = keeping.training_batch(positions, seed=5, epoch=2, step=0)
+            assert found.inputs.dtype == expected.inputs.dtype
+            assert found.inputs.stride() == expected.inputs.stride()
+            assert torch.equal(found.inputs, expected.inputs)
+            assert torch.equal(found.labels, expected.labels)
+            kept.give_up()
 
 
 def test_what_was_used_least_goes_first_and_what_cannot_fit_is_refused(tmp_path: Path) -> None:

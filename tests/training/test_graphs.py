@@ -6,16 +6,20 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import training_builders as builders
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from worker.training import graphs, loop
 from worker.training.graphs import RECORD_AFTER, Lead, RecordedPasses
 from worker.training.loop import Hooks, fit
 from worker.training.optim import build_optimizer
+from worker.training.pixels import Batch, Kept, prefetched, training_batches
 from worker.training.state import LoopState
 
 
@@ -244,3 +248,60 @@ def test_out_of_the_devices_memory_the_step_is_taken_in_parts(cuda: torch.device
     assert len(results) == 2
     assert state.micro_batches > 1
     assert told[0].startswith("Out of memory")
+
+
+@pytest.mark.parametrize("augmentation", ["none", "strong"])
+def test_data_that_stays_on_the_device_gives_the_same_weights(
+    cuda: torch.device, augmentation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[LoopState, int]:
+        state = state_on(cuda, ema=0.9)
+        list(fit(state, builders.plan(epochs=3, augmentation=augmentation)))
+        return state, kept[-1].free
+
+    within_reason, kept = Kept.within_reason, list[Kept]()
+
+    def told(device: torch.device, *, share: float = 1.0) -> Kept:
+        made = within_reason(device)
+        kept.append(Kept(made.device, round(share * made.free)))
+        return kept[-1]
+
+    monkeypatch.setattr(loop.Kept, "within_reason", told)
+    ours, left = run()
+    assert 0 < left < within_reason(cuda).free  # something was kept
+    monkeypatch.setattr(loop.Kept, "within_reason", lambda device: told(device, share=0))
+    theirs, left = run()
+    assert left == 0
+    torch.testing.assert_close(ours.network.state_dict(), theirs.network.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_batches_made_beside_the_steps_are_whole_when_a_step_takes_them(cuda: torch.device) -> None:
+    """The stream that makes them is far behind when they are handed over, and ahead when their memory is free again."""
+    plan = builders.plan(augmentation="strong")
+    matrix = torch.randn(4096, 4096, device=cuda)
+
+    class Slow:
+        """The same source, with a tenth of a second of work before each batch."""
+
+        labels, is_light = plan.train.labels, False
+
+        def __len__(self) -> int:
+            return len(plan.train)
+
+        def training_batch(self, positions: NDArray[np.int64], **options: Any) -> Batch:
+            for _ in range(20):
+                (matrix @ matrix).clamp_(-1, 1)
+            return plan.train.training_batch(positions, **options)
+
+    def batches(source: Any) -> Iterator[Batch]:
+        return training_batches(source, batch_size=5, seed=0, epoch=0, first_step=0, device=cuda)
+
+    expected = [batch.inputs.cpu() for batch in batches(plan.train)]
+    sums, wanted = [], [float(inputs.double().sum()) for inputs in expected]
+    for _ in range(3):
+        for batch in prefetched(batches(Slow()), device=cuda):
+            for _ in range(5):
+                (matrix @ matrix).clamp_(-1, 1)  # so that the step is behind, too
+            sums.append(batch.inputs.double().sum())
+            del batch
+    assert [float(found) for found in sums] == wanted * 3

@@ -1,5 +1,6 @@
 """Batches: complete, in an order that follows from the seed, made ahead in a thread that ends."""
 
+import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,12 +14,16 @@ import training_builders as builders
 from numpy.typing import NDArray
 
 from app.datasets.packed import PackedPixels, PackedWriter
+from app.vision.device import usable_cores
 from worker.training.pixels import (
     CPU,
     Batch,
+    Kept,
     KeptSource,
     PixelSource,
+    Source,
     Split,
+    TrainingBatches,
     batch_positions,
     ordered_batches,
     prefetch,
@@ -155,6 +160,53 @@ def test_a_training_batch_has_its_pictures_with_their_labels(augmentation: str) 
         assert batch.inputs.shape == (len(positions), 3, 16, 16)
 
 
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("own_threads")
+@pytest.mark.parametrize("threads", [1, usable_cores()])
+def test_a_runs_batches_are_those_of_its_epochs_wherever_it_is_taken_up(threads: int) -> None:
+    torch.set_num_threads(threads)
+    source, options = builders.plan().train, {"batch_size": 5, "seed": 3, "fewest": 2, "device": CPU}
+    feed = TrainingBatches(source, epochs=3, **options)  # type: ignore[arg-type]
+    # One after the other, left in the middle and gone on with, from the start again, and behind the end of an epoch.
+    for epoch, first_step, taken in [(0, 0, 5), (1, 0, 2), (1, 2, 3), (1, 0, 5), (2, 1, 4), (0, 3, 2)]:
+        expected = training_batches(source, epoch=epoch, first_step=first_step, **options)  # type: ignore[arg-type]
+        found = itertools.islice(feed.rest_of(epoch, first_step), taken)
+        for ours, theirs in zip(found, itertools.islice(expected, taken), strict=True):
+            assert torch.equal(ours.inputs, theirs.inputs)
+            assert torch.equal(ours.labels, theirs.labels)
+    feed.close()
+    assert "prefetch" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.usefixtures("own_threads")
+@pytest.mark.skipif(usable_cores() < 2, reason="with one core nothing is made ahead")
+def test_an_epochs_first_batches_are_made_while_the_one_before_is_validated() -> None:
+    torch.set_num_threads(1)
+    source, made = builders.plan().train, threading.Semaphore(0)
+
+    class Counted:
+        labels, is_light = source.labels, False
+
+        def __len__(self) -> int:
+            return len(source)
+
+        def training_batch(self, positions: NDArray[np.int64], **options: Any) -> Batch:
+            made.release()
+            return source.training_batch(positions, **options)
+
+    feed = TrainingBatches(Counted(), batch_size=5, seed=0, epochs=2, fewest=2, device=CPU)  # type: ignore[arg-type]
+    assert len(list(feed.rest_of(0, 0))) == 5
+    for _ in range(5 + 2):
+        assert made.acquire(timeout=20)
+    feed.close()
+
+
 def test_a_kept_source_makes_a_batch_once_as_far_as_there_is_room_and_gives_all_up_when_asked() -> None:
     source = builders.plan().val
     made: list[tuple[int, ...]] = []
@@ -172,11 +224,15 @@ def test_a_kept_source_makes_a_batch_once_as_far_as_there_is_room_and_gives_all_
             made.append(tuple(positions.tolist()))
             return source.batch(positions, device=device)
 
+        def keeping(self, kept: Kept) -> "Counted":
+            return self
+
     one_batch = source.batch(np.arange(5)).inputs.nbytes
-    kept = KeptSource(Counted(), _free=2 * one_batch)
+    kept = Kept(CPU, free=2 * one_batch)
+    passed = KeptSource(Counted(), kept)
     expected = list(ordered_batches(source, batch_size=5))
     for _ in range(3):
-        for ours, theirs in zip(ordered_batches(kept, batch_size=5), expected, strict=True):
+        for ours, theirs in zip(ordered_batches(passed, batch_size=5), expected, strict=True):
             assert torch.equal(ours.inputs, theirs.inputs)
             assert torch.equal(ours.labels, theirs.labels)
     whole, last = [tuple(range(5)), tuple(range(5, 10))], tuple(range(10, 12))
@@ -184,6 +240,42 @@ def test_a_kept_source_makes_a_batch_once_as_far_as_there_is_room_and_gives_all_
     assert kept.give_up()
     assert not kept.give_up()
     made.clear()
-    list(ordered_batches(kept, batch_size=5))
-    list(ordered_batches(kept, batch_size=5))
+    list(ordered_batches(passed, batch_size=5))
+    list(ordered_batches(passed, batch_size=5))
     assert made == [*whole, last] * 2
+
+
+@pytest.mark.parametrize("augmentation", ["none", "classic", "strong"])
+def test_pictures_that_are_kept_give_the_same_batches_and_are_read_once_if_there_is_room_for_all(
+    augmentation: str,
+) -> None:
+    plain = builders.plan(augmentation=augmentation).train
+    read: list[int] = []
+
+    class Counted:
+        def __len__(self) -> int:
+            return len(plain.split.images)
+
+        def __getitem__(self, index: int, /) -> NDArray[np.uint8]:
+            read.append(index)
+            return plain.split.images[index]
+
+    def batches(source: Source) -> list[Batch]:
+        return [
+            batch
+            for epoch in range(2)
+            for batch in training_batches(source, batch_size=5, seed=0, epoch=epoch, first_step=0)
+        ]
+
+    counted = replace(plain, split=replace(plain.split, images=Counted()))
+    size = sum(plain.split.images[index].nbytes for index in range(22))
+    for free, epochs_read in ((size, 1), (size - 1, 2)):
+        kept = Kept(CPU, free)
+        source = counted.keeping(kept)
+        read.clear()
+        for ours, theirs in zip(batches(source), batches(plain), strict=True):
+            assert torch.equal(ours.inputs, theirs.inputs)
+            assert torch.equal(ours.labels, theirs.labels)
+        # Those that are not changed at random are no pictures by then, so they are not kept.
+        assert sorted(read) == sorted([*range(22)] * (2 if augmentation == "none" else epochs_read))
+    assert not kept.give_up()

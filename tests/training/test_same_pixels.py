@@ -23,7 +23,6 @@ from app.vision.artifact import Artifact
 from app.vision.classifier import Classifier
 from app.vision.decoding import Decoders
 from app.vision.preprocessing import Preprocessing, eval_pixels, normalise
-from worker.training.augment import training_transform
 from worker.training.loop import predict_logits
 from worker.training.pixels import CPU, PixelSource, Split, training_batches
 
@@ -104,16 +103,8 @@ def test_training_validation_and_serving_see_the_same_bytes(
 
 def trained_on(split: Split, preprocessing: Preprocessing) -> list[Tensor]:
     """Each picture as an epoch without augmentation trains on it; labels are the places in the split."""
-    augment = training_transform(
-        "none",
-        image_size=preprocessing.crop,
-        crop_scale=(0.5, 1.0),
-        horizontal_flip=True,
-        interpolation=preprocessing.interpolation,
-        eval_transform=lambda pixels: eval_pixels(pixels, preprocessing),
-    )
     seen: dict[int, Tensor] = {}
-    source = PixelSource(split, augment, lambda pixels: eval_pixels(pixels, preprocessing))
+    source = PixelSource(split, None, lambda pixels: eval_pixels(pixels, preprocessing))
     for batch in training_batches(source, batch_size=4, seed=0, epoch=0, first_step=0):
         seen |= dict(zip(batch.labels.tolist(), batch.inputs, strict=True))
     return [seen[i] for i in range(len(split))]

@@ -67,7 +67,6 @@ def plan(**changes: Any) -> Plan:
         crop_scale=(0.3, 1.0),
         horizontal_flip=True,
         interpolation="bilinear",
-        eval_transform=prepare,
     )
     defaults = Plan(
         train=PixelSource(train, augment, prepare),

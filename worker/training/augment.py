@@ -5,7 +5,7 @@ the same picture is cropped alike on every device. The pixels are changed in cro
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worker.training import operations
 from worker.training.crops import Interpolation, resized_crops
-from worker.training.pixels import Augment, on_device, stacked
+from worker.training.pixels import Augment, on_device
 
 _CROP_RATIO = (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop, as its number of attempts
 _LOG_CROP_RATIO = (math.log(_CROP_RATIO[0]), math.log(_CROP_RATIO[1]))
@@ -32,16 +32,12 @@ def training_transform(
     crop_scale: tuple[float, float],
     horizontal_flip: bool,
     interpolation: Interpolation,
-    eval_transform: Callable[[Tensor], Tensor],
-) -> Augment:
+) -> Augment | None:
     """The change that a batch of training pictures goes through, to uint8 (N, 3, image_size, image_size).
 
-    none: the evaluation's own resize and centre crop, nothing random. classic: random resized crop and flip.
-    strong: the same, then one random operation of TrivialAugment's kind and random erasing.
+    none: None, so that they are seen as they are served. classic: random resized crop and flip. strong: the same, then
+    one random operation of TrivialAugment's kind and random erasing.
     """
-
-    def none(pictures: Sequence[Tensor], _random: np.random.Generator, device: torch.device) -> Tensor:
-        return on_device(stacked([eval_transform(picture) for picture in pictures]), device)
 
     def classic(pictures: Sequence[Tensor], random: np.random.Generator, device: torch.device) -> Tensor:
         sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
@@ -55,7 +51,7 @@ def training_transform(
         erase(images, random)
         return images
 
-    return {"none": none, "classic": classic, "strong": strong}[augmentation]
+    return {"none": None, "classic": classic, "strong": strong}[augmentation]
 
 
 def random_crop_boxes(

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,11 @@ from worker.training.pixels import (
     VIEW,
     Batch,
     Images,
+    Kept,
     PixelSource,
     Split,
+    as_tensor,
+    on_device,
     pinned,
     prefetched,
     random_stream,
@@ -64,8 +67,21 @@ class Activations:
 
     def rows(self, views: NDArray[np.int64] | int, rows: NDArray[np.int64]) -> Tensor:
         """A copy of these rows: float32 or bfloat16 (len(rows), ...)."""
-        taken = torch.from_numpy(np.ascontiguousarray(self.values[views, rows]))
-        taken = taken.view(torch.bfloat16) if taken.dtype == torch.uint16 else taken
+        return self._as_seen(torch.from_numpy(np.ascontiguousarray(self.values[views, rows])))
+
+    def rows_of(self, whole: Tensor, views: NDArray[np.int64] | int, rows: NDArray[np.int64]) -> Tensor:
+        """The same of `whole`, which is all values on any device."""
+        places = on_device(torch.from_numpy(views * self.values.shape[1] + rows), whole.device)
+        return self._as_seen(whole.flatten(0, 1).index_select(0, places))
+
+    @property
+    def whole(self) -> Tensor:
+        """All values, in their own memory; half precision as int16, since torch selects no rows of uint16."""
+        values = as_tensor(self.values)
+        return values.view(torch.int16) if values.dtype == torch.uint16 else values
+
+    def _as_seen(self, taken: Tensor) -> Tensor:
+        taken = taken.view(torch.bfloat16) if taken.dtype in (torch.uint16, torch.int16) else taken
         return taken.permute(0, 3, 1, 2) if self.channels_last else taken
 
 
@@ -73,7 +89,8 @@ class Activations:
 class ActivationSource:
     """Batches of stored activations. plain: as served, one view. augmented: another view in each epoch, or None.
 
-    rows, augmented_rows: where this source's images are within `plain` and `augmented`.
+    rows, augmented_rows: where this source's images are within `plain` and `augmented`. kept: where what is trained on
+    is as a whole, once it has been.
     """
 
     labels: NDArray[np.int64]
@@ -81,6 +98,7 @@ class ActivationSource:
     rows: NDArray[np.int64]
     augmented: Activations | None
     augmented_rows: NDArray[np.int64]
+    kept: Kept | None = None
 
     @property
     def is_light(self) -> bool:
@@ -92,17 +110,28 @@ class ActivationSource:
     def training_batch(
         self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int, device: torch.device = CPU
     ) -> Batch:
+        views: NDArray[np.int64] | int
         if self.augmented is None:
-            return self.batch(positions, device=device)
-        # Each image goes round its views from a place of its own, so that no epoch is all of one view.
-        first = random_stream(seed, VIEW).integers(0, self.augmented.views, len(self))
-        views = (first[positions] + epoch) % self.augmented.views
-        inputs = self.augmented.rows(views, self.augmented_rows[positions])
-        return Batch(pinned(inputs, device), pinned(torch.from_numpy(self.labels[positions]), device))
+            stored, views, rows = self.plain, 0, self.rows[positions]
+        else:
+            # Each image goes round its views from a place of its own, so that no epoch is all of one view.
+            first = random_stream(seed, VIEW).integers(0, self.augmented.views, len(self))
+            views = (first[positions] + epoch) % self.augmented.views
+            stored, rows = self.augmented, self.augmented_rows[positions]
+        if self.kept is None:
+            inputs = pinned(stored.rows(views, rows), device)
+        else:
+            whole = self.kept.get("activations", lambda: stored.whole)
+            inputs = pinned(stored.rows_of(whole, views, rows), device)
+        return Batch(inputs, pinned(torch.from_numpy(self.labels[positions]), device))
 
     def batch(self, positions: NDArray[np.int64], *, device: torch.device = CPU) -> Batch:
         inputs = self.plain.rows(0, self.rows[positions])
         return Batch(pinned(inputs, device), torch.from_numpy(self.labels[positions]))
+
+    def keeping(self, kept: Kept) -> "ActivationSource":
+        stored = self.augmented or self.plain
+        return replace(self, kept=kept) if stored.values.nbytes <= kept.free else self
 
 
 @dataclass(frozen=True)
@@ -232,14 +261,15 @@ def activations(
     shape = (views or 1, len(source), *row)
 
     def fill(values: NDArray[Any]) -> None:
-        total = shape[0] * len(source)
-        done = 0
-        with prefetched(_all_views(source, views, seed, device), device=device) as batches:
-            for view, start, batch in batches:
+        places = _places(len(source), views, device)
+        total, done = shape[0] * len(source), 0
+        seen = (_view(source, images, None if views is None else view, seed, device) for view, images in places)
+        with contextlib.closing(prefetched(seen, device=device)) as batches:
+            for (view, images), batch in zip(places, batches, strict=True):
                 made = _forward(prefix, batch, normalise, device, precision)
                 made = made.permute(0, 2, 3, 1) if channels_last else made
                 kept = made.to(torch.bfloat16 if is_map else torch.float32).contiguous()
-                values[view, start : start + len(batch)] = (kept.view(torch.uint16) if is_map else kept).numpy()
+                values[view, images.start : images.stop] = (kept.view(torch.uint16) if is_map else kept).numpy()
                 done += len(batch)
                 on_batch(done, total)
 
@@ -281,16 +311,13 @@ def _digest_of_frozen(classifier: Classifier) -> str:
     return weights_digest(described, classifier.frozen_state())
 
 
-def _all_views(
-    source: PixelSource, views: int | None, seed: int, device: torch.device
-) -> Iterator[tuple[int, int, Batch]]:
-    """(view, place of the batch's first image, batch)."""
+def _places(count: int, views: int | None, device: torch.device) -> list[tuple[int, range]]:
+    """Of each batch the view and the images."""
     # One size for all, so that the same image has the same features whichever job computes them.
     size = pass_batch_size(device.type)
-    for view in range(views or 1):
-        for start in range(0, len(source), size):
-            positions = range(start, min(start + size, len(source)))
-            yield view, start, _view(source, positions, None if views is None else view, seed, device)
+    return [
+        (view, range(start, min(start + size, count))) for view in range(views or 1) for start in range(0, count, size)
+    ]
 
 
 def _view(source: PixelSource, positions: Sequence[int], view: int | None, seed: int, device: torch.device) -> Batch:

@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -26,14 +26,15 @@ from worker.training.pixels import (
     MIX,
     NETWORK,
     Batch,
+    Kept,
     KeptSource,
     Source,
+    TrainingBatches,
     ordered_batches,
     prefetched,
     random_stream,
     steps_per_epoch,
     torch_seed,
-    training_batches,
 )
 from worker.training.precision import Precision, autocast
 from worker.training.state import AVERAGED_STEPS, EpochResult, LoopState, Measured, copy_into
@@ -116,15 +117,15 @@ class _Diverged(Exception):
 
 @dataclass(frozen=True)
 class _Held:
-    """What is in a GPU's memory for speed alone: recorded steps and validation passes, and validation's pictures."""
+    """What is in a GPU's memory for speed alone: recorded steps and validation passes, and what goes through them."""
 
     steps: RecordedPasses
     validation: RecordedPasses
-    val: KeptSource | None
+    data: Kept
 
     def give_up(self) -> bool:
         """Returns whether there was anything."""
-        return any([self.steps.give_up(), self.validation.give_up(), self.val is not None and self.val.give_up()])
+        return any([self.steps.give_up(), self.validation.give_up(), self.data.give_up()])
 
 
 def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[EpochResult, None, None]:
@@ -138,8 +139,9 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
     """
     hooks = hooks or Hooks()
     pace = _Pace(state, plan, hooks)
-    kept = KeptSource(plan.val) if state.device.type == "cuda" else None
-    plan = replace(plan, val=kept or plan.val)
+    kept = Kept.within_reason(state.device)
+    if state.device.type == "cuda":
+        plan = replace(plan, train=plan.train.keeping(kept), val=KeptSource(plan.val, kept))
 
     def recorded(function: Callable[..., tuple[Tensor, ...]]) -> RecordedPasses:
         told = "Passes of this network cannot be recorded as a CUDA graph."
@@ -150,6 +152,21 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
         recorded(partial(_forward, state.network, plan.normalise, state.precision)),
         kept,
     )
+    feed = TrainingBatches(
+        plan.train,
+        batch_size=plan.batch_size,
+        seed=plan.seed,
+        epochs=plan.epochs,
+        fewest=plan.fewest,
+        device=state.device,
+    )
+    with closing(feed):
+        yield from _epochs(state, plan, pace, held, feed)
+
+
+def _epochs(
+    state: LoopState, plan: Plan, pace: "_Pace", held: _Held, feed: TrainingBatches
+) -> Generator[EpochResult, None, None]:
     if plan.start_counts and state.best is None and state.total_steps == 0:
         try:
             start = _validate(state, plan, pace, held)
@@ -159,7 +176,7 @@ def fit(state: LoopState, plan: Plan, hooks: Hooks | None = None) -> Generator[E
         pace.end_start()
     while not state.is_finished:
         try:
-            stop = _train_epoch(state, plan, pace, held)
+            stop = _train_epoch(state, plan, pace, held, feed)
             if stop and state.epoch > 0 and not pace.is_budget_spent():
                 state.is_finished = True
                 return
@@ -197,23 +214,13 @@ def _go_back(state: LoopState, pace: "_Pace") -> None:
     pace.save()
 
 
-def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", held: _Held) -> bool:
+def _train_epoch(state: LoopState, plan: Plan, pace: "_Pace", held: _Held, feed: TrainingBatches) -> bool:
     """The rest of the running epoch. Returns whether it was asked to end the run."""
-    batches = training_batches(
-        plan.train,
-        batch_size=plan.batch_size,
-        seed=plan.seed,
-        epoch=state.epoch,
-        first_step=state.step,
-        fewest=plan.fewest,
-        device=state.device,
-    )
     state.network.train()
     held.steps.follow()
     lead = Lead(state.device)
-    made = prefetched(batches, device=state.device, are_light=plan.train.is_light)
-    with _threads_for(plan.train, state.device), made as prepared:
-        for batch in prepared:
+    with _threads_for(plan.train, state.device):
+        for batch in feed.rest_of(state.epoch, state.step):
             set_learning_rates(state.optimizer, pace.plan.schedule, state.total_steps, divisor=state.rate_divisor)
             _step_in_memory(state, plan, batch, held, pace.hooks)
             state.step += 1
@@ -322,9 +329,12 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 def _seed_network(device: torch.device, seed: int) -> None:
     """For what the network draws itself: dropout, stochastic depth."""
+    # torch.manual_seed would also note the whole call stack for kinds of device that may come: half a millisecond.
     if device.type == "cpu":
-        # torch.manual_seed would also note the whole call stack for a CUDA that may come: half a millisecond.
         torch.default_generator.manual_seed(seed)
+    elif device.type == "cuda":
+        torch.default_generator.manual_seed(seed)
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
     else:
         torch.manual_seed(seed)
 
@@ -439,7 +449,7 @@ def _passed(
             found.append(output.cpu())
 
     prepared = ordered_batches(source, batch_size=batch_size, device=device)
-    with torch.inference_mode(), prefetched(prepared, device=device) as batches:
+    with torch.inference_mode(), closing(prefetched(prepared, device=device)) as batches:
         for batch in batches:
             start = len(found)
             while not _attempt(lambda start=start, batch=batch: run(start, batch)):  # type: ignore[misc]

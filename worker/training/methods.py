@@ -262,7 +262,6 @@ class SplitPixels:
             crop_scale=values.crop_scale,
             horizontal_flip=values.horizontal_flip,
             interpolation=self.spec.preprocessing.interpolation,
-            eval_transform=prepare_eval,
         )
         return PixelSource(Split(self.images, indices, self.manifest.targets[indices]), augment, prepare_eval)
 

@@ -7,10 +7,11 @@ while the current one trains.
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ Augment = Callable[[Sequence[Tensor], np.random.Generator, torch.device], Tensor
 # What a random stream is for; each purpose has its own, so that one more draw here shifts nothing there.
 ORDER, AUGMENT, MIX, NETWORK, HEAD, VIEW = range(6)
 _PREPARED_BATCHES = 2
-KEPT_BYTES = 1024**3  # of a GPU's memory, for validation: 7,000 pictures
+_KEPT_SHARE = 4  # of a GPU's free memory, a fourth
 CPU = torch.device("cpu")
 
 
@@ -88,18 +89,63 @@ class Source(Protocol):
         """The images at these positions, as they are served; on the CPU, and pinned where `device` is cuda."""
         ...
 
+    def keeping(self, kept: "Kept") -> "Source":
+        """The same for many passes: what training batches are made of stays on the GPU, if there is room for all."""
+        ...
+
+
+@dataclass
+class Kept:
+    """Tensors that stay on a GPU for speed alone, by name, as far as they fit into so many bytes.
+
+    Sending a batch, or making it of pictures on the CPU, takes longer than a small network's step on it.
+    """
+
+    device: torch.device
+    free: int
+    _tensors: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def within_reason(cls, device: torch.device) -> "Kept":
+        """With room for a part of what is free there; for none where the device is no GPU."""
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        return cls(device, free // _KEPT_SHARE)
+
+    def get(self, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What is kept by this name; else what is made, which is kept from then on, where there is room."""
+        if (found := self._tensors.get(name)) is not None:
+            return found
+        made = make()
+        if made.nbytes > self.free:
+            return made
+        try:
+            there = made.to(self.device)
+        except torch.OutOfMemoryError:
+            self.free = 0
+            return made
+        self._tensors[name] = there
+        self.free -= made.nbytes
+        return there
+
+    def give_up(self) -> bool:
+        """For want of memory: keeps nothing more. Returns whether anything was kept."""
+        had_any, self.free = bool(self._tensors), 0
+        self._tensors.clear()
+        return had_any
+
 
 @dataclass(frozen=True)
 class PixelSource:
     """Batches of pixels.
 
     prepare: uint8 (H, W, 3), which it must not write to -> uint8 (3, S, S), not random, as serving does it. augment:
-    None where nothing is trained on them.
+    None where training sees them as they are served. kept: where the pictures are once they have been trained on.
     """
 
     split: Split
     augment: Augment | None
     prepare: Callable[[Tensor], Tensor]
+    kept: Kept | None = None
     is_light = False
 
     @property
@@ -112,25 +158,41 @@ class PixelSource:
     def training_batch(
         self, positions: NDArray[np.int64], *, seed: int, epoch: int, step: int, device: torch.device = CPU
     ) -> Batch:
-        assert self.augment is not None, "a source to be trained on"
-        pixels = self.augment(_pictures(self.split, positions), random_stream(seed, AUGMENT, epoch, step), device)
+        if self.augment is None:
+            return self.batch(positions, device=device)
+        pixels = self.augment(self._pictures(positions, self.kept), random_stream(seed, AUGMENT, epoch, step), device)
         return Batch(pixels, pinned(torch.from_numpy(self.labels[positions]), device))
 
     def batch(self, positions: NDArray[np.int64], *, device: torch.device = CPU) -> Batch:
-        pixels = stacked([self.prepare(picture) for picture in _pictures(self.split, positions)])
-        return Batch(pinned(pixels, device), torch.from_numpy(self.labels[positions]))
+        pixels = stacked([self.prepare(picture) for picture in self._pictures(positions, None)])
+        return Batch(pinned(pixels, device), pinned(torch.from_numpy(self.labels[positions]), device))
+
+    def keeping(self, kept: Kept) -> "PixelSource":
+        if self.augment is None:
+            return self
+        free = kept.free
+        for index in self.split.indices.tolist():
+            free -= self.split.images[index].nbytes
+            if free < 0:
+                return self
+        return replace(self, kept=kept)
+
+    def _pictures(self, positions: NDArray[np.int64], kept: Kept | None) -> list[Tensor]:
+        def picture(index: int) -> Tensor:
+            return as_tensor(self.split.images[index])
+
+        indices = self.split.indices[positions].tolist()
+        if kept is None:
+            return [picture(index) for index in indices]
+        return [kept.get(("picture", index), partial(picture, index)) for index in indices]
 
 
-@dataclass
+@dataclass(frozen=True)
 class KeptSource:
-    """A source that is passed again and again, whose batches stay on the GPU once they are made, as far as they fit.
-
-    Making them takes longer there than a pass through a small network.
-    """
+    """A source that is passed again and again in its own order, whose batches stay on the GPU once they are made."""
 
     source: Source
-    _kept: dict[tuple[int, int], Batch] = field(default_factory=dict)
-    _free: int = KEPT_BYTES
+    kept: Kept
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -150,26 +212,15 @@ class KeptSource:
 
     def batch(self, positions: NDArray[np.int64], *, device: torch.device = CPU) -> Batch:
         """As a source has it, of positions that follow each other; on the device where it is kept."""
-        place = int(positions[0]), len(positions)
-        if (found := self._kept.get(place)) is not None:
-            return found
-        made = self.source.batch(positions, device=device)
-        if made.inputs.nbytes > self._free:
-            return made
-        try:
-            kept = Batch(made.inputs.to(device), made.labels)
-        except torch.OutOfMemoryError:
-            self._free = 0
-            return made
-        self._kept[place] = kept
-        self._free -= made.inputs.nbytes
-        return kept
 
-    def give_up(self) -> bool:
-        """For want of memory: keeps nothing more. Returns whether anything was kept."""
-        had_any, self._free = bool(self._kept), 0
-        self._kept.clear()
-        return had_any
+        def made() -> Tensor:
+            return self.source.batch(positions, device=device).inputs
+
+        inputs = self.kept.get(("batch", int(positions[0]), len(positions)), made)
+        return Batch(inputs, torch.from_numpy(self.labels[positions]))
+
+    def keeping(self, kept: Kept) -> "KeptSource":
+        return KeptSource(self.source.keeping(kept), self.kept)
 
 
 def random_stream(seed: int, purpose: int, *position: int) -> np.random.Generator:
@@ -212,6 +263,41 @@ def training_batches(
     positions = batch_positions(len(source), batch_size, seed=seed, epoch=epoch, fewest=fewest)
     for step in range(first_step, len(positions)):
         yield source.training_batch(positions[step], seed=seed, epoch=epoch, step=step, device=device)
+
+
+class TrainingBatches:
+    """The batches of a run's epochs. An epoch's first ones are made while the one before is still being validated.
+
+    Has to be closed.
+    """
+
+    def __init__(
+        self, source: Source, *, batch_size: int, seed: int, epochs: int, fewest: int, device: torch.device
+    ) -> None:
+        self._source, self._device, self._epochs = source, device, epochs
+        self._of = {"batch_size": batch_size, "seed": seed, "fewest": fewest}
+        self._steps = steps_per_epoch(len(source), batch_size, fewest=fewest)
+        self._made: Generator[Batch, None, None] | None = None
+        self._place = (0, 0)  # of the batch that is made next: epoch, step
+
+    def rest_of(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """The epoch's batches from this one on. What is not asked for in the order of a run is made anew."""
+        if self._made is None or self._place != (epoch, first_step):
+            self.close()
+            batches = self._from(epoch, first_step)
+            self._made = prefetched(batches, device=self._device, are_light=self._source.is_light)
+        for step in range(first_step, self._steps):
+            self._place = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
+            yield next(self._made)
+
+    def close(self) -> None:
+        if self._made is not None:
+            self._made.close()
+
+    def _from(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        for each in range(epoch, self._epochs):
+            first = first_step if each == epoch else 0
+            yield from training_batches(self._source, epoch=each, first_step=first, device=self._device, **self._of)
 
 
 def ordered_batches(source: Source, *, batch_size: int, device: torch.device = CPU) -> Iterator[Batch]:
@@ -262,16 +348,53 @@ def prefetch(items: Iterable[T], *, depth: int = _PREPARED_BATCHES) -> Generator
 
 
 def prefetched(
-    items: Iterable[T], *, device: torch.device, are_light: bool = False, depth: int = _PREPARED_BATCHES
-) -> "closing[Generator[T, None, None]]":
-    """Batches for work on `device`, as a context, for loops that may leave early: made ahead by `prefetch`.
+    batches: Iterable[Batch], *, device: torch.device, are_light: bool = False, depth: int = _PREPARED_BATCHES
+) -> Generator[Batch, None, None]:
+    """Batches for work on `device`, made ahead by `prefetch`; close it where it may be left early.
 
     But where that work keeps all cores busy itself, made one by one as they are asked for: a thread beside it takes a
     core from every parallel step, and an epoch of mobilenet_v3_small took 1.76 s in place of 1.50 (two cores). So are
     those that are light, as Source has it: handing them over would take longer.
     """
     is_crowded = device.type == "cpu" and (are_light or torch.get_num_threads() >= usable_cores())
-    return closing((item for item in items) if is_crowded else prefetch(items, depth=depth))
+    if device.type == "cuda":
+        return _taken_over(prefetch(_on_a_stream(batches, device), depth=depth), device)
+    return (batch for batch in batches) if is_crowded else prefetch(batches, depth=depth)
+
+
+def _on_a_stream(batches: Iterable[Batch], device: torch.device) -> Generator[tuple[Batch, torch.Event], None, None]:
+    """Batches made on a stream of their own, and when each will be there.
+
+    On the stream of the steps, the kernels that make a batch would run between two steps; so they run beside one.
+    """
+    stream, iterator = _stream_beside(device), iter(batches)
+    while True:
+        # Not around the loop: leaving it may fall to another thread, whose stream it would change.
+        with torch.cuda.stream(stream):
+            batch = next(iterator, None)
+            made = stream.record_event()
+        if batch is None:
+            return
+        yield batch, made
+
+
+@lru_cache  # its allocator keeps memory for each stream
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _taken_over(
+    made: Generator[tuple[Batch, torch.Event], None, None], device: torch.device
+) -> Generator[Batch, None, None]:
+    """The batches for the stream that this is run on, which waits for each; the CPU does not."""
+    with closing(made):
+        for batch, is_made in made:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(is_made)
+            for tensor in (batch.inputs, batch.labels):
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)  # its memory is not taken before this stream is done with it
+            yield batch
 
 
 def class_counts(labels: NDArray[np.int64], class_count: int) -> NDArray[np.int64]:
@@ -294,23 +417,19 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned(tensor, device).to(device, non_blocking=True)
 
 
-def _pictures(split: Split, positions: NDArray[np.int64]) -> list[Tensor]:
-    return [_shared(split.images[index]) for index in split.indices[positions].tolist()]
-
-
 class _Writable:
     """The same memory, said to be writable; it lives as long as what is made from this."""
 
-    def __init__(self, pixels: NDArray[np.uint8]) -> None:
-        self._pixels = pixels
-        interface = pixels.__array_interface__
+    def __init__(self, values: NDArray[Any]) -> None:
+        self._values = values
+        interface = values.__array_interface__
         self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
 
 
-def _shared(pixels: NDArray[np.uint8]) -> Tensor:
-    """A tensor that shares the picture's memory: of a picture in the store only what is looked at is read from disk.
+def as_tensor(values: NDArray[Any]) -> Tensor:
+    """A tensor that shares the array's memory: of a picture in the store only what is looked at is read from disk.
 
     The store is mapped read-only, which torch.from_numpy warns about since torch has no tensors of that kind. Writing
     into this one would end the process, and leave the store as it is.
     """
-    return torch.from_numpy(pixels if pixels.flags.writeable else np.asarray(_Writable(pixels)))
+    return torch.from_numpy(values if values.flags.writeable else np.asarray(_Writable(values)))

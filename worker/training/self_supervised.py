@@ -39,6 +39,7 @@ from worker.training.pixels import (
     VIEW,
     Batch,
     Images,
+    Kept,
     PixelSource,
     Split,
     ordered_batches,
@@ -132,6 +133,9 @@ class TwoViews:
 
     def batch(self, positions: NDArray[np.int64], *, device: torch.device = CPU) -> Batch:
         return self.pixels.batch(positions, device=device)
+
+    def keeping(self, kept: Kept) -> "TwoViews":
+        return TwoViews(self.pixels.keeping(kept))
 
 
 def prepare(

@@ -51,7 +51,7 @@ class EpochResult:
 
 @dataclass
 class Best:
-    """The best validation epoch so far, and a copy on the CPU of the weights that it had."""
+    """The best validation epoch so far, and a copy on the device of the weights that it had."""
 
     epoch: int
     val_accuracy: float | None
@@ -217,7 +217,8 @@ class LoopState:
         """Keeps the network's weights as the best epoch's, if it beats the one before."""
         if self.best is not None and not self.best.is_beaten_by(val_accuracy, val_loss):
             return False
-        self.best = Best(epoch, val_accuracy, val_loss, _on_cpu(self.live))
+        kept = {name: tensor.clone() for name, tensor in self.live.items()}
+        self.best = Best(epoch, val_accuracy, val_loss, kept)
         return True
 
     def finish_in_one(
@@ -284,8 +285,8 @@ def move_average(average: Mapping[str, Tensor], live: Mapping[str, Tensor], *, d
     floating = [name for name, tensor in average.items() if tensor.is_floating_point()]
     # One kernel where there is one for lists: on a GPU launching one for each tensor would be part of a short step.
     torch._foreach_lerp_([average[name] for name in floating], [live[name] for name in floating], 1 - kept)
-    for name in average.keys() - set(floating):
-        average[name].copy_(live[name])
+    if others := average.keys() - set(floating):
+        torch._foreach_copy_([average[name] for name in others], [live[name] for name in others])
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
