@@ -136,6 +136,30 @@ def test_arrow_keys_choose_a_model_and_enter_or_leaving_asks_for_it(
         page.wait_for_url(f"**/try?model={first}")
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_another_model_answers_the_pictures_that_are_there(
+    browser: Browser, server: RunningServer, picture: Path, size: str
+) -> None:
+    second, first = (api_builders.register_model(server.services, seed=seed) for seed in range(2))
+    with visit(browser, server.url, size) as page:
+        page.goto(f"/try?model={first}")
+        page.get_by_label("Keep the picture on the server").check()
+        page.locator("[data-pictures]").set_input_files(picture)
+        expect(page.get_by_role("button", name="Save")).to_have_count(1)
+        page.evaluate("window.isSame = true")
+        for model in (second, first):
+            with page.expect_response(lambda answer: answer.request.method == "POST"):
+                page.get_by_role("combobox", name="Model", exact=True).select_option(model)
+            expect(page.get_by_role("button", name="Save")).to_have_count(1)
+            expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value(model)
+            assert page.evaluate("window.isSame") and page.url.endswith(model)
+        assert sorted(each["model"] for each in kept(server)) == sorted([first, second, first])
+        page.route("**/try?model=*", lambda route: route.abort(), times=1)
+        page.get_by_role("combobox", name="Model", exact=True).select_option(second)
+        page.wait_for_url(f"**/try?model={second}")
+        assert not page.evaluate("window.isSame")
+
+
 def test_what_cannot_be_copied_by_a_script_is_selected(browser: Browser, tmp_path: Path) -> None:
     settings = api_builders.settings_for(tmp_path, allowed_hosts={"graft.example"})
     with api_builders.running(settings) as server:

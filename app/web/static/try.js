@@ -1,7 +1,7 @@
 // A picture dropped, pasted, chosen or taken goes to the model; the answer comes back as it is drawn on the server.
 
 const page = document.querySelector("[data-try]");
-const form = page?.querySelector("aside form");
+let form = page?.querySelector("aside form");
 if (page) prepare();
 
 function prepare() {
@@ -21,24 +21,31 @@ function prepare() {
     if (event.clipboardData.files.length) ask([...event.clipboardData.files]);
   });
   page.querySelector("[data-pictures]").addEventListener("change", (event) => ask([...event.target.files]));
+  page.querySelector("#answers").addEventListener("change", ({ target }) => {
+    if (target.name === "task") target.form.elements.label.value = target.selectedOptions[0].dataset.label;
+  });
+  page.querySelector("[data-camera]").addEventListener("click", openCamera);
+  prepareForm();
+}
+
+function prepareForm() {
   form.addEventListener("change", (event) => {
     const pictures = last;
     // A request that keeps them is waited for: broken off, it may have kept them all the same.
     if (event.target.name !== "model") keeping.then(() => pictures === last && ask(last));
   });
-  page.querySelector("#answers").addEventListener("change", ({ target }) => {
-    if (target.name === "task") target.form.elements.label.value = target.selectedOptions[0].dataset.label;
-  });
   prepareModel(form.elements.model);
-  page.querySelector("[data-camera]").addEventListener("click", openCamera);
 }
 
 // Its page follows when one was chosen. An arrow key chooses one at each press, so then it is Enter, or leaving the field.
 function prepareModel(select) {
   const shown = select.value;
   let isByKey = false;
+  let isFollowed = false;
   const follow = () => {
-    if (select.value !== shown) location.assign(`/try?model=${encodeURIComponent(select.value)}`);
+    if (isFollowed || select.value === shown) return;
+    isFollowed = true;
+    show(select.value);
   };
   select.addEventListener("pointerdown", () => (isByKey = false));
   select.addEventListener("keydown", ({ key }) => {
@@ -47,6 +54,26 @@ function prepareModel(select) {
   });
   select.addEventListener("change", () => isByKey || follow());
   select.addEventListener("blur", follow);
+}
+
+// Pictures that another model has answered are asked about again; without any, its page is opened.
+async function show(model) {
+  const address = `/try?model=${encodeURIComponent(model)}`;
+  if (!last.length) return location.assign(address);
+  try {
+    const text = await (await fetch(address)).text();
+    const fresh = new DOMParser().parseFromString(text, "text/html").querySelector("[data-try] aside form");
+    for (const { name, checked } of form.querySelectorAll("[type=checkbox]")) fresh.elements[name].checked = checked;
+    const isInUse = form.contains(document.activeElement);
+    form.replaceWith(fresh);
+    form = fresh;
+    history.replaceState(null, "", address);
+    prepareForm();
+    if (isInUse) form.elements.model.focus();
+    ask([...last]); // as other ones: what was kept of them was another model's answer
+  } catch {
+    location.assign(address); // which says what is wrong
+  }
 }
 
 let last = [];
