@@ -188,7 +188,7 @@ def test_half_precision_answers_for_those_models_alone_that_it_keeps(
     async def tried(busy: Predictor, name: str) -> None:
         for _ in range(3):
             await busy.predict(await busy.load(name), [picture])
-        async with asyncio.timeout(200):
+        async with asyncio.timeout(600):
             await asyncio.gather(*busy._building.values())
         await busy.predict(await busy.load(name), [picture])
 
@@ -332,7 +332,7 @@ def test_busy_network_changes_its_engine_between_two_requests_and_a_new_start_ha
         (plain,) = await busy.predict(await busy.load("a"), [picture])
         assert busy.engine_of("a") == "torch"
         assert isinstance(plain, Scores)
-        async with asyncio.timeout(240):
+        async with asyncio.timeout(600):
             while busy.engine_of("a") == "torch":
                 (outcome,) = await busy.predict(await busy.load("a"), [picture])
                 assert isinstance(outcome, Scores)
