@@ -11,10 +11,13 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision.models
+from torch import Tensor, nn
 
 from app.datasets.ingest import IngestLimits, IngestOptions, ensure_packed, ingest, manifest_key
 from app.datasets.manifest import Manifest
@@ -106,13 +109,23 @@ def classifier(spec: TrainingSpec, class_count: int, weights_dir: Path | None) -
 
     Raises SystemExit where the folder has no weights of this backbone.
     """
-    if weights_dir is None or spec.method == "from_scratch":
+    if spec.method == "from_scratch":
         return methods.build_classifier(spec, class_count)
+    if weights_dir is None:
+        state = {name: tensor.clone() for name, tensor in _random_weights(spec.backbone.name).items()}
+        return methods.build_classifier(spec, class_count, state_dict=state)
     store = WeightStore.from_settings(Settings(weights_dir=weights_dir))
     found = store.find(spec.backbone.name)
     if found is None:
         raise SystemExit(f"no weights of {spec.backbone.name} in {weights_dir}")
     return methods.build_classifier(spec, class_count, state_dict=store.load(found))
+
+
+@lru_cache(maxsize=1)  # drawing them takes longer than reading pretrained ones from a file
+def _random_weights(backbone: str) -> dict[str, Tensor]:
+    architecture = backbones.find(backbone).architecture
+    network: nn.Module = torchvision.models.get_model(architecture, weights=None)
+    return network.state_dict()
 
 
 def fitted(training: Training) -> list[EpochResult]:
