@@ -21,7 +21,7 @@ from app.allocator import keep_freed_memory
 from app.jobs.spec import TrainingSpec
 from app.storage import LocalStorage
 from app.vision.device import resolve_device
-from worker.training import methods
+from worker.training import methods, self_supervised
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,22 @@ def main() -> None:
 
 
 def _train(spec: TrainingSpec, data: Ingested, device: torch.device) -> None:
-    training = methods.prepare(
-        spec,
-        classifier=classifier(spec, len(data.manifest.classes), None),
-        manifest=data.manifest,
-        images=data.images(spec),
-        device=device,
-    )
-    for _ in fitted(training):
-        pass
-    methods.conclude(training, data.manifest)
+    competing = []  # auto keeps what the methods before have made
+    for each in spec.candidates or [spec]:
+        is_labelled = each.method != "self_supervised"
+        prepare = methods.prepare if is_labelled else self_supervised.prepare
+        training = prepare(
+            each,
+            classifier=classifier(each, len(data.manifest.classes) if is_labelled else 0, None),
+            manifest=data.manifest,
+            images=data.images(each),
+            device=device,
+        )
+        for _ in fitted(training):
+            pass
+        competing.append(
+            methods.conclude(training, data.manifest) if is_labelled else self_supervised.conclude(training)
+        )
 
 
 def _status_bytes(field: str) -> int:

@@ -39,7 +39,7 @@ def main() -> None:
                 backbone=arguments.backbone,
                 recipe=arguments.recipe,
                 device_type=device.type,
-                hyperparameters={"epochs": arguments.epochs},
+                hyperparameters={} if method == "few_shot" else {"epochs": arguments.epochs},
             )
             predicted = estimate.estimate(
                 spec, dataset=data.facts, speed=estimate.measure(device), device_type=device.type
@@ -72,7 +72,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of zips")
     parser.add_argument("--set", default="hymenoptera")
     parser.add_argument("--backbone", default="mobilenet_v3_small")
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+    methods = [*METHODS, "few_shot", "self_supervised", "auto"]
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=methods)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--recipe", choices=get_args(Recipe), default="modern")
     parser.add_argument("--repeats", type=int, default=1)
