@@ -242,7 +242,7 @@ def prepared_of(
     computed = Computed()
     prepared = methods.prepare(
         wanted,
-        classifier=methods.build_classifier(wanted, 3),
+        classifier=methods.build_classifier(wanted, len(manifest.classes)),
         manifest=manifest,
         images=images or builders.split(24).images,
         device=torch.device("cpu"),
@@ -324,6 +324,23 @@ def test_few_shot_computes_its_head_and_keeps_what_a_further_class_needs() -> No
     logits = prepared.classifier.head(support.features)
     assert (logits.argmax(1) == support.labels).double().mean().item() == conclusion.metrics["val_accuracy"]
     assert training(spec("feature_extraction", recipe="modern", image_size=32)).support is None
+
+
+def test_a_forecast_weighs_classes_as_the_head_does_that_it_speaks_of() -> None:
+    random = np.random.default_rng(0)
+    labels = [0] * 90 + [1] * 9 + [0] * 40 + [1] * 40
+    brightness = random.normal(100 + 30 * np.array(labels), 20)
+    images = builders.ListedImages([np.full((32, 32, 3), value.clip(0, 255), np.uint8) for value in brightness])
+    records = [
+        Record(f"img_{i}", f"{i}.png", label, "train" if i < 99 else "val", "", 32, 32)
+        for i, label in enumerate(labels)
+    ]
+    wanted = spec("feature_extraction", recipe="modern", epochs=None, batch_size=None, class_weights="balanced")
+    prepared, _ = prepared_of(wanted, Manifest(CLASSES[:2], records), images=images)
+    assert prepared.solved is not None and prepared.forecast is not None
+    found = prepared.forecast()
+    assert found is not None
+    assert found.now == pytest.approx(prepared.solved.val_accuracy, abs=0.03)
 
 
 @pytest.mark.parametrize("part", ["the head", "the forecast"])

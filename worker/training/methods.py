@@ -327,14 +327,13 @@ class _Frozen:
             features if given.all() else features[torch.from_numpy(given)],
             known,
             class_count,
-            class_weights=_balanced(known, class_count) if self._is_balanced else None,
+            class_weights=self._weights(known, class_count),
             seed=self.spec.seed,
             tick=self.surroundings.tick,
         )
 
-    @property
-    def _is_balanced(self) -> bool:
-        return self.spec.hyperparameters.class_weights == "balanced"
+    def _weights(self, labels: NDArray[np.int64], class_count: int) -> tuple[float, ...] | None:
+        return _balanced(labels, class_count) if self.spec.hyperparameters.class_weights == "balanced" else None
 
     def support(self) -> Support | None:
         """Where the head began as prototypes: their metric, and validation images to measure a longer one with."""
@@ -366,6 +365,7 @@ class _Frozen:
             probed.features.rows(0, val),
             labels[val],
             self._class_count,
+            class_weights=self._weights(labels[train], self._class_count),
             seed=self.spec.seed,
             strength=probed.strength or DEFAULT_STRENGTH,
             tick=self.surroundings.tick,

@@ -164,6 +164,7 @@ def learning_curve(
     val_labels: NDArray[np.int64],
     class_count: int,
     *,
+    class_weights: tuple[float, ...] | None = None,
     seed: int,
     strength: float,
     shares: Sequence[float] = (0.1, 0.25, 0.5, 1.0),
@@ -172,8 +173,8 @@ def learning_curve(
     """(training images, validation accuracy) for growing shares of the training images, at least one of each class.
 
     Small shares are drawn several times, stratified and from `seed` alone: what a small sample shows depends most on
-    which it is. A share that comes to the same number of images as the one before is left out. tick: called often; may
-    raise to stop.
+    which it is. A share that comes to the same number of images as the one before is left out. class_weights: as
+    fit_probe has them. tick: called often; may raise to stop.
     """
     truth = torch.from_numpy(val_labels)
     points: list[tuple[int, float]] = []
@@ -184,7 +185,9 @@ def learning_curve(
             if len(part) in seen:
                 break
             some = features[torch.from_numpy(part)]
-            probe = fit_probe(some, labels[part], class_count, seed=seed, strength=strength, tick=tick)
+            probe = fit_probe(
+                some, labels[part], class_count, class_weights=class_weights, seed=seed, strength=strength, tick=tick
+            )
             accuracy = (probe.logits(val_features).argmax(1) == truth).double().mean().item()
             points.append((len(part), accuracy))
     return points
