@@ -169,14 +169,26 @@ def own_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("own_threads")
 @pytest.mark.parametrize("threads", [1, usable_cores()])
-def test_a_runs_batches_are_those_of_its_epochs_wherever_it_is_taken_up(threads: int) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        # One after the other, left in the middle and gone on with, from the start again, behind the end of an epoch.
+        [(0, 0, 5), (1, 0, 2), (1, 2, 3), (1, 0, 5), (2, 1, 4), (0, 3, 2)],
+        # Taken up while an epoch was validated, gone on with, and gone back from there.
+        [(0, 5, 0), (1, 0, 5), (2, 0, 5)],
+        [(0, 5, 0), (0, 0, 5), (1, 0, 5), (2, 0, 5)],
+    ],
+)
+def test_a_runs_batches_are_those_of_its_epochs_wherever_it_is_taken_up(
+    threads: int, asked: list[tuple[int, int, int]]
+) -> None:
     torch.set_num_threads(threads)
     source, options = builders.plan().train, {"batch_size": 5, "seed": 3, "fewest": 2, "device": CPU}
     feed = TrainingBatches(source, epochs=3, **options)  # type: ignore[arg-type]
-    # One after the other, left in the middle and gone on with, from the start again, and behind the end of an epoch.
-    for epoch, first_step, taken in [(0, 0, 5), (1, 0, 2), (1, 2, 3), (1, 0, 5), (2, 1, 4), (0, 3, 2)]:
+    for epoch, first_step, taken in asked:
         expected = training_batches(source, epoch=epoch, first_step=first_step, **options)  # type: ignore[arg-type]
-        found = itertools.islice(feed.rest_of(epoch, first_step), taken)
+        found = list(itertools.islice(feed.rest_of(epoch, first_step), max(taken, 1)))
+        assert len(found) == taken
         for ours, theirs in zip(found, itertools.islice(expected, taken), strict=True):
             assert torch.equal(ours.inputs, theirs.inputs)
             assert torch.equal(ours.labels, theirs.labels)

@@ -278,16 +278,18 @@ class TrainingBatches:
         self._of = {"batch_size": batch_size, "seed": seed, "fewest": fewest}
         self._steps = steps_per_epoch(len(source), batch_size, fewest=fewest)
         self._made: Generator[Batch, None, None] | None = None
-        self._place = (0, 0)  # of the batch that is made next: epoch, step
+        self._place = 0  # of the batch that is made next, among those of all epochs
 
     def rest_of(self, epoch: int, first_step: int) -> Iterator[Batch]:
         """The epoch's batches from this one on. What is not asked for in the order of a run is made anew."""
-        if self._made is None or self._place != (epoch, first_step):
+        place = epoch * self._steps + first_step
+        if self._made is None or self._place != place:
             self.close()
             batches = self._from(epoch, first_step)
             self._made = prefetched(batches, device=self._device, are_light=self._source.is_light)
-        for step in range(first_step, self._steps):
-            self._place = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
+            self._place = place
+        for _ in range(first_step, self._steps):
+            self._place += 1
             yield next(self._made)
 
     def close(self) -> None:
