@@ -180,6 +180,8 @@ def _course(
     images = dataset.train + dataset.val
 
     is_cached = bool(frozen) and (values.augmentation == "none" or values.augmented_views is not None)
+    if values.cutmix > 0 and (not trained or BACKBONES[spec.backbone.name].layout != "NCHW"):
+        is_cached = False  # boxes are cut from pictures, where activations have no rows and columns
     looking = _check_seconds(dataset, forward) if spec.method == "self_supervised" else forward * dataset.val
     is_seen = spec.method in FROZEN_METHODS and values.head_start != "random"
     # The conclusion, where what the head sees is not there from its start.

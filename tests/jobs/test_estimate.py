@@ -120,6 +120,11 @@ def test_autos_budget_holds_for_all_of_it_and_its_probe_is_there_in_any_case() -
     assert estimated(modern("auto", budget=budget)).seconds_range[1] == pytest.approx(budget)
 
 
+def test_boxes_cut_from_pictures_cost_a_pass_through_frozen_stages_in_each_epoch() -> None:
+    cut, mixed = (estimated(modern("feature_extraction", epochs=20, **{name: 1.0})) for name in ("cutmix", "mixup"))
+    assert cut.seconds > 3 * mixed.seconds
+
+
 def test_two_views_of_each_picture_cost_twice_the_training() -> None:
     def of(method: str) -> Estimate:
         asked = {"epochs": 20, "batch_size": 32, "image_size": 224}

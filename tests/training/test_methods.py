@@ -16,7 +16,7 @@ from app.storage import LocalStorage
 from worker.training import loop, methods
 from worker.training.features import ActivationSource, FeatureCache
 from worker.training.methods import Surroundings, Training
-from worker.training.pixels import Images
+from worker.training.pixels import Images, PixelSource
 
 CLASSES = ["a", "b", "c"]
 
@@ -292,6 +292,14 @@ def test_jobs_with_and_without_excluded_images_share_their_features(tmp_path: Pa
     assert isinstance(less.plan.train, ActivationSource) and less.plan.train.augmented is not None
     list(loop.fit(less.state, less.plan))
     assert methods.conclude(less, split_in_three()).evaluation["images"] == 5
+
+
+@pytest.mark.parametrize(("method", "backbone"), [("feature_extraction", "resnet18"), ("fine_tuning", "swin_t")])
+def test_boxes_are_cut_from_pictures_where_activations_have_no_rows_and_columns(method: str, backbone: str) -> None:
+    mixing = training(spec(method, recipe="modern", backbone=backbone, cutmix=1.0))
+    assert isinstance(mixing.plan.train, PixelSource)
+    (result,) = loop.fit(mixing.state, mixing.plan)
+    assert np.isfinite(result.train_loss)
 
 
 def test_where_features_find_no_room_on_the_disk_a_head_is_solved_for_all_the_same(tmp_path: Path) -> None:

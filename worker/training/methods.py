@@ -388,11 +388,14 @@ class _Frozen:
     def sources(self, precision: Precision) -> tuple[ActivationSource, ActivationSource] | None:
         """Training and validation as stored activations; None where training is to see pixels.
 
-        That is where nothing is frozen, where every epoch is to see fresh views, and where there is no room to store.
+        That is where nothing is frozen, where every epoch is to see fresh views, where boxes are to be cut that
+        activations without rows and columns have not, and where there is no room to store.
         """
         values = self.spec.hyperparameters
         is_augmented = values.augmentation != "none"
         if not self.classifier.frozen_stage_names or (is_augmented and values.augmented_views is None):
+            return None
+        if values.cutmix > 0 and (self._is_whole or self.classifier.backbone.layout != "NCHW"):
             return None
         try:
             plain = self._seen_features(precision) or self._plain(precision, self.surroundings.cache)
@@ -409,8 +412,12 @@ class _Frozen:
 
     def _seen_features(self, precision: Precision) -> Activations | None:
         """What the head began from, where training is to see just that: a head that is solved for, always."""
-        is_whole = self.classifier.frozen_stage_names == self.classifier.stage_names
-        return self._seen[0].features if self._seen and is_whole and precision == "fp32" else None
+        return self._seen[0].features if self._seen and self._is_whole and precision == "fp32" else None
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the whole backbone is frozen."""
+        return self.classifier.frozen_stage_names == self.classifier.stage_names
 
     def _trained_on(self) -> NDArray[np.int64]:
         """The images of the augmented pass: all training images, those that this job excludes too."""
