@@ -21,7 +21,7 @@ from worker.training.checkpoint import Checkpoints
 from worker.training.loop import Hooks, Plan, StepProgress, fit, is_gain, predict_logits, trains_batch_norm
 from worker.training.optim import Schedule
 from worker.training.pixels import Source, batch_positions
-from worker.training.state import AVERAGED_STEPS, LoopState, Measured, move_average
+from worker.training.state import AVERAGED_STEPS, EpochResult, LoopState, Measured, move_average
 
 
 def test_losses_equal_the_textbook_loop_written_by_hand() -> None:
@@ -420,6 +420,24 @@ def test_validating_the_start_is_no_part_of_an_epoch_but_of_the_budget(slow: Slo
     assert {result.seconds for result in results} == {6.0}
     assert len(results) == 9  # in the 55 s that are left
     assert state.elapsed_seconds == 40 + 9 * 6
+
+
+def test_a_run_that_ends_where_a_short_budget_is_told_goes_on_with_each_epoch_once(slow: Slow) -> None:
+    class Left(Exception):
+        pass
+
+    def leave(_message: str, _details: object) -> None:
+        raise Left
+
+    plan, state = cosine(normalise=slow(lambda _batch: 1.0)), builders.state(builders.network())
+    results: list[EpochResult] = []
+    with pytest.raises(Left):
+        results.extend(fit(state, plan, Hooks(log=leave)))
+    again = builders.state(builders.network())
+    again.restore(state.tensors(), state.numbers())
+    results.extend(fit(again, plan))
+    assert [result.epoch for result in results] == list(range(1, 16))
+    assert again.val_accuracies == [result.val_accuracy for result in results]
 
 
 def test_a_shortened_schedule_survives_a_kill(slow: Slow) -> None:

@@ -195,6 +195,8 @@ def _epochs(
         )
         # First told, then saved: killed in between, the epoch is trained again and its record replaced, never missing.
         yield result
+        if state.epoch == 1:
+            pace.tell_of_budget()
         pace.save()
 
 
@@ -564,13 +566,15 @@ class _Pace:
         """Seconds of the epoch that ends now, training and validation, over all attempts."""
         seconds = self._end_span()
         self._fit_into_budget(seconds, done=self._state.epoch + 1)
-        if self._state.epoch == 0 and self.plan.epochs < self._whole_plan.epochs:
+        return seconds
+
+    def tell_of_budget(self) -> None:
+        if self.plan.epochs < self._whole_plan.epochs:
             self.hooks.log(
                 f"budget_seconds has room for about {self.plan.epochs} of {self._whole_plan.epochs} epochs: the "
                 "learning rate comes down to its end within these.",
                 {"epochs": self.plan.epochs},
             )
-        return seconds
 
     def is_budget_spent(self) -> bool:
         budget = self._whole_plan.budget_seconds
