@@ -422,6 +422,15 @@ def test_validating_the_start_is_no_part_of_an_epoch_but_of_the_budget(slow: Slo
     assert state.elapsed_seconds == 40 + 9 * 6
 
 
+def test_what_a_setback_threw_away_is_no_part_of_an_epoch_but_of_the_budget(slow: Slow) -> None:
+    state = builders.state(NoNumberAt(3))
+    results = list(fit(state, cosine(normalise=slow(lambda _batch: 1.0))))
+    assert state.setbacks == 1
+    assert {result.seconds for result in results} == {6.0}
+    assert len(results) == 15  # in the 91 s that are left
+    assert state.elapsed_seconds == 4 + 15 * 6
+
+
 def test_a_run_that_ends_where_a_short_budget_is_told_goes_on_with_each_epoch_once(slow: Slow) -> None:
     class Left(Exception):
         pass

@@ -173,7 +173,7 @@ def _epochs(
         except _Diverged:
             raise _diverged("before the first step") from None
         state.keep_if_best(0, val_accuracy=start.accuracy, val_loss=start.loss)
-        pace.end_start()
+        pace.set_aside()
     while not state.is_finished:
         try:
             stop = _train_epoch(state, plan, pace, held, feed)
@@ -207,6 +207,7 @@ def _go_back(state: LoopState, pace: "_Pace") -> None:
     """Raises JobFailed where that has been done often enough."""
     if state.setbacks == MAX_SETBACKS:
         raise _diverged(f"any more, with {_PARTS[state.setbacks]} of the learning rates too")
+    pace.set_aside()
     epoch = state.go_back()
     pace.hooks.log(
         "The loss is no longer a number: training has diverged. It goes on from "
@@ -558,8 +559,8 @@ class _Pace:
         # It may have waited for room, and the run been asked to end meanwhile: the next step looks.
         self._reported = -math.inf
 
-    def end_start(self) -> None:
-        """What came before the first epoch has taken its time, and says nothing of how long an epoch takes."""
+    def set_aside(self) -> None:
+        """What came before the first epoch, or was thrown away: it took its time and tells nothing of an epoch's."""
         self._end_span()
 
     def end_epoch(self) -> float:
