@@ -82,6 +82,15 @@ def test_one_image_a_class_is_enough_and_so_are_two() -> None:
         torch.testing.assert_close(4 * doubled.metric, found.metric)
 
 
+@pytest.mark.parametrize("count", [3, 6, 60])
+def test_a_class_without_images_is_never_the_likeliest_and_takes_next_to_nothing(count: int) -> None:
+    features, labels = clouds(count, width=200, distance=0.3)
+    new, _ = clouds(300, width=200, distance=0.3, seed=1)
+    found = fit_prototypes(features, labels, 4, seed=0).logits(new)
+    assert found.softmax(1)[:, 3].max() < 0.01
+    torch.testing.assert_close(found[:, :3], fit_prototypes(features, labels, 3, seed=0).logits(new))
+
+
 @pytest.mark.parametrize("count", [3, 60])
 def test_images_that_are_all_alike_are_no_reason_to_fail(count: int) -> None:
     labels = np.arange(count, dtype=np.int64) % 3
