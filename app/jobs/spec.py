@@ -290,7 +290,7 @@ def _resolved(
     request: JobRequest, method: Method, *, dataset: DatasetFacts, start: _Start, reasons: list[str]
 ) -> TrainingSpec:
     _check_start(method, start)
-    asked = _with_implied(request.hyperparameters, reasons)
+    asked = _with_implied(request.hyperparameters, method, reasons)
     _check_combinations(request, asked, method, start.backbone)
     preprocessing = _preprocessing(request, start)
     if request.recipe == "classic" and start.model is not None:
@@ -435,8 +435,8 @@ def _method(request: JobRequest, dataset: DatasetFacts, start: _Start, device_ty
     return method
 
 
-def _with_implied(asked: Hyperparameters, reasons: list[str]) -> Hyperparameters:
-    """With the optimizer and the scheduler that a given value is for, where none was named."""
+def _with_implied(asked: Hyperparameters, method: Method, reasons: list[str]) -> Hyperparameters:
+    """With the optimizer, the scheduler and the augmentation that a given value is for, where none was named."""
     given, implied = asked.model_fields_set, {}
     if "momentum" in given and "optimizer" not in given:
         implied["optimizer"] = "sgd"
@@ -444,6 +444,9 @@ def _with_implied(asked: Hyperparameters, reasons: list[str]) -> Hyperparameters
     if (names := sorted({"step_size", "gamma"} & given)) and "scheduler" not in given:
         implied["scheduler"] = "step"
         reasons.append(f"scheduler step: {' and '.join(names)} was given, which is for this scheduler alone.")
+    if "augmented_views" in given and "augmentation" not in given and method in FROZEN_METHODS:
+        implied["augmentation"] = "classic"
+        reasons.append("augmentation classic: augmented_views was given, which says how many changed views there are.")
     return Hyperparameters.model_validate(asked.model_dump(exclude_unset=True) | implied)
 
 
@@ -479,6 +482,10 @@ def _check_combinations(request: JobRequest, asked: Hyperparameters, method: Met
         raise _bad_hyperparameter("feature_layer", f"must be one of {backbone.name}'s layers: {', '.join(layers)}")
     if "augmented_views" in given and method not in ("feature_extraction", "fine_tuning"):
         raise _bad_hyperparameter("augmented_views", f"is for methods that freeze stages, and this is {method}")
+    if "augmented_views" in given and asked.augmentation == "none":
+        raise _bad_hyperparameter(
+            "augmented_views", "is for pictures that are changed at random, and augmentation is none"
+        )
     if method == "self_supervised" and (useless := sorted(OF_LABELS & given)):
         raise _bad_hyperparameter(useless[0], "has no meaning for self_supervised, which has no labels and no head")
     if method == "self_supervised" and asked.batch_size is not None and asked.batch_size < FEWEST_TOGETHER:

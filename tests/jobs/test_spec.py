@@ -365,6 +365,15 @@ def test_views_are_for_methods_that_freeze_stages() -> None:
     assert resolved(method="fine_tuning", recipe="classic").hyperparameters.augmented_views is None
 
 
+@pytest.mark.parametrize("method", ["feature_extraction", "fine_tuning"])
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+def test_views_that_are_asked_for_are_changed_ones(method: str, recipe: str) -> None:
+    spec = resolved(method=method, recipe=recipe, hyperparameters={"augmented_views": 4})
+    assert (spec.hyperparameters.augmentation, spec.hyperparameters.augmented_views) == ("classic", 4)
+    found = refusal(method=method, recipe=recipe, hyperparameters={"augmented_views": 4, "augmentation": "none"})
+    assert found.errors[0].pointer == "#/hyperparameters/augmented_views"
+
+
 def test_auto_follows_a_hyperparameter_that_only_one_method_has() -> None:
     assert resolved(hyperparameters={"unfreeze": 2}).method == "fine_tuning"
     assert resolved(hyperparameters={"feature_layer": "stage3"}).method == "feature_extraction"
