@@ -1,8 +1,8 @@
 """How long a job will take and how much memory it will need, before it runs.
 
 An estimate from first principles, replaced by experience where there is some. A stage's time is its arithmetic over the
-device's measured speed plus its activations over the measured memory bandwidth; a job that was run before with the same
-backbone, method and image size gives its images per second instead. Right within a factor of 1.5 or little more where
+device's measured speed plus its activations over the measured memory bandwidth; a job of the same kind that was run
+before gives its images per second instead. Right within a factor of 1.5 or little more where
 nothing was run before (docs/benchmarks.md): other work on the machine, and how well a network's convolutions suit the
 device, are not known here.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import torch
 from sqlalchemy import select
@@ -80,12 +81,36 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class PastSpeed:
-    """How fast an earlier job trained."""
+class Kind:
+    """What the time of a picture in an epoch depends on. is_cached: whether it is trained on as stored activations."""
 
     backbone: str
     method: str
     image_size: int
+    unfreeze: int | None
+    feature_layer: str | None
+    is_cached: bool
+    is_solved: bool
+
+    @classmethod
+    def of(cls, spec: TrainingSpec) -> Self:
+        values = spec.hyperparameters
+        return cls(
+            spec.backbone.name,
+            spec.method,
+            values.image_size,
+            values.unfreeze,
+            values.feature_layer,
+            _is_cached(spec),
+            values.is_solved,
+        )
+
+
+@dataclass(frozen=True)
+class PastSpeed:
+    """How fast an earlier job trained."""
+
+    kind: Kind
     images_per_second: float
 
 
@@ -179,9 +204,7 @@ def _course(
     training = VIEWS[spec.method] * max(sum(_training_seconds(cost, speed) for cost in trained), HEAD_SECONDS)
     images = dataset.train + dataset.val
 
-    is_cached = bool(frozen) and (values.augmentation == "none" or values.augmented_views is not None)
-    if values.cutmix > 0 and (not trained or BACKBONES[spec.backbone.name].layout != "NCHW"):
-        is_cached = False  # boxes are cut from pictures, where activations have no rows and columns
+    is_cached = _is_cached(spec)
     looking = _check_seconds(dataset, forward) if spec.method == "self_supervised" else forward * dataset.val
     is_seen = spec.method in FROZEN_METHODS and values.head_start != "random"
     # The conclusion, where what the head sees is not there from its start.
@@ -197,9 +220,8 @@ def _course(
         train_image, looking = training, (forward - frozen_forward) * dataset.val
     else:
         train_image = max(frozen_forward + training, VIEWS[spec.method] * AUGMENT_SECONDS)
-    known = next(
-        (p for p in past if (p.backbone, p.method, p.image_size) == _kind(spec) and p.images_per_second > 0), None
-    )
+    kind = Kind.of(spec)
+    known = next((p for p in past if p.kind == kind and p.images_per_second > 0), None)
     if known is None and spec.recipe == "modern" and trained and device_type == "cpu":
         once += PRECISION_IMAGES * (frozen_forward + training)
     if known is not None and not values.is_solved:
@@ -235,8 +257,7 @@ def past_speeds(session: Session) -> list[PastSpeed]:
     for row in rows:
         images_per_second = (row.progress or {}).get("images_per_second")
         if images_per_second:
-            backbone, method, image_size = _kind(TrainingSpec.model_validate(row.spec))
-            found.append(PastSpeed(backbone, method, image_size, images_per_second))
+            found.append(PastSpeed(Kind.of(TrainingSpec.model_validate(row.spec)), images_per_second))
     return found
 
 
@@ -359,8 +380,15 @@ def _trainable_stages(spec: TrainingSpec, stages: int) -> int:
     return min(spec.hyperparameters.unfreeze or 1, stages) if spec.method == "fine_tuning" else stages
 
 
-def _kind(spec: TrainingSpec) -> tuple[str, str, int]:
-    return spec.backbone.name, spec.method, spec.hyperparameters.image_size
+def _is_cached(spec: TrainingSpec) -> bool:
+    """Whether what the frozen stages make of pictures is stored, and trained on."""
+    values, backbone = spec.hyperparameters, BACKBONES[spec.backbone.name]
+    stages = len(backbone.stage_names)
+    trainable = _trainable_stages(spec, stages)
+    if trainable == stages or (values.augmentation != "none" and values.augmented_views is None):
+        return False
+    # Boxes are cut from pictures, where activations have no rows and columns.
+    return values.cutmix == 0 or (trainable > 0 and backbone.layout == "NCHW")
 
 
 def _best_seconds(work: Callable[[], Tensor], device: torch.device) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.jobs.estimate import FIXED_SECONDS, DeviceSpeed, Estimate, PastSpeed, estimate, measure, stage_costs
+from app.jobs.estimate import FIXED_SECONDS, DeviceSpeed, Estimate, Kind, PastSpeed, estimate, measure, stage_costs
 from app.jobs.request import parse_request
 from app.jobs.spec import DatasetFacts, TrainingSpec, resolve
 from app.vision.backbones import BACKBONES
@@ -86,11 +86,25 @@ def test_auto_costs_more_than_its_probe_and_less_than_all_of_its_methods() -> No
 
 
 def test_a_job_run_before_is_believed() -> None:
-    known = PastSpeed("resnet18", "full_fine_tuning", 224, 50.0)
-    other = PastSpeed("resnet18", "full_fine_tuning", 64, 5000.0)
+    known = PastSpeed(Kind.of(spec(epochs=20)), 50.0)
+    other = PastSpeed(Kind.of(spec(epochs=10, image_size=64)), 5000.0)
     found = estimated(spec(epochs=10), other, known)
     training_seconds = 10 * 1000 / 50
     assert training_seconds < found.seconds < 1.2 * training_seconds
+
+
+def test_a_job_that_trained_on_something_else_is_no_experience() -> None:
+    classic = spec("fine_tuning", epochs=10)
+    of_others = [
+        modern("fine_tuning", epochs=10),  # on stored activations
+        spec("fine_tuning", epochs=10, unfreeze=2),
+        modern("feature_extraction"),  # solved for
+    ]
+    past = [PastSpeed(Kind.of(other), 5000.0) for other in of_others]
+    assert estimated(classic, *past) == estimated(classic)
+    assert estimated(modern("feature_extraction", epochs=20), *past) == estimated(
+        modern("feature_extraction", epochs=20)
+    )
 
 
 def modern(method: str, *, budget: float | None = None, **hyperparameters: Any) -> TrainingSpec:
