@@ -106,12 +106,12 @@ def _enter(
         training.plan = replace(training.plan, budget_seconds=trained + left)
 
     def is_behind() -> bool:
-        trained, heat = training.state.val_accuracies, competition.heat_epochs(training.epochs)
-        return leader is not None and len(trained) >= heat and not competition.survives(trained[:heat], leader)
+        trained = training.state.val_accuracies
+        return leader is not None and competition.is_behind(trained, leader, epochs=training.epochs)
 
     if not training.state.is_finished or training.solved is not None:
         workbench.fit(training, checkpoints, share, is_enough=is_behind)
-    if leader is not None and is_behind():
+    if is_behind():
         return None, training
     conclusion = methods.conclude(
         training, workbench.manifest, is_final=False, on_batch=lambda: workbench.reporter.progress("evaluate")

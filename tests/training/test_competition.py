@@ -6,7 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from worker.training.competition import Contender, Dropped, heat_epochs, no_room, reason, survives, table, winner
+from worker.training.competition import (
+    Contender,
+    Dropped,
+    heat_epochs,
+    is_behind,
+    no_room,
+    reason,
+    survives,
+    table,
+    winner,
+)
 
 
 def contender(method: str, *, right: int, images: int = 400, past: Sequence[float] = ()) -> Contender:
@@ -49,6 +59,13 @@ def test_a_solved_head_has_no_past_so_it_is_its_whole_accuracy_that_counts() -> 
     assert survives([0.90, 0.955], probe)
     assert survives([0.90, 0.94], probe)
     assert not survives([0.90, 0.935], probe)
+
+
+def test_a_heat_that_was_won_is_not_lost_by_a_budget_that_proves_shorter() -> None:
+    probe, trained = contender("feature_extraction", right=360), [0.70, 0.80, 0.86, 0.88, 0.89, 0.92]
+    assert [is_behind(trained[:n], probe, epochs=20) for n in range(1, 7)] == [False] * 6  # a heat of five
+    assert is_behind(trained[:2], probe, epochs=8)
+    assert not is_behind(trained, probe, epochs=8)
 
 
 def test_of_several_labels_an_image_counts_once_on_both_sides() -> None:

@@ -82,6 +82,15 @@ def survives(val_accuracies: Sequence[float], leader: Contender) -> bool:
     return max(val_accuracies) > reached - allowance
 
 
+def is_behind(val_accuracies: Sequence[float], leader: Contender, *, epochs: int) -> bool:
+    """Whether a method has lost its heat. epochs: how many it takes in all, as far as that is known.
+
+    One that has survived goes on, though a budget that proves shorter would have ended its heat earlier.
+    """
+    heat, trained = heat_epochs(epochs), len(val_accuracies)
+    return trained >= heat and not any(survives(val_accuracies[:n], leader) for n in range(heat, trained + 1))
+
+
 def winner(contenders: Sequence[Contender]) -> Contender:
     """The most accurate on the validation images; among those within a tie of it, the first, which is the simplest."""
     most = max(int(contender.correct.sum()) for contender in contenders)
