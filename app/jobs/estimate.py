@@ -17,13 +17,13 @@ from functools import lru_cache
 from typing import Self
 
 import torch
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from app.db.tables import JobRow
+from app.db.tables import DatasetRow, EpochRow, JobRow
 from app.jobs.request import FEWEST_TOGETHER, FROZEN_METHODS, MAX_CHECKED
 from app.jobs.spec import DatasetFacts, TrainingSpec
 from app.jobs.states import JobKind, JobStatus
@@ -108,7 +108,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class PastSpeed:
-    """How fast an earlier job trained."""
+    """How fast an earlier job trained: images of its epochs, by all of their time, validation too."""
 
     kind: Kind
     images_per_second: float
@@ -224,14 +224,14 @@ def _course(
     known = next((p for p in past if p.kind == kind and p.images_per_second > 0), None)
     if known is None and spec.recipe == "modern" and trained and device_type == "cpu":
         once += PRECISION_IMAGES * (frozen_forward + training)
+    epoch_seconds = dataset.train * train_image + looking
     if known is not None and not values.is_solved:
-        factor = 1 / known.images_per_second / train_image
-        train_image, looking = train_image * factor, looking * factor
+        factor = dataset.train / known.images_per_second / epoch_seconds
+        epoch_seconds *= factor
         # Where nothing is kept, what was learned of the device's speed holds for the single passes too.
         once = once if is_cached else once * factor
     epochs = 0.0 if values.is_solved else float(values.epochs)
     patience = values.early_stopping_patience
-    epoch_seconds = dataset.train * train_image + looking
     # Training goes on for `patience` epochs even if the first is the last that gains.
     fewest = epochs if patience is None else min(epochs, patience)
     return _Course(
@@ -246,19 +246,23 @@ def _course(
 
 
 def past_speeds(session: Session) -> list[PastSpeed]:
-    """Of the latest jobs that succeeded here, newest first."""
-    rows = session.scalars(
-        select(JobRow)
+    """Of the latest jobs that succeeded here, newest first, as far as their data sets are there.
+
+    By their epochs: the speed that a job shows is of the moment, and by its end mostly none.
+    """
+    epoch_seconds = select(func.avg(EpochRow.seconds)).where(EpochRow.job_id == JobRow.id).scalar_subquery()
+    rows = session.execute(
+        select(JobRow.spec, DatasetRow.splits, epoch_seconds)
+        .join(DatasetRow, DatasetRow.id == JobRow.dataset_id)
         .where(JobRow.kind == JobKind.training, JobRow.status == JobStatus.succeeded)
         .order_by(JobRow.seq.desc())
         .limit(PAST_JOBS)
     )
-    found = []
-    for row in rows:
-        images_per_second = (row.progress or {}).get("images_per_second")
-        if images_per_second:
-            found.append(PastSpeed(Kind.of(TrainingSpec.model_validate(row.spec)), images_per_second))
-    return found
+    return [
+        PastSpeed(Kind.of(TrainingSpec.model_validate(spec)), splits["train"] / seconds)
+        for spec, splits, seconds in rows
+        if seconds
+    ]
 
 
 @lru_cache(maxsize=8)

@@ -4,9 +4,23 @@ from functools import partial
 from typing import Any
 
 import pytest
+import queue_builders
 import torch
 
-from app.jobs.estimate import FIXED_SECONDS, DeviceSpeed, Estimate, Kind, PastSpeed, estimate, measure, stage_costs
+from app.db.engine import Database
+from app.db.tables import DatasetRow
+from app.jobs import queue
+from app.jobs.estimate import (
+    FIXED_SECONDS,
+    DeviceSpeed,
+    Estimate,
+    Kind,
+    PastSpeed,
+    estimate,
+    measure,
+    past_speeds,
+    stage_costs,
+)
 from app.jobs.request import parse_request
 from app.jobs.spec import DatasetFacts, TrainingSpec, resolve
 from app.vision.backbones import BACKBONES
@@ -91,6 +105,22 @@ def test_a_job_run_before_is_believed() -> None:
     found = estimated(spec(epochs=10), other, known)
     training_seconds = 10 * 1000 / 50
     assert training_seconds < found.seconds < 1.2 * training_seconds
+
+
+def test_a_jobs_speed_is_that_of_its_epochs(database: Database) -> None:
+    trained = spec(epochs=2)
+    with database.write() as session:
+        session.add(DatasetRow(id="ds_1", name="a", status="ready", size_bytes=1, sha256="", splits={"train": 1000}))
+    queue_builders.submit(database, **trained.model_dump(mode="json"))
+    claim = queue_builders.claim_next(database)
+    assert claim is not None
+    with database.write() as session:
+        for number, seconds in ((1, 15.0), (2, 25.0)):
+            queue.record_epoch(session, claim, queue_builders.epoch(number) | {"seconds": seconds}, {})
+        queue.record_progress(session, claim, {"stage": "evaluate", "images_per_second": None}, event=False)
+        queue.succeed(session, claim)
+    with database.read() as session:
+        assert past_speeds(session) == [PastSpeed(Kind.of(trained), 50.0)]
 
 
 def test_a_job_that_trained_on_something_else_is_no_experience() -> None:
