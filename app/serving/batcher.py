@@ -92,7 +92,7 @@ class Batcher(Generic[Item, Result]):
             if waiting.future.done():
                 continue
             if waiting.deadline < now:
-                _fail([waiting], Overloaded("The picture waited too long; try again soon.", retry_after_seconds=1))
+                fail(waiting.future, waited_too_long())
             elif batch and waiting.key != batch[0].key:
                 left.append(waiting)
             else:
@@ -110,3 +110,7 @@ def fail(future: "asyncio.Future[Any]", error: Exception) -> None:
     """Tells whoever waits for it, if anybody still does."""
     if not future.done():
         future.set_exception(error)
+
+
+def waited_too_long() -> Overloaded:
+    return Overloaded("The picture waited too long; try again soon.", retry_after_seconds=1)

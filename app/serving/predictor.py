@@ -28,7 +28,7 @@ from torch import Tensor
 from app.errors import FieldError, ImageRefused, InvalidRequest, Overloaded, StorageFull
 from app.serving import engine_builder, engines
 from app.serving.adaptation import Plan, advanced, by_neighbours, share_of, views_of
-from app.serving.batcher import Batcher, fail
+from app.serving.batcher import Batcher, fail, waited_too_long
 from app.serving.engines import Engine
 from app.serving.loaded import (
     LoadedModel,
@@ -80,27 +80,30 @@ class _Lane:
     """A batcher, and the encoded pictures on their way to it.
 
     So many are begun, being decoded, decoded, or in a pass, that no pass waits for one. More would lie about until no
-    cache has them any more, and decoding would take the cores from the passes.
+    cache has them any more, and decoding would take the cores from the passes. One whose deadline, on time.monotonic's
+    clock, passes before it is begun is told so, and not decoded.
     """
 
     batcher: Batcher[_Asked, Scores]
     decoders: ThreadPoolExecutor
     _begun: int = 0
-    _waiting: "deque[tuple[asyncio.Future[Scores], Callable[[], None]]]" = field(default_factory=deque)
+    _waiting: "deque[tuple[asyncio.Future[Scores], float, Callable[[], None]]]" = field(default_factory=deque)
 
     @property
     def most_begun(self) -> int:
         return 2 * self.batcher.max_batch * self.batcher.threads + usable_cores()
 
-    def add(self, answer: "asyncio.Future[Scores]", decode: Callable[[], None]) -> None:
+    def add(self, answer: "asyncio.Future[Scores]", decode: Callable[[], None], *, deadline: float) -> None:
         """decode: gives the picture to the batcher, whose word `answer` is; runs in one of the decoders."""
-        self._waiting.append((answer, decode))
+        self._waiting.append((answer, deadline, decode))
         self._begin()
 
     def _begin(self) -> None:
         while self._waiting and self._begun < self.most_begun:
-            answer, decode = self._waiting.popleft()
-            if not answer.done():  # else nobody waits for it any more
+            answer, deadline, decode = self._waiting.popleft()
+            if deadline < time.monotonic():
+                fail(answer, waited_too_long())
+            elif not answer.done():  # else nobody waits for it any more
                 self._begun += 1
                 answer.add_done_callback(self._one_ended)
                 self.decoders.submit(decode)
@@ -208,8 +211,9 @@ class Predictor:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._decoders, _check_preprocessed, batch, model.preprocessing)
             answers: list[asyncio.Future[Scores]] = [loop.create_future() for _ in batch]
+            deadline = self._deadline()
             for pixels, answer in zip(batch, answers, strict=True):
-                self._run(model, pixels, answer)
+                self._run(model, pixels, answer, deadline)
             found = await asyncio.gather(*answers)
             if not all(math.isfinite(value) for scores in found for value in scores.values):
                 raise InvalidRequest("The network makes no numbers of this tensor: its values are far too large.")
@@ -359,7 +363,7 @@ class Predictor:
     def _answer(self, model: LoadedModel, picture: bytes, *, is_compared: bool) -> "asyncio.Future[Scores]":
         """Gets the picture's scores, or ImageRefused. From thread to thread without a task of its own to wake between
         them: beside a small network's pass that is a good part of a picture's time."""
-        loop = asyncio.get_running_loop()
+        loop, deadline = asyncio.get_running_loop(), self._deadline()
         answer: asyncio.Future[Scores] = loop.create_future()
 
         def decode() -> None:
@@ -370,9 +374,9 @@ class Predictor:
             except Exception as error:  # noqa: BLE001 (handed to the one who asked)
                 loop.call_soon_threadsafe(fail, answer, error)
             else:
-                loop.call_soon_threadsafe(self._run, model, pixels, answer, is_compared)
+                loop.call_soon_threadsafe(self._run, model, pixels, answer, deadline, is_compared)
 
-        self._lane_of(model.engine).add(answer, decode)
+        self._lane_of(model.engine).add(answer, decode, deadline=deadline)
         return answer
 
     async def _decode(self, model: LoadedModel, picture: bytes) -> Tensor | ImageRefused:
@@ -454,7 +458,7 @@ class Predictor:
         try:
             await asyncio.wait_for(self._long_work.acquire(), self._timeout_seconds)
         except TimeoutError:
-            raise Overloaded("The picture waited too long; try again soon.", retry_after_seconds=1) from None
+            raise waited_too_long() from None
         try:
             yield
         finally:
@@ -473,14 +477,22 @@ class Predictor:
     def _lane_of(self, engine: Engine) -> _Lane:
         return self._lane if engine.passes_at_once == 1 else self._lane_side_by_side
 
+    def _deadline(self) -> float:
+        """Until when what is asked now may wait, on time.monotonic's clock."""
+        return time.monotonic() + self._timeout_seconds
+
     def _run(
-        self, model: LoadedModel, pixels: Tensor, answer: "asyncio.Future[Scores]", is_compared: bool = False
+        self,
+        model: LoadedModel,
+        pixels: Tensor,
+        answer: "asyncio.Future[Scores]",
+        deadline: float,
+        is_compared: bool = False,
     ) -> None:
         """answer: gets the scores."""
         if answer.done():
             return
         engine = model.engine_for(pixels)
-        deadline = time.monotonic() + self._timeout_seconds
         asked = _Asked(model, pixels, is_compared)
         # Pictures and what was made of pictures do not stack: levels would pass for numbers that are normalised.
         key = (engine, pixels.dtype)

@@ -323,6 +323,31 @@ class CountingDecoders(Decoders):
         return super().decode(encoded, side=side)
 
 
+def test_time_in_which_a_picture_is_not_begun_counts_as_waiting(with_predictor: Callable[..., None]) -> None:
+    decoders = CountingDecoders.trusting(LIMITS)
+    left, busy = threading.Event(), threading.Event()
+
+    async def story(predictor: Predictor) -> None:
+        await predictor.load("a")
+        most = predictor._lane.most_begun
+        occupied = asyncio.create_task(predictor._alone(lambda: busy.set() or left.wait(60)))
+        await asyncio.to_thread(busy.wait, 60)
+        asked = [asyncio.create_task(predicted(predictor, "a", [PICTURES[i % 5]])) for i in range(2 * most)]
+        while decoders.count < most:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1.0)
+        left.set()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(answer) for answer in answers[most:]] == [Overloaded] * most
+        assert decoders.count == most
+        assert predictor._lane._begun == 0
+        await occupied
+        (outcome,) = await predicted(predictor, "a", PICTURES[:1])
+        assert isinstance(outcome, Scores)
+
+    with_predictor(story, decoders=decoders, max_pending=1000, timeout_seconds=1.0)
+
+
 def test_no_more_is_decoded_than_passes_come_to_soon(with_predictor: Callable[..., None]) -> None:
     decoders = CountingDecoders.trusting(LIMITS)
     left, busy = threading.Event(), threading.Event()
