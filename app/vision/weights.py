@@ -250,12 +250,12 @@ def _where(found: Found) -> Availability:
 
 
 def _whole(tensors: dict[str, Tensor], weights: WeightsSpec) -> dict[str, Tensor]:
-    """Bundled files are half as precise; theirs and imported ones may lack the head of 1000 classes, which nobody uses.
+    """In float32, whatever the file has: bundled ones, and some operators' own, are half as precise. These and imported
+    ones may lack the head of 1000 classes, which nobody uses.
 
     A file that has a part of the head keeps what it has, and is refused for the rest where it is put to use.
     """
-    if weights.is_bundled:
-        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     head = {f"{BACKBONES[weights.backbone].head}.{part}" for part in ("weight", "bias")}
     if head & tensors.keys():
         return tensors

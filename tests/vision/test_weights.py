@@ -172,6 +172,18 @@ def test_a_safetensors_state_dict_is_read(folders: Folders) -> None:
     assert same(loaded, state_dict)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_precision_make_a_network_of_single_precision(folders: Folders, dtype: torch.dtype) -> None:
+    state_dict = torchvision.models.squeezenet1_1(weights=None).state_dict()
+    stored = {name: tensor.to(dtype) for name, tensor in state_dict.items()}
+    safetensors.torch.save_file(stored, folders.weights / f"{NAME}.safetensors")
+    store = offline(folders)
+
+    backbone = backbones.build(NAME, store.load(store.obtain(NAME)))
+
+    assert backbone(torch.zeros(1, 3, 64, 64)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("file", [f"{NAME}.safetensors", BACKBONES[NAME].weights[0].file])
 def test_a_damaged_local_file_is_named_and_not_used(folders: Folders, file: str) -> None:
     (folders.weights / file).write_bytes(b"\x80\x04 certainly not weights" * 10)
