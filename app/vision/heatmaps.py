@@ -91,6 +91,9 @@ class HeatMaps:
         for value, place in cells:
             (gradient,) = torch.autograd.grad(value, noise, retain_graph=True)
             energy = gradient.square().sum((0, 1)).double().cpu()
+            if not 0 < float(energy.sum()) < math.inf:  # a dead cell, as training that went wrong leaves them
+                found.append((0, 0))
+                continue
             along = torch.arange(self.side, dtype=torch.float64)
             down, right = (float(energy.sum(axis) @ along / energy.sum()) - place for axis in (1, 0))
             found.append((round(down), round(right)))

@@ -115,6 +115,24 @@ def test_maps_of_two_classes_are_where_the_other_is_not() -> None:
     assert (for_first * for_second).max() == 0.0
 
 
+def test_map_whose_cells_are_dead_on_noise_is_drawn_where_it_is() -> None:
+    """Seen are bright pictures alone: noise leaves every cell at 0, without a gradient."""
+    layers = nn.Sequential(nn.Conv2d(3, 1, 8, stride=8), nn.ReLU())
+    classifier = made_of(*layers, width=1)
+    with torch.no_grad():
+        layers[0].weight.fill_(1.0)
+        layers[0].bias.fill_(-1000.0)
+        classifier.head.weight[:, 0] = torch.tensor([-1.0, 1.0])
+    bright = torch.zeros(1, 3, 64, 64)
+    bright[:, :, 16:24, 40:48] = 10.0
+
+    heat = heat_of(classifier, bright, label=1)
+
+    down, right = ((heat.sum(axis) * np.arange(64)).sum() / heat.sum() for axis in (1, 0))
+    assert (down, right) == (pytest.approx(19.5), pytest.approx(43.5))
+    assert heat_of(classifier, image(), label=1).max() == 0.0
+
+
 def test_nothing_that_speaks_for_the_label_is_no_heat() -> None:
     classifier = Classifier.new("resnet18", 2, seed=0).eval()
     with torch.no_grad():
