@@ -23,7 +23,7 @@ from app.storage import LocalStorage
 from app.vision.usage import Format
 
 # Raised whenever files of earlier versions should be made anew.
-VERSION = 1
+VERSION = 2
 # One keeps a core busy and takes a gigabyte or more; predictions need the rest.
 PARALLEL_EXPORTS = 1
 MOST_WAITING = 8

@@ -17,7 +17,14 @@ _SPACE = {"NCHW": "(2, 3)", "NHWC": "(1, 2)", "tokens": "1"}
 _OPEN = """\
 with Image.open("picture.jpg") as image:
     image.draft(None, (side, side))  # a large JPEG is reduced while it is decoded, as Graft does
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = ImageOps.exif_transpose(image)
+if image.mode.startswith("I"):  # 16 bits
+    image = image.point(lambda level: level / 257 + 0.5).convert("L")
+if image.has_transparency_data:
+    shown = Image.new("RGB", image.size, "white")
+    shown.paste(image.convert("RGBA"), mask=image.convert("RGBA"))
+    image = shown
+image = image.convert("RGB")
 """
 
 _ONNX = Template("""\

@@ -242,15 +242,20 @@ def test_a_backbone_alone_answers_features(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_lines_see_pictures_as_graft_does(files: Files) -> None:
-    """Turned, grey, without loss."""
+    """Turned, grey, without loss, of 16 bits, see-through in each way that there is."""
     model, (path, _) = model_of(), files("safetensors")
     turned = Image.Exif()
     turned[0x0112] = 6
     upright = Image.fromarray(builders.picture(7, size=(800, 600)))
+    wide = Image.fromarray(np.asarray(upright.convert("L")).astype(np.uint16) * 257)
+    see_through = Image.fromarray(np.dstack([np.asarray(upright), np.asarray(upright)[..., 0]]), "RGBA")
     for picture in (
         builders.encoded(upright, "JPEG", exif=turned),
         builders.encoded(upright.convert("L"), "JPEG"),
         builders.encoded(upright, "WEBP", lossless=True),
+        builders.encoded(wide, "PNG"),
+        builders.encoded(see_through, "PNG"),
+        builders.encoded(upright.quantize(16), "PNG", transparency=0),
     ):
         answer = ask_without_graft(path, picture)
 
