@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -177,7 +177,12 @@ def load(folder: Path) -> Artifact:
         tensors = safetensors.torch.load(encoded)
         preprocessing = Preprocessing.from_dict(record.preprocessing)
         class_count = sum(len(task.classes) for task in record.tasks) or len(record.classes)
-        classifier = Classifier.hollow(record.backbone, class_count, feature_layer=record.feature_layer)
+        classifier = Classifier.hollow(
+            record.backbone,
+            class_count,
+            feature_layer=record.feature_layer,
+            last_stage=_last_stage(record.backbone, tensors),
+        )
         _check_types(classifier, tensors)
         classifier.load_state_dict(tensors, strict=True, assign=True)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, InvalidRequest) as error:
@@ -298,6 +303,12 @@ def _read_model_file(path: Path) -> _ModelFile:
     if record.feature_layer not in layers:
         raise _damaged("its backbone is not one that this version of Graft has")
     return record
+
+
+def _last_stage(backbone: str, tensors: Mapping[str, Tensor]) -> str | None:
+    """Of those that the weights are of: a model that reads all layers may have begun from one that was cut."""
+    there = {name.split(".")[2] for name in tensors if name.startswith("backbone.stages.")}
+    return next((stage for stage in reversed(BACKBONES[backbone].stage_names) if stage in there), None)
 
 
 def _check_types(classifier: Classifier, tensors: dict[str, Tensor]) -> None:

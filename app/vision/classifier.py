@@ -67,9 +67,14 @@ class Classifier(nn.Module):
         return cls._with_new_head(earlier.backbone, class_count, feature_layer, seed)
 
     @classmethod
-    def hollow(cls, backbone_name: str, class_count: int, *, feature_layer: str) -> Self:
-        """The shape of a classifier, to be filled by `load_state_dict(..., assign=True)`."""
+    def hollow(cls, backbone_name: str, class_count: int, *, feature_layer: str, last_stage: str | None = None) -> Self:
+        """The shape of a classifier, to be filled by `load_state_dict(..., assign=True)`.
+
+        last_stage: that there is, where all layers of a backbone are read that had been cut before; None: its last.
+        """
         backbone = backbones.rewrap(backbone_name, backbones.hollow(backbone_name))
+        if last_stage is not None:
+            backbone.read(last_stage)
         backbone.read(feature_layer)
         return cls(backbone, _hollow_head(backbone.feature_width, class_count), feature_layer=feature_layer)
 

@@ -29,6 +29,7 @@ def state(model: Artifact) -> dict[str, Tensor]:
     spec = _spec(model)
     network = _network(spec, classifier.class_count)
     backbone = backbones.rewrap(spec.name, network)
+    backbone.read(classifier.stage_names[-1])
     backbone.read(classifier.feature_layer)
     backbone.load_state_dict(classifier.backbone.state_dict())  # into the tensors that it shares with the network
     shared = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}
@@ -139,9 +140,10 @@ def _nodes(model: Artifact) -> list[str]:
     layer = model.classifier.feature_layer
     if layer != ALL_LAYERS:
         return [_node(spec, layer)]
-    # The last stage's output is what the head would be given, and the head is an Identity.
+    # The backbone's last stage's output is what the head would be given, and the head is an Identity.
     last = "flatten" if _has_relu_behind_head(spec) else spec.head
-    return [*(_node(spec, stage) for stage in spec.stage_names[:-1]), last]
+    stages = model.classifier.stage_names
+    return [last if stage == spec.stage_names[-1] else _node(spec, stage) for stage in stages]
 
 
 def _node(spec: BackboneSpec, stage: str) -> str:

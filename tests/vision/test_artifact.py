@@ -55,6 +55,18 @@ def test_a_saved_model_comes_back_with_the_same_answers(tmp_path: Path, feature_
     assert (loaded.temperature, loaded.metadata) == (1.7, saved.metadata)
 
 
+def test_a_model_that_reads_all_layers_of_one_that_was_cut_comes_back(tmp_path: Path) -> None:
+    cut = trained(feature_layer="stage2")
+    classifier = Classifier.from_earlier(cut.classifier, len(CLASSES), feature_layer="all", seed=1).eval()
+
+    artifact.save(tmp_path / "model", replace(cut, classifier=classifier))
+    loaded = artifact.load(tmp_path / "model").classifier
+
+    assert (loaded.stage_names, loaded.feature_layer) == (("stem", "stage1", "stage2"), "all")
+    with torch.inference_mode():
+        assert torch.equal(loaded(images()), classifier(images()))
+
+
 def test_saving_tells_size_and_digest_of_the_weights(tmp_path: Path) -> None:
     size_bytes, sha256 = artifact.save(tmp_path, trained())
 

@@ -342,6 +342,18 @@ def test_torchvisions_network_takes_the_weights(name: str, layer: str | None) ->
 
 
 @pytest.mark.slow
+def test_the_lines_read_all_layers_of_a_model_that_was_cut(tmp_path: Path) -> None:
+    cut = Classifier.new("squeezenet1_1", 2, feature_layer="stage2", seed=0)
+    classifier = Classifier.from_earlier(cut, len(CLASSES), feature_layer=ALL_LAYERS, seed=0).eval()
+    model = Artifact(classifier, CLASSES, SMALL)
+    picture = builders.jpeg(5)
+
+    path, _ = exported(model, "safetensors", tmp_path)
+
+    assert list(ask_without_graft(path, picture).values()) == pytest.approx(served(model, picture).tolist(), abs=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer", "file_format"), FAMILIES_AND_FORMATS)
 def test_every_family_answers_as_the_model_where_there_is_no_graft(
     tmp_path: Path, name: str, layer: str | None, file_format: str
