@@ -323,8 +323,9 @@ class Predictor:
         return Counter(model.engine.name for model in list(self._loaded.values()))
 
     def forget(self, model_id: str) -> None:
-        """Lets go of a deleted model; requests under way still end on it."""
+        """Lets go of a deleted model, also of one that is being loaded; requests under way still end on it."""
         self._loaded.pop(model_id, None)
+        self._loading.pop(model_id, None)
 
     @property
     def pending(self) -> int:
@@ -523,12 +524,14 @@ class Predictor:
             is_loaded = True
         finally:
             self._on_load(is_loaded)
-        self._loaded[model_id] = model
-        self._evict()
+        if self._loading.get(model_id) is asyncio.current_task():  # else it was forgotten meanwhile
+            self._loaded[model_id] = model
+            self._evict()
         return model
 
     def _forget_loading(self, model_id: str, task: asyncio.Task[LoadedModel]) -> None:
-        del self._loading[model_id]
+        if self._loading.get(model_id) is task:
+            del self._loading[model_id]
         if not task.cancelled():
             task.exception()  # seen, even if everybody who waited for it has left
 

@@ -255,6 +255,22 @@ def test_request_under_way_ends_on_the_model_it_began_with(models: Path, with_pr
     with_predictor(story)
 
 
+def test_model_that_is_forgotten_while_it_is_loaded_is_not_kept(with_predictor: Callable[..., None]) -> None:
+    async def story(predictor: Predictor) -> None:
+        loading = asyncio.create_task(predictor.load("a"))
+        await asyncio.sleep(0)
+        predictor.forget("a")
+
+        (outcome,) = await predictor.predict(await loading, PICTURES[:1])
+
+        assert isinstance(outcome, Scores)
+        assert not predictor.is_loaded("a")
+        await predictor.load("a")
+        assert predictor.is_loaded("a")
+
+    with_predictor(story)
+
+
 def test_model_that_cannot_be_loaded_is_tried_again(with_predictor: Callable[..., None]) -> None:
     async def story(predictor: Predictor) -> None:
         for _ in range(2):
