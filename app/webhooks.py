@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal, get_args
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, Select, func, select, update
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import exists as exists_row
 from sqlalchemy.orm import Session
@@ -83,12 +83,7 @@ def create(session: Session, *, url: str, events: Collection[str], is_enabled: b
 
 def find(session: Session, webhook_id: str) -> WebhookRow:
     """Raises NotFound."""
-    row = session.scalar(
-        select(WebhookRow).where(WebhookRow.id == webhook_id).execution_options(populate_existing=True)
-    )
-    if row is None:
-        raise NotFound("There is no such webhook; GET /v1/webhooks lists those there are.")
-    return row
+    return _found(session.scalar(_row(webhook_id)))
 
 
 def list_webhooks(session: Session, *, limit: int, after: str | None = None) -> Sequence[WebhookRow]:
@@ -117,6 +112,16 @@ def delete(session: Session, webhook_id: str) -> None:
         raise NotFound("There is no such webhook.")
 
 
+def _row(webhook_id: str) -> Select[WebhookRow]:
+    return select(WebhookRow).where(WebhookRow.id == webhook_id).execution_options(populate_existing=True)
+
+
+def _found(row: WebhookRow | None) -> WebhookRow:
+    if row is None:
+        raise NotFound("There is no such webhook; GET /v1/webhooks lists those there are.")
+    return row
+
+
 # What happened
 
 
@@ -126,15 +131,16 @@ def emit(session: Session, event: Event, data: Mapping[str, Any], *, workspace_i
     data: JSON, and thin: ids and states.
     """
     is_told = (WebhookRow.workspace_id == workspace_id) & WebhookRow.is_enabled
-    webhooks = session.execute(select(WebhookRow.id, WebhookRow.events).where(is_told).order_by(WebhookRow.seq))
-    for webhook_id, events in webhooks.all():
+    told = select(WebhookRow.id, WebhookRow.events).where(is_told).order_by(WebhookRow.seq)
+    # Nobody deletes them until the transaction ends: one that is just being deleted would take the change with it.
+    for webhook_id, events in session.execute(told.with_for_update(read=True, key_share=True)).all():
         if event in events:
             _add(session, webhook_id, event, data)
 
 
 def emit_test(session: Session, webhook_id: str) -> DeliveryRow:
     """Raises NotFound, or Conflict where the webhook is off."""
-    webhook = find(session, webhook_id)
+    webhook = _found(session.scalar(_row(webhook_id).with_for_update(read=True, key_share=True)))
     if not webhook.is_enabled:
         raise Conflict('The webhook is off; turn it on first: PATCH it with {"enabled": true}.', code="webhook-off")
     return _add(session, webhook_id, TEST_EVENT, {"id": webhook_id, "object": "webhook"})

@@ -2,11 +2,15 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
+
+import pytest
 
 from app import webhooks
 from app.db.engine import Database
 from app.db.tables import DEFAULT_WORKSPACE, WorkspaceRow, utc_now
+from app.errors import NotFound
 from app.webhooks import CLAIM, Claim
 
 
@@ -87,6 +91,29 @@ def test_whoever_makes_a_change_only_webhooks_of_its_workspace_are_told(any_data
     with everybodys.read() as session:
         assert webhooks.webhooks_with_due(session, now=utc_now()) == {theirs: "ws_theirs"}
         assert not webhooks.list_deliveries(session, ours, limit=10)
+
+
+def test_a_webhook_that_is_just_being_deleted_takes_no_change_with_it(any_database: Database) -> None:
+    webhook_id = webhook_with(any_database, 1)
+
+    def change() -> list[str]:
+        with any_database.write() as session:
+            webhooks.emit(session, "alias.changed", {}, workspace_id=DEFAULT_WORKSPACE)
+            return [row.id for row in webhooks.list_webhooks(session, limit=10)]
+
+    def test() -> None:
+        with any_database.write() as session:
+            webhooks.emit_test(session, webhook_id)
+
+    with ThreadPoolExecutor(2) as pool:
+        with any_database.write() as session:
+            webhooks.delete(session, webhook_id)
+            changing, testing = pool.submit(change), pool.submit(test)
+            assert not wait([changing, testing], timeout=0.2).done, "they wait for what comes of the webhook"
+
+        assert changing.result() == []
+        with pytest.raises(NotFound):
+            testing.result()
 
 
 def test_senders_at_the_same_time_take_different_deliveries(new_database_url: Callable[[], str]) -> None:
