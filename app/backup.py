@@ -3,6 +3,7 @@
 Rows are kept in an SQLite file whichever database they come from, so that a backup may be restored into another kind
 of database. Files are never changed once they are published, and are there before the row that speaks of them; so the
 rows are read first, and what a row speaks of is missing only if it was deleted since, which the rows then say too.
+Checkpoints come before the rows: as after a crash, a job's rows may be ahead of where it goes on from, never behind.
 What can be made again (features, engines, exports) is left out. Knows tables and keys; not HTTP.
 """
 
@@ -46,6 +47,9 @@ _FORMAT_VERSION = 1
 _ROWS_AT_A_TIME = 1000
 # Made again when they are needed.
 _LEFT_OUT = "features"
+_CHECKPOINTS = "jobs"
+# At copying what is replaced meanwhile, as checkpoints are once a minute.
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -118,14 +122,15 @@ def restore(folder: Path, database_url: str, storage: LocalStorage) -> Contents:
 
 
 def _written(database: Database, storage: LocalStorage, staged: Path) -> Contents:
-    digests: dict[str, dict[str, str]] = {}  # of each key, of each of its files
+    digests = _checkpoints(database, storage, staged / FILES_FOLDER)  # of each key, of each of its files
     missing: list[str] | None = None
     while True:
         rows, keys = _snapshot(database, staged / DATABASE_FILE)
         for gone in digests.keys() - keys.keys():
             del digests[gone]
             remove(staged / FILES_FOLDER / gone)
-        found = {key: _copied(storage, key, staged / FILES_FOLDER) for key in keys if key not in digests}
+        uncopied = [key for key in keys if key not in digests and key.split("/")[0] != _CHECKPOINTS]
+        found = {key: _copied(storage, key, staged / FILES_FOLDER) for key in uncopied}
         digests |= {key: files for key, files in found.items() if files}
         before, missing = missing, [key for key, is_needed in keys.items() if is_needed and key not in digests]
         # What was deleted while files were copied is no longer in rows that are read after that; what is, is lost.
@@ -135,6 +140,13 @@ def _written(database: Database, storage: LocalStorage, staged: Path) -> Content
     files |= {f"{FILES_FOLDER}/{name}": digest for each in digests.values() for name, digest in each.items()}
     size = sum((staged / name).stat().st_size for name in files)
     return Contents(_FORMAT_VERSION, utc_now().isoformat(), rows, files, size, missing)
+
+
+def _checkpoints(database: Database, storage: LocalStorage, target: Path) -> dict[str, dict[str, str]]:
+    """Digests of the copied files of each unfinished job."""
+    with database.read() as session:
+        keys = _checkpoint_keys(session)
+    return {key: files for key in keys if (files := _copied(storage, key, target))}
 
 
 def _snapshot(database: Database, path: Path) -> tuple[dict[str, int], dict[str, bool]]:
@@ -164,18 +176,23 @@ def _keys(session: Session) -> dict[str, bool]:
         **{f"models/{id}": True for id in session.scalars(select(ModelRow.id))},
         **{picture_key(id): True for id in session.scalars(select(PredictionRow.id))},
         **{f"batches/{id}": status != JobStatus.failed for id, status in batches},
-        **{f"jobs/{id}": False for id in sorted(queue.unfinished_ids(session))},
+        **dict.fromkeys(_checkpoint_keys(session), False),
     }
+
+
+def _checkpoint_keys(session: Session) -> list[str]:
+    return [f"{_CHECKPOINTS}/{id}" for id in sorted(queue.unfinished_ids(session))]
 
 
 def _copied(storage: LocalStorage, key: str, target: Path) -> dict[str, str]:
     """Digests of the copied files of a key, by their own keys; none if it is gone, or goes while it is copied."""
-    try:
-        names = [name for name in storage.files(key) if name.split("/")[2:3] != [_LEFT_OUT]]
-        return {name: _copy(storage.path(name), target / name) for name in names}
-    except FileNotFoundError:
-        remove(target / key)
-        return {}
+    for _ in range(_TRIES):
+        try:
+            names = [name for name in storage.files(key) if name.split("/")[2:3] != [_LEFT_OUT]]
+            return {name: _copy(storage.path(name), target / name) for name in names}
+        except FileNotFoundError:
+            remove(target / key)
+    return {}
 
 
 def _copy(source: Path, target: Path) -> str:

@@ -17,6 +17,7 @@ import api_builders
 import builders
 import httpx
 import pytest
+import queue_builders
 from api_builders import RunningServer
 from running import environment_for, graft_up, picture, pictures_zip, wait_until
 from sqlalchemy import select, text
@@ -31,6 +32,7 @@ from app.errors import Conflict, DatabaseMismatch, GraftError
 from app.jobs import queue
 from app.jobs.states import JobKind
 from app.storage import LocalStorage
+from worker.training.checkpoint import Checkpoints
 
 PATIENCE_SECONDS = 120.0
 
@@ -157,6 +159,52 @@ def test_what_ran_is_queued_again_and_a_cancel_that_was_asked_for_is_done(
         assert (queue.find(session, jobs[0]).attempt, queue.find(session, jobs[0]).crashes) == (1, 0)
     database.dispose()
     assert storage.path(f"jobs/{jobs[0]}/1/checkpoint").read_text() == "as far as it got"
+
+
+class TrainingJob:
+    """One that runs, and goes on by an epoch and its checkpoint whenever it is told to."""
+
+    def __init__(self, database: Database, storage: LocalStorage) -> None:
+        self._database = database
+        self.claim, self.epochs = queue_builders.claimed(database), 0
+        self._checkpoints = Checkpoints(storage, job_id=self.claim.job_id, fence=self.claim.fence)
+
+    def go_on(self) -> None:
+        self.epochs += 1
+        with self._database.write() as session:
+            queue.record_epoch(session, self.claim, queue_builders.epoch(self.epochs), {})
+        self._checkpoints.save({}, {"epoch": self.epochs})
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2])
+def test_job_that_trains_meanwhile_goes_on_from_a_checkpoint_whose_epochs_are_all_told(
+    database: Database, storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: int
+) -> None:
+    """checkpoints: more that it has once its files were listed; with two, what was listed is there no longer."""
+    job = TrainingJob(database, storage)
+    job.go_on()
+    files = storage.files
+
+    def training(key: str) -> list[str]:
+        found = files(key)
+        if job.epochs == 1 and key.startswith("jobs/"):
+            for _ in range(checkpoints):
+                job.go_on()
+            found = found if checkpoints > 1 else files(key)
+        return found
+
+    monkeypatch.setattr(storage, "files", training)
+    backup.back_up(database, storage, tmp_path / "backup")
+    restored = LocalStorage(tmp_path / "restored")
+    backup.restore(tmp_path / "backup", url_in(tmp_path / "restored"), restored)
+
+    again = Database(url_in(tmp_path / "restored"))
+    with again.read() as session:
+        told = [epoch.epoch for epoch in queue.history(session, job.claim.job_id)]
+    again.dispose()
+    found = Checkpoints(restored, job_id=job.claim.job_id, fence=job.claim.fence).newest()
+    assert found is not None
+    assert (found.numbers["epoch"], told) == (1 + checkpoints, [*range(1, 2 + checkpoints)])
 
 
 def flip_a_byte(folder: Path) -> None:
