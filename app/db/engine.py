@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 import structlog
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
@@ -43,6 +43,8 @@ POSTGRES_PATIENCE = {
 # broken off before those who wait give up; both before a lease ends. None of our transactions waits for anything else.
 IDLE_IN_TRANSACTION_SECONDS = 25
 LOCK_TIMEOUT_SECONDS = 30
+# Any number that is nobody else's: of two that make the same table at once, one fails.
+_MIGRATION_LOCK = int.from_bytes(b"graft")
 
 T = TypeVar("T")
 
@@ -123,7 +125,7 @@ class Database:
 
     @contextmanager
     def migration(self) -> Iterator[Connection]:
-        """One transaction that may change the tables themselves: all of it happens, or nothing.
+        """One transaction that may change the tables themselves: all of it happens, or nothing. One at a time.
 
         SQLite alters a table by rebuilding it, and dropping the old one would delete every row that refers to it. So
         foreign keys are not enforced here but checked at the end; IntegrityError says which table breaks one. Raises
@@ -132,6 +134,7 @@ class Database:
         with _unavailable_means_overloaded(), self.engine.connect() as connection:
             if not self._is_sqlite:
                 with connection.begin():
+                    connection.execute(select(func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
                     yield connection
                 return
             # Within a transaction this pragma does nothing, so it goes to the driver before SQLAlchemy begins one.

@@ -1,6 +1,8 @@
 """The migrations make exactly the tables that the code expects, whole or not at all."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -33,6 +35,14 @@ from app.db.migrate import check_is_current, upgrade
 from app.db.sqlite import sqlite3
 from app.db.tables import Base
 from app.errors import DatabaseMismatch
+
+UPGRADE_AT_A_LINE = """
+import sys
+from app.db.migrate import upgrade
+print("ready", flush=True)
+sys.stdin.readline()
+upgrade(sys.argv[1])
+"""
 
 
 def table_sql(database: Database) -> dict[str, list[str]]:
@@ -71,6 +81,29 @@ def test_upgrading_twice_is_upgrading_once(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / '100% new.db'}"
     upgrade(url)
     upgrade(url)
+    database = Database(url)
+    check_is_current(database)
+    database.dispose()
+
+
+def test_programs_that_start_together_on_a_new_database_all_find_its_tables(
+    empty_database_url: Callable[[], str],
+) -> None:
+    url = empty_database_url()
+    upgrading = [sys.executable, "-c", UPGRADE_AT_A_LINE, url]
+    pipe = subprocess.PIPE
+    programs = [subprocess.Popen(upgrading, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(4)]
+    for program in programs:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+
+    for program in programs:
+        assert program.stdin is not None
+        program.stdin.write("\n")
+        program.stdin.flush()
+    said = [program.communicate()[1] for program in programs]
+
+    assert [program.returncode for program in programs] == [0, 0, 0, 0], said
     database = Database(url)
     check_is_current(database)
     database.dispose()
