@@ -67,14 +67,19 @@ class _Running:
 
 @dataclass(frozen=True)
 class Crash:
-    """A program ended by itself. exit_code: negative is the number of the signal that killed it."""
+    """A program ended by itself. exit_code: negative is the number of the signal that killed it; None if the system did
+    not start it."""
 
     name: str
-    exit_code: int
+    exit_code: int | None
     restart_in_seconds: float
 
     def __str__(self) -> str:
-        how = f"was killed by signal {-self.exit_code}" if self.exit_code < 0 else f"ended with code {self.exit_code}"
+        if self.exit_code is None:
+            how = "could not be started"
+        else:
+            killed = self.exit_code < 0
+            how = f"was killed by signal {-self.exit_code}" if killed else f"ended with code {self.exit_code}"
         return f"The {self.name} {how}; it is started again in {self.restart_in_seconds:g} s."
 
 
@@ -96,8 +101,12 @@ class Supervisor:
         self._clock = clock
 
     def __enter__(self) -> Self:
-        for running in self._running:
-            self._start(running)
+        try:
+            for running in self._running:
+                self._start(running)
+        except BaseException:
+            self.stop()  # those that were started
+            raise
         return self
 
     def __exit__(
@@ -111,12 +120,16 @@ class Supervisor:
         return process.pid if process and process.poll() is None else None
 
     def look_after(self) -> list[Crash]:
-        """Notices what has crashed since the last call, and starts again whatever has paused long enough."""
+        """Notices what has crashed since the last call, or cannot be started just now, and starts again whatever has
+        paused long enough."""
         crashes = []
         for running in self._running:
             if running.process is None:
                 if self._clock() >= running.restart_at:
-                    self._start(running)
+                    try:
+                        self._start(running)
+                    except OSError:  # no memory for one more process, or too many of them: others run on meanwhile
+                        crashes.append(self._schedule_restart(running, None))
             elif (exit_code := running.process.poll()) is not None:
                 _kill_group(running.process)  # what a killed program left behind
                 crashes.append(self._schedule_restart(running, exit_code))
@@ -138,12 +151,12 @@ class Supervisor:
             running.restart_at = float("inf")
 
     def _start(self, running: _Running) -> None:
+        running.started_at = self._clock()
         running.process = subprocess.Popen(
             running.program.command, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        running.started_at = self._clock()
 
-    def _schedule_restart(self, running: _Running, exit_code: int) -> Crash:
+    def _schedule_restart(self, running: _Running, exit_code: int | None) -> Crash:
         if self._clock() - running.started_at >= HEALTHY_AFTER_SECONDS:
             running.crashes = 0
         pause_seconds = min(FIRST_PAUSE_SECONDS * 2**running.crashes, LONGEST_PAUSE_SECONDS)

@@ -1,12 +1,14 @@
 """The supervisor with real processes; only the clock that times pauses is a fake."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -111,6 +113,49 @@ def test_a_healthy_minute_wipes_out_earlier_crashes(clock: Clock) -> None:
             supervisor.look_after()
 
     assert pauses == [0.5, 1.0, 0.5]
+
+
+@contextmanager
+def no_process_can_be_started() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_where_the_system_starts_no_process_others_run_on_and_it_is_tried_again(clock: Clock) -> None:
+    programs = python("sleeper", SLEEPER), python("other", SLEEPER)
+    with supervisor_of(*programs, clock=clock) as supervisor:
+        killed, other = supervisor.pid("sleeper"), supervisor.pid("other")
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        clock.now += next_crash(supervisor).restart_in_seconds
+
+        pauses = []
+        for _ in range(8):
+            with no_process_can_be_started():
+                crashes = supervisor.look_after()
+            assert [(crash.name, crash.exit_code) for crash in crashes] == [("sleeper", None)]
+            pauses.append(crashes[0].restart_in_seconds)
+            clock.now += pauses[-1]
+        assert str(crashes[0]) == "The sleeper could not be started; it is started again in 30 s."
+        assert supervisor.look_after() == []
+
+        assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
+        assert supervisor.pid("sleeper") not in (None, killed)
+        assert supervisor.pid("other") == other
+
+
+def test_where_one_cannot_be_started_at_first_none_is_left() -> None:
+    before = set(psutil.Process().children())
+    programs = python("sleeper", SLEEPER), Program("missing", ("/nowhere/to/be/found",))
+
+    with pytest.raises(FileNotFoundError), supervisor_of(*programs):
+        pytest.fail("nothing is supervised")
+
+    assert set(psutil.Process().children()) == before
 
 
 def test_leaving_ends_every_program() -> None:
