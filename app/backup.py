@@ -7,21 +7,24 @@ Checkpoints come before the rows: as after a crash, a job's rows may be ahead of
 What can be made again (features, engines, exports) is left out. Knows tables and keys; not HTTP.
 """
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import uuid
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, Select, Table, delete, func, insert, select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from app.db.engine import Database
+from app.db.engine import Database, is_full
 from app.db.migrate import upgrade
 from app.db.sqlite import sqlite3
 from app.db.tables import (
@@ -79,14 +82,13 @@ def back_up(database: Database, storage: LocalStorage, folder: Path) -> Contents
         raise Conflict(f"{folder} is there already; a backup goes to a new folder.")
     staged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
-        (staged / FILES_FOLDER).mkdir(parents=True)
-        contents = _written(database, storage, staged)
-        (staged / CONTENTS_FILE).write_text(json.dumps(asdict(contents), indent=1), "utf-8")
-        sync_tree(staged)
-        staged.rename(folder)
-        sync(folder.parent)
-    except OSError as error:
-        raise StorageFull(f"The backup could not be written: {error.strerror or error}.") from error
+        with _room_for("The backup could not be written"):
+            (staged / FILES_FOLDER).mkdir(parents=True)
+            contents = _written(database, storage, staged)
+            (staged / CONTENTS_FILE).write_text(json.dumps(asdict(contents), indent=1), "utf-8")
+            sync_tree(staged)
+            staged.rename(folder)
+            sync(folder.parent)
     finally:
         remove(staged)
     return contents
@@ -100,7 +102,7 @@ def restore(folder: Path, database_url: str, storage: LocalStorage) -> Contents:
     newer version made the backup, StorageFull.
     """
     contents = _checked(folder)
-    with storage.staging() as staged:
+    with _room_for("Nothing was restored"), storage.staging() as staged:
         staged.mkdir()
         shutil.copyfile(folder / DATABASE_FILE, staged / DATABASE_FILE)
         upgrade(f"sqlite:///{staged / DATABASE_FILE}")  # of an older version
@@ -119,6 +121,19 @@ def restore(folder: Path, database_url: str, storage: LocalStorage) -> Contents:
             source.dispose()
             target.dispose()
     return contents
+
+
+@contextmanager
+def _room_for(otherwise: str) -> Iterator[None]:
+    """Raises StorageFull, which begins so, for files and rows that a disk does not take."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageFull(f"{otherwise}: {error.strerror or error}.") from error
+    except (OperationalError, sqlite3.OperationalError) as error:
+        if not is_full(error):
+            raise
+        raise StorageFull(f"{otherwise}: {os.strerror(errno.ENOSPC)}.") from error
 
 
 def _written(database: Database, storage: LocalStorage, staged: Path) -> Contents:
@@ -282,14 +297,11 @@ def _made(table: Table) -> Select[Any]:
 
 def _put_files(folder: Path, keys: Sequence[str], contents: Contents, storage: LocalStorage) -> None:
     storage.check_room(contents.size_bytes)
-    try:
-        for key in keys:
-            with storage.staging() as staged:
-                source = folder / FILES_FOLDER / key
-                shutil.copytree(source, staged) if source.is_dir() else shutil.copyfile(source, staged)
-                storage.publish(staged, key)
-    except OSError as error:
-        raise StorageFull("The server's disk is full or failing; nothing was restored.") from error
+    for key in keys:
+        with storage.staging() as staged:
+            source = folder / FILES_FOLDER / key
+            shutil.copytree(source, staged) if source.is_dir() else shutil.copyfile(source, staged)
+            storage.publish(staged, key)
 
 
 def _top_keys(contents: Contents) -> list[str]:

@@ -28,7 +28,7 @@ from app.backup import BackupDamaged
 from app.datasets import uploads
 from app.db.engine import Database
 from app.db.tables import DEFAULT_WORKSPACE, Base, JobRow
-from app.errors import Conflict, DatabaseMismatch, GraftError
+from app.errors import Conflict, DatabaseMismatch, GraftError, StorageFull
 from app.jobs import queue
 from app.jobs.states import JobKind
 from app.storage import LocalStorage
@@ -205,6 +205,39 @@ def test_job_that_trains_meanwhile_goes_on_from_a_checkpoint_whose_epochs_are_al
     found = Checkpoints(restored, job_id=job.claim.job_id, fence=job.claim.fence).newest()
     assert found is not None
     assert (found.numbers["epoch"], told) == (1 + checkpoints, [*range(1, 2 + checkpoints)])
+
+
+def fill_rows(database: Database, *, mebibytes: int) -> None:
+    for _ in range(mebibytes):
+        queue_builders.submit(database, text="x" * 2**20)
+
+
+# Of a disk of 16 MiB: too much with SQLite's log, or at all.
+@pytest.mark.parametrize("mebibytes", [9, 20])
+def test_backup_whose_rows_find_no_room_says_so_and_leaves_nothing(
+    database: Database, storage: LocalStorage, small_disk: Path, mebibytes: int
+) -> None:
+    fill_rows(database, mebibytes=mebibytes)
+
+    with pytest.raises(StorageFull, match="The backup could not be written: No space left on device"):
+        backup.back_up(database, storage, small_disk / "backup")
+
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("full", ["storage", "database"])
+def test_restore_whose_rows_find_no_room_says_so_and_leaves_nothing(
+    database: Database, storage: LocalStorage, small_disk: Path, tmp_path: Path, full: str
+) -> None:
+    fill_rows(database, mebibytes=20)
+    backup.back_up(database, storage, tmp_path / "backup")
+    places = {"storage": tmp_path / "new", "database": tmp_path / "new"} | {full: small_disk}
+    restored = LocalStorage(places["storage"])
+
+    with pytest.raises(StorageFull, match="Nothing was restored: No space left on device"):
+        backup.restore(tmp_path / "backup", url_in(places["database"]), restored)
+
+    assert list(restored.path("staging").iterdir()) == list(restored.path("announced").iterdir()) == []
 
 
 def flip_a_byte(folder: Path) -> None:

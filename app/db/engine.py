@@ -203,9 +203,12 @@ class Changes:
         self._connection.close()
 
 
-def is_full(error: OperationalError) -> bool:
-    """Whether what went wrong is that the database's disk has no room. Nothing was changed then."""
-    said = str(error.orig)
+def is_full(error: Exception) -> bool:
+    """Whether what went wrong is that the database's disk has no room. Nothing was changed then.
+
+    error: SQLAlchemy's OperationalError, or a driver's own.
+    """
+    said = str(getattr(error, "orig", error))
     return "disk is full" in said or "No space left on device" in said  # SQLite's words, and PostgreSQL's
 
 
