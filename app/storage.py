@@ -31,6 +31,8 @@ STAGING_MAX_AGE_SECONDS = 24 * 3600
 # A database server may still be committing what a process that has just died asked it to.
 ANNOUNCEMENT_MAX_AGE_SECONDS = 3600
 _HELD = ".held"
+# A folder cannot be renamed over a full one, nor a file over a folder.
+_IS_FOLDER = (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR)
 
 
 class LocalStorage:
@@ -65,13 +67,16 @@ class LocalStorage:
         target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         sync_tree(staged)
-        if target.is_dir():
-            # A folder cannot be renamed over a full one; only a retry of the same work publishes twice.
-            with self.staging() as aside:
+        while True:
+            try:
+                staged.replace(target)
+                break
+            except OSError as error:
+                if error.errno not in _IS_FOLDER:
+                    raise
+            # Only the same work publishes twice: a retry of it, or two who are at it at the same time.
+            with self.staging() as aside, contextlib.suppress(FileNotFoundError):
                 target.rename(aside)
-                staged.rename(target)
-        else:
-            staged.replace(target)
         for folder in (target.parent, *target.parent.parents):
             sync(folder)
             if folder == self.root:

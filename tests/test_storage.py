@@ -62,6 +62,23 @@ def test_publishing_again_replaces_the_whole_folder(storage: LocalStorage) -> No
     assert {path.name: path.read_text() for path in storage.path("models/mdl_1").iterdir()} == {"a": "2"}
 
 
+def test_folder_that_several_publish_at_once_is_whole_and_nobody_fails(storage: LocalStorage) -> None:
+    def publish() -> None:
+        own = LocalStorage(storage.root)
+        for _ in range(100):
+            with own.staging() as staged:
+                staged.mkdir()
+                (staged / "weights").write_text("whole")
+                own.publish(staged, "models/mdl_1")
+
+    with ThreadPoolExecutor(4) as pool:
+        publishing = [pool.submit(publish) for _ in range(4)]
+    assert [each.result() for each in publishing] == [None] * 4
+
+    assert storage.path("models/mdl_1/weights").read_text() == "whole"
+    assert list(storage.path("staging").iterdir()) == []
+
+
 def test_what_is_not_published_is_gone_after_an_error(storage: LocalStorage) -> None:
     with pytest.raises(RuntimeError), storage.staging(".zip") as staged:
         staged.write_bytes(b"half")
