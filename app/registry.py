@@ -236,6 +236,7 @@ def previous_model_id(session: Session, name: str) -> str:
 
 def remove_alias(session: Session, name: str) -> None:
     """Raises NotFound if there is none of this name."""
+    _lock_aliases(session)
     of_name = delete_from(AliasRow).where(AliasRow.name == name)
     removed = session.execute(of_name.returning(AliasRow.model_id, AliasRow.workspace_id)).first()
     if removed is None:
@@ -249,7 +250,7 @@ def _tell_alias(session: Session, workspace_id: str, name: str, *, model_id: str
 
 
 def _lock_aliases(session: Session) -> None:
-    """Makes others who give or move a name wait for this transaction's end, also for a name that nobody has yet.
+    """Makes others who give, move or take a name wait for this transaction's end, also for a name that nobody has yet.
     Whoever adds something else to the workspace does not wait. (SQLite's writers come one by one anyway.)"""
     assert isinstance(session, TenantSession)
     own = select(WorkspaceRow.id).where(WorkspaceRow.id == session.workspace_id)

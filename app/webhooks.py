@@ -96,7 +96,7 @@ def list_webhooks(session: Session, *, limit: int, after: str | None = None) -> 
 
 def change(session: Session, webhook_id: str, changes: Mapping[str, Any]) -> WebhookRow:
     """changes: any of url, events and is_enabled. Raises NotFound."""
-    row = find(session, webhook_id)
+    row = _found(session.scalar(_row(webhook_id).with_for_update(key_share=True)))
     for name, value in changes.items():
         setattr(row, name, value)
     if changes.get("is_enabled"):

@@ -105,15 +105,20 @@ def test_a_webhook_that_is_just_being_deleted_takes_no_change_with_it(any_databa
         with any_database.write() as session:
             webhooks.emit_test(session, webhook_id)
 
-    with ThreadPoolExecutor(2) as pool:
+    def turn_off() -> None:
+        with any_database.write() as session:
+            webhooks.change(session, webhook_id, {"is_enabled": False})
+
+    with ThreadPoolExecutor(3) as pool:
         with any_database.write() as session:
             webhooks.delete(session, webhook_id)
-            changing, testing = pool.submit(change), pool.submit(test)
-            assert not wait([changing, testing], timeout=0.2).done, "they wait for what comes of the webhook"
+            changing, testing, turning = pool.submit(change), pool.submit(test), pool.submit(turn_off)
+            assert not wait([changing, testing, turning], timeout=0.2).done, "they wait for what comes of the webhook"
 
         assert changing.result() == []
-        with pytest.raises(NotFound):
-            testing.result()
+        for refused in (testing, turning):
+            with pytest.raises(NotFound):
+                refused.result()
 
 
 def test_senders_at_the_same_time_take_different_deliveries(new_database_url: Callable[[], str]) -> None:

@@ -259,6 +259,25 @@ def test_a_model_that_is_just_deleted_is_given_no_alias(any_database: Database) 
             pointing.result(timeout=30)
 
 
+def test_an_alias_that_is_just_removed_is_given_anew(any_database: Database) -> None:
+    def point() -> None:
+        with any_database.write() as session:
+            registry.point_alias(session, "champion", "mdl_2")
+
+    with any_database.write() as session:
+        register(session, 1)
+        register(session, 2)
+        registry.point_alias(session, "champion", "mdl_1")
+    with ThreadPoolExecutor(1) as pool:
+        with any_database.write() as session:
+            registry.remove_alias(session, "champion")
+            pointing = pool.submit(point)
+            assert not wait([pointing], timeout=1.0).done
+        pointing.result(timeout=30)
+    with any_database.read() as session:
+        assert registry.aliases_of(session) == {"mdl_2": ["champion"]}
+
+
 def test_an_alias_remembers_what_it_pointed_at_before(database: Database) -> None:
     with database.write() as session:
         register(session, 1)
