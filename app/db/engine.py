@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 import structlog
-from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select, text
+from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event, func, make_url, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
@@ -43,6 +43,8 @@ POSTGRES_PATIENCE = {
 # broken off before those who wait give up; both before a lease ends. None of our transactions waits for anything else.
 IDLE_IN_TRANSACTION_SECONDS = 25
 LOCK_TIMEOUT_SECONDS = 30
+# Its word for a transaction that may change nothing. Source: postgresql.org/docs/current/errcodes-appendix.html.
+_READ_ONLY = "25006"
 # Any number that is nobody else's: of two that make the same table at once, one fails.
 _MIGRATION_LOCK = int.from_bytes(b"graft")
 
@@ -249,7 +251,15 @@ def _postgres_engine(url: str) -> Engine:
     patience["options"] = f"{options} {said.get('options', '')}".rstrip()
     # Connections that a restart of PostgreSQL has ended are noticed before they are used. What statements were given is
     # secret now and then, and errors are logged.
-    return create_engine(url, pool_pre_ping=True, connect_args=patience, hide_parameters=True)
+    engine = create_engine(url, pool_pre_ping=True, connect_args=patience, hide_parameters=True)
+
+    @event.listens_for(engine, "handle_error")
+    def leave_a_stand_by(context: ExceptionContext) -> None:
+        # Whoever is there once the connections are made anew may take changes again, as after a failover.
+        if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+            context.is_disconnect = True
+
+    return engine
 
 
 @contextmanager
@@ -277,7 +287,8 @@ def _is_locked(error: DBAPIError) -> bool:
 
 
 def _is_away(error: DBAPIError) -> bool:
-    """Whether PostgreSQL cannot be reached, starts, ends, has no place for one more, or broke this transaction off."""
+    """Whether PostgreSQL cannot be reached, starts, ends, has no place for one more, takes no changes, or broke this
+    transaction off."""
     if error.connection_invalidated:
         return True
     of_sqlite = isinstance(error.orig, sqlite3.Error)
