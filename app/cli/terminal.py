@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
@@ -18,6 +19,9 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_UNREACHABLE = 3
 EXIT_INTERRUPTED = 130
+
+GAP = 2  # between the columns of a table, in characters
+LEAST_REST = 40  # and what all but the first have together, however long that one is
 
 # A pipe or a file has no width to fit into. A name such as a:dog:b.png holds no emoji.
 output = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
@@ -89,7 +93,7 @@ def print_line(text: str) -> None:
 
 
 def print_table(columns: list[str], rows: list[list[str]], *, empty: str) -> None:
-    """A table, or the sentence `empty` where there are no rows."""
+    """A table, or the sentence `empty` where there are no rows. Into a pipe or a file goes a line for each row."""
     if not rows:
         print_line(empty)
         return
@@ -99,7 +103,16 @@ def print_table(columns: list[str], rows: list[list[str]], *, empty: str) -> Non
         table.add_column(name, overflow="fold" if position == 0 else "ellipsis", no_wrap=position == 0)
     for row in rows:
         table.add_row(*row)
-    output.print(table, markup=False)
+    if (width := _least_width(columns, rows)) > output.width:
+        table.width = width  # else a long name leaves the others no room
+    output.print(table, markup=False, crop=False)
+
+
+def _least_width(columns: list[str], rows: list[list[str]]) -> int:
+    """In characters, with the first column whole; in a terminal, cells of the others may have several lines."""
+    first, *others = [max(map(cell_len, cells)) for cells in zip(columns, *rows, strict=True)]
+    rest = sum(GAP + width for width in others)
+    return first + (min(rest, LEAST_REST) if output.is_terminal else rest)
 
 
 def print_found(

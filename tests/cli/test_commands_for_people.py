@@ -276,6 +276,19 @@ def test_predict_prints_a_row_for_each_picture(server: ScriptedServer, graft: Gr
     assert server.requests[0].path == "/predict?model=mdl_1&top_k=2"
 
 
+def test_a_long_name_leaves_its_label_and_score_in_the_line(
+    server: ScriptedServer, graft: Graft, tmp_path: Path
+) -> None:
+    path = tmp_path / ("a" * 150) / ("b" * 150) / "c.jpg"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"1")
+    server.answers["POST", "/predict"] = (200, predicted("c.jpg"))
+
+    header, *rows = [line.split() for line in graft("predict", str(path)).output.splitlines()]
+
+    assert (header, rows) == (["picture", "label", "score", "next"], [[str(path), "cat", "100.0%"]])
+
+
 def test_predict_shows_what_else_was_asked_for(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
     pictures = [tmp_path / folder / "1.jpg" for folder in ("a", "b")]
     for picture in pictures:

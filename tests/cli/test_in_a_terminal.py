@@ -201,6 +201,21 @@ def test_terminals_without_colours_or_movement_get_none(
     assert ("epoch   2" in session.text) == (not moves)
 
 
+def test_a_long_name_leaves_its_label_and_score_in_the_line(
+    graft_server: RunningServer, start: Start, tmp_path: Path
+) -> None:
+    api_builders.register_model(graft_server.services)
+    path = tmp_path / ("a" * 150) / "1.png"
+    path.parent.mkdir()
+    path.write_bytes(picture(0, chance=random.Random(0)))
+    answer = httpx.post(f"{graft_server.url}/predict", content=path.read_bytes()).json()["predictions"][0]
+
+    session = start("predict", str(path))
+
+    assert session.end() == 0
+    assert session.text.splitlines()[1].split()[:3] == [str(path), answer["label"], f"{answer['score']:.1%}"]
+
+
 def test_into_a_pipe_go_lines_without_bars_and_colours(
     graft_server: RunningServer, worker: Worker, environment: dict[str, str], tmp_path: Path
 ) -> None:
