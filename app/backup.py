@@ -43,6 +43,7 @@ from app.errors import Conflict, GraftError, StorageFull
 from app.jobs import queue
 from app.jobs.states import JobKind, JobStatus
 from app.predictions import picture_key
+from app.settings import sqlite_url
 from app.storage import LocalStorage, file_sha256, remove, sync, sync_tree
 
 DATABASE_FILE, FILES_FOLDER, CONTENTS_FILE = "graft.db", "files", "backup.json"
@@ -105,9 +106,9 @@ def restore(folder: Path, database_url: str, storage: LocalStorage) -> Contents:
     with _room_for("Nothing was restored"), storage.staging() as staged:
         staged.mkdir()
         shutil.copyfile(folder / DATABASE_FILE, staged / DATABASE_FILE)
-        upgrade(f"sqlite:///{staged / DATABASE_FILE}")  # of an older version
+        upgrade(sqlite_url(staged / DATABASE_FILE))  # of an older version
         upgrade(database_url)
-        source, target = Database(f"sqlite:///{staged / DATABASE_FILE}"), Database(database_url)
+        source, target = Database(sqlite_url(staged / DATABASE_FILE)), Database(database_url)
         try:
             _refuse_rows(target)
             keys = _top_keys(contents)
@@ -167,7 +168,7 @@ def _checkpoints(database: Database, storage: LocalStorage, target: Path) -> dic
 def _snapshot(database: Database, path: Path) -> tuple[dict[str, int], dict[str, bool]]:
     """Every row as of one moment, in an SQLite file; returns how many of each table, and the keys they speak of."""
     path.unlink(missing_ok=True)
-    url = f"sqlite:///{path}"
+    url = sqlite_url(path)
     upgrade(url)
     copy = Database(url)
     try:

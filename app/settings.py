@@ -263,9 +263,14 @@ class Settings(BaseSettings):
 
     @property
     def resolved_database_url(self) -> str:
-        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'graft.db'}"
+        return self.database_url or sqlite_url(self.data_dir.resolve() / "graft.db")
 
     @property
     def storage_root(self) -> Path:
         """Folder of the local storage."""
         return Path(self.storage_url.removeprefix("file://")).resolve() if self.storage_url else self.data_dir.resolve()
+
+
+def sqlite_url(path: Path) -> str:
+    """The SQLAlchemy URL of a file, whose name may hold what means something else in a URL."""
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")

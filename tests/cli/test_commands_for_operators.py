@@ -119,6 +119,22 @@ def test_migrate_makes_the_database_and_may_be_repeated(graft: Graft, data_folde
     assert (data_folder / "graft.db").exists()
 
 
+@pytest.mark.parametrize("name", ["feature%2Fpets", "pets?", "a b#c@d:e"])
+def test_the_folders_may_have_any_name(
+    graft: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("GRAFT_DATA_DIR", str(tmp_path / name / "data"))
+    created = graft("workspaces", "create", "lab")
+    backed_up = graft("backup", str(tmp_path / name / "backup"))
+    monkeypatch.setenv("GRAFT_DATA_DIR", str(tmp_path / name / "restored"))
+    restored = graft("restore", str(tmp_path / name / "backup"))
+
+    assert [result.exit_code for result in (created, backed_up, restored)] == [0, 0, 0], restored.errors
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "data" / "graft.db").exists()
+    assert "lab" in graft("workspaces", "list").output
+
+
 def test_a_key_is_shown_once_and_can_be_revoked(graft: Graft) -> None:
     created = graft("keys", "create", "--scope", "predict", "--scope", "train", "--name", "lab", "--expires-days", "30")
     token = created.output.strip()
