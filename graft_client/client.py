@@ -1,6 +1,9 @@
 """The two clients: `Graft` blocks, `AsyncGraft` is awaited. The calls are the same, written once."""
 
+import ipaddress
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -93,7 +96,9 @@ class Graft(_Client[BlockingWire]):
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         url = _url(url)
-        wire = BlockingWire(transport=transport, **_options(url, api_key, timeout_seconds, user_agent))
+        options = _options(url, api_key, timeout_seconds, user_agent)
+        with _usable_proxies():
+            wire = BlockingWire(transport=transport, **options)
         super().__init__(Connection(url, wire, max_retries=max_retries, patience_seconds=patience_seconds))
 
     def close(self) -> None:
@@ -123,7 +128,9 @@ class AsyncGraft(_Client[AsyncWire]):
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         url = _url(url)
-        wire = AsyncWire(transport=transport, **_options(url, api_key, timeout_seconds, user_agent))
+        options = _options(url, api_key, timeout_seconds, user_agent)
+        with _usable_proxies():
+            wire = AsyncWire(transport=transport, **options)
         super().__init__(Connection(url, wire, max_retries=max_retries, patience_seconds=patience_seconds))
 
     async def close(self) -> None:
@@ -165,4 +172,21 @@ def _options(url: str, api_key: str | None, timeout_seconds: float, user_agent: 
     if key := _key(api_key):
         headers["Authorization"] = f"Bearer {key}"
     timeout = httpx.Timeout(timeout_seconds, connect=min(timeout_seconds, CONNECT_SECONDS))
-    return {"base_url": url, "headers": headers, "timeout": timeout}
+    return {"base_url": url, "headers": headers, "timeout": timeout, "is_direct": _is_this_machine(httpx.URL(url).host)}
+
+
+def _is_this_machine(host: str) -> bool:
+    """Which a proxy would look for at its own place."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+@contextmanager
+def _usable_proxies() -> Iterator[None]:
+    """httpx looks for HTTPS_PROXY and its like as a client is made. Raises GraftError for one that it cannot use."""
+    try:
+        yield
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise GraftError(f"The proxy that the environment names cannot be used: {error}") from error

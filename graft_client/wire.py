@@ -16,10 +16,10 @@ Pieces = Callable[[], Iterator[bytes]]  # a body; called again where the request
 
 
 class BlockingWire:
-    """Over an httpx.Client."""
+    """Over an httpx.Client. is_direct: by no proxy, whatever the environment says."""
 
-    def __init__(self, *, transport: httpx.BaseTransport | None, **options: Any) -> None:
-        self.http = httpx.Client(transport=transport, **options)
+    def __init__(self, *, transport: httpx.BaseTransport | None, is_direct: bool, **options: Any) -> None:
+        self.http = httpx.Client(transport=transport or (httpx.HTTPTransport() if is_direct else None), **options)
 
     async def send(self, request: httpx.Request) -> httpx.Response:
         """The answer from when its headers are there; whoever sent it reads or closes it."""
@@ -54,10 +54,11 @@ class BlockingWire:
 
 
 class AsyncWire:
-    """Over an httpx.AsyncClient."""
+    """Over an httpx.AsyncClient. is_direct: by no proxy, whatever the environment says."""
 
-    def __init__(self, *, transport: httpx.AsyncBaseTransport | None, **options: Any) -> None:
-        self.http = httpx.AsyncClient(transport=transport, **options)
+    def __init__(self, *, transport: httpx.AsyncBaseTransport | None, is_direct: bool, **options: Any) -> None:
+        direct = httpx.AsyncHTTPTransport() if is_direct else None
+        self.http = httpx.AsyncClient(transport=transport or direct, **options)
 
     async def send(self, request: httpx.Request) -> httpx.Response:
         return await self.http.send(request, stream=True)

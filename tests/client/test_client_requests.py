@@ -288,6 +288,33 @@ def test_what_is_no_address_is_said_as_such(url: str) -> None:
         Graft(url).jobs.list()
 
 
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
+def test_a_server_on_this_machine_is_asked_by_no_proxy(
+    tmp_path: Path, swallowing_server: tuple[str, list[int]], monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    url, received = swallowing_server
+    (tmp_path / "1.jpg").write_bytes(b"1")
+    monkeypatch.setenv("ALL_PROXY", proxy)
+
+    async def upload() -> None:
+        async with AsyncGraft(url) as graft:
+            await graft.datasets.upload(tmp_path)
+
+    with Graft(url) as graft:
+        graft.datasets.upload(tmp_path)
+    asyncio.run(upload())
+
+    assert len(received) == 2
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "socks://127.0.0.1:1", "http://127.0.0.1:port"])
+def test_a_proxy_that_cannot_be_used_is_said_as_such(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+
+    with pytest.raises(GraftError, match="proxy"):
+        Graft("http://graft.test")
+
+
 def test_address_and_key_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFT_URL", "graft.test:8000")
     monkeypatch.setenv("GRAFT_API_KEY", "ft_1")
