@@ -73,18 +73,25 @@ async def pages(connection: Connection[Any], path: str, kind: type[T], query: Ma
 
 
 async def download(connection: Connection[Any], request: Request, target: Path) -> httpx.Headers:
-    """Writes an answer's body to a file, which is there when it is whole. Returns the answer's headers."""
-    partial = target.with_name(f"{target.name}.part")
+    """Writes an answer's body to a file, which is there when it is whole. Returns the answer's headers.
+
+    What is there and is no file, as a pipe or /dev/stdout, is written to as the body comes, and stays what it is.
+    """
     in_thread = connection.wire.in_thread
-    try:
-        async with connection.open(request) as response:
-            file = await in_thread(partial.open, "wb")
+    is_replaceable = target.is_file() or not target.exists()
+    target = target.resolve() if is_replaceable else target  # a link stays, and leads to the new file
+    written = target.with_name(f"{target.name}.part") if is_replaceable else target
+    async with connection.open(request) as response:
+        try:
+            file = await in_thread(written.open, "wb")
             try:
                 async for piece in connection.wire.pieces(response):
                     await in_thread(file.write, piece)
             finally:
                 await in_thread(file.close)
-        await in_thread(partial.replace, target)
-        return response.headers
-    finally:
-        partial.unlink(missing_ok=True)
+            if is_replaceable:
+                await in_thread(written.replace, target)
+        finally:
+            if is_replaceable:
+                written.unlink(missing_ok=True)
+    return response.headers

@@ -2,9 +2,11 @@
 
 import asyncio
 import io
+import os
 import tracemalloc
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -658,3 +660,32 @@ def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ServerUnreachable):
         client_of(answer).batches.download("batch_1", tmp_path / "told.jsonl")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path, is_linked: bool) -> None:
+    pipe = target = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if is_linked:  # as /dev/stdout is
+        target = tmp_path / "stdout"
+        target.symlink_to(pipe)
+    answer, _ = answering(httpx.Response(200, content=b"told"))
+
+    with ThreadPoolExecutor() as reader:
+        read = reader.submit(pipe.read_bytes)
+        client_of(answer).batches.download("batch_1", target)
+
+    assert read.result() == b"told"
+    assert pipe.is_fifo() and target.is_symlink() == is_linked
+
+
+def test_a_link_to_a_file_stays_and_leads_to_the_new_one(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "told.csv").write_bytes(b"old")
+    (tmp_path / "near.csv").symlink_to(tmp_path / "far" / "told.csv")
+    answer, _ = answering(httpx.Response(200, content=b"new"))
+
+    client_of(answer).batches.download("batch_1", tmp_path / "near.csv")
+
+    assert (tmp_path / "near.csv").is_symlink()
+    assert [path.read_bytes() for path in (tmp_path / "far").iterdir()] == [b"new"]
