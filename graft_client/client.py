@@ -53,13 +53,13 @@ class _Client(Resource[W]):
         """Classifies pictures, one or any number, by the default model if none is named.
 
         Answers are in the order of the pictures; one that cannot be read has a FailedPrediction in its place. Raises
-        InvalidRequest if none can be read. on_progress gets the numbers of pictures, answered and in all.
+        InvalidRequest or TooLarge if none can be read. on_progress gets the numbers of pictures, answered and in all.
         """
         return await predict(self._connection, pictures, options, on_progress)
 
     @call
     async def predict_one(self, picture: Picture, **options: Unpack[PredictOptions]) -> Prediction:
-        """Classifies one picture. Raises InvalidRequest if it cannot be read."""
+        """Classifies one picture. Raises InvalidRequest or TooLarge if it cannot be read."""
         answer = await predict(self._connection, [picture], options, None)
         return decode(Prediction, answer.raw["predictions"][0])
 

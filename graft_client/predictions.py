@@ -9,7 +9,7 @@ from graft_client.answers import Batch, Deleted, JobStatus, Page, Predictions, S
 from graft_client.calls import Resource, call, stream
 from graft_client.connection import Connection, JsonObject, Request, path_of
 from graft_client.decoding import decode
-from graft_client.errors import InvalidRequest
+from graft_client.errors import InvalidRequest, TooLarge
 from graft_client.uploads import (
     ArchiveSource,
     NamedPicture,
@@ -33,7 +33,7 @@ async def predict(
 ) -> Predictions:
     """In the order of the pictures, asked for in as many requests as they need, of one model.
 
-    on_progress gets numbers of pictures. Raises InvalidRequest if none of the pictures can be read.
+    on_progress gets numbers of pictures. Raises InvalidRequest or TooLarge if none of the pictures can be read.
     """
     wanted = as_sequence(pictures)
     if not wanted:
@@ -44,8 +44,9 @@ async def predict(
         try:
             answer = await _ask(connection, group, options)
             predictions += answer["predictions"]
-        except InvalidRequest as error:
-            if error.code != UNREADABLE or len(group) == len(wanted):
+        except (InvalidRequest, TooLarge) as error:
+            is_of_pictures = error.code == UNREADABLE or isinstance(error, TooLarge)
+            if not is_of_pictures or len(group) == len(wanted):
                 raise
             refusal = error
             predictions += [await _refused(connection, named, options) for named in group]
@@ -71,11 +72,11 @@ async def _ask(connection: Connection[Any], group: Sequence[NamedPicture], optio
 
 
 async def _refused(connection: Connection[Any], named: NamedPicture, options: Mapping[str, Any]) -> JsonObject:
-    """What is wrong with one picture of a request of which none could be read, as an entry among others."""
+    """What is wrong with one picture of a request that was refused for its pictures, as an entry among others."""
     try:
         [found] = (await _ask(connection, [named], options))["predictions"]
-    except InvalidRequest as error:
-        return {"filename": named[0], "error": dict(error.problem)}
+    except (InvalidRequest, TooLarge) as error:
+        return {"filename": named[0], "error": {"detail": error.detail, **error.problem}}
     entry: JsonObject = found
     return entry
 

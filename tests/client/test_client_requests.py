@@ -633,6 +633,18 @@ def test_many_pictures_go_in_requests_of_64_to_one_model_and_come_back_in_order(
     assert told == [(64, 130), (128, 130), (130, 130)]
 
 
+def test_a_picture_that_is_too_large_costs_the_others_nothing() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return problem(413, "too-large", "It is too large.") if b"huge" in request.read() else predicting(request)
+
+    pictures = [(f"{index}", b"huge" if index == 64 else b"jpeg") for index in range(66)]
+    found = client_of(answer).predict(pictures).predictions
+
+    assert [each.filename for each in found] == [name for name, _ in pictures]
+    failed = [each for each in found if isinstance(each, FailedPrediction)]
+    assert [(each.filename, each.error["detail"]) for each in failed] == [("64", "It is too large.")]
+
+
 def test_pictures_of_which_none_can_be_read_are_a_refusal() -> None:
     with pytest.raises(InvalidRequest, match="a cannot be read"):
         client_of(predicting).predict([("a", b"broken"), ("b", b"broken")])
