@@ -27,9 +27,11 @@ JsonObject = dict[str, Any]
 T = TypeVar("T")
 
 CONNECT_SECONDS = 10.0
-LONGEST_WAIT_SECONDS = 60.0  # the most that `?wait=` takes
+# `?wait=` takes 60 at most, but proxies commonly give up a server that has said nothing for so long, or for 50.
+LONGEST_WAIT_SECONDS = 45.0
 LOOK_SECONDS = 1.0  # how often whoever wants to be told of it is told how far something is
 WAITING_HELPS = (409, 429, 503)
+AWAY = (502, 503, 504)  # as a proxy says it of a server that is being restarted, or Graft of its database
 FIRST_PAUSE_SECONDS = 0.25  # doubled each time
 LONGEST_PAUSE_SECONDS = 60.0  # a server that says to come back later than this is not waited for
 RECONNECT_PAUSE_SECONDS = 0.5
@@ -115,7 +117,7 @@ class Connection(Generic[W]):
             left = longest if deadline is None else max(0.0, deadline - asked_at)
             try:
                 answer = await self.json(replace(request, query={"wait": round(min(left, longest), 3)}))
-            except ServerUnreachable as error:
+            except (ServerUnreachable, ServerRefused) as error:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise
                 await patience.bear(error)
@@ -191,8 +193,10 @@ class Patience:
         """It answers."""
         self._away_since = None
 
-    async def bear(self, error: ServerUnreachable) -> None:
-        """Pauses before the next try; raises the error once it has been away for too long."""
+    async def bear(self, error: ServerUnreachable | ServerRefused) -> None:
+        """Pauses before the next try; raises the error once it has been away for too long, or if it is not away."""
+        if isinstance(error, ServerRefused) and error.status not in AWAY:
+            raise error
         now = time.monotonic()
         self._away_since = now if self._away_since is None else self._away_since
         if now - self._away_since >= self._connection.patience_seconds:

@@ -14,7 +14,7 @@ from graft_client.answers import Deleted, DryRun, Epoch, Event, Job, JobStatus, 
 from graft_client.calls import Resource, call, stream
 from graft_client.connection import RECONNECT_PAUSE_SECONDS, Connection, Patience, Request, path_of
 from graft_client.decoding import decode
-from graft_client.errors import ServerUnreachable, UnexpectedAnswer
+from graft_client.errors import ServerRefused, ServerUnreachable, UnexpectedAnswer
 from graft_client.requests import JobOptions
 from graft_client.wire import W
 
@@ -80,7 +80,7 @@ class Jobs(Resource[W]):
                         after = event.id
                         yield event
                 await self._connection.wire.sleep(RECONNECT_PAUSE_SECONDS)  # a server that stops ends its streams
-            except ServerUnreachable as error:
+            except (ServerUnreachable, ServerRefused) as error:
                 await patience.bear(error)
 
     @call

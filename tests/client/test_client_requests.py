@@ -441,6 +441,23 @@ def test_whoever_waits_is_told_each_second_how_far_it_is() -> None:
     assert [request.url.query for request in requests] == [b"wait=1.0"] * 3
 
 
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_waiting_outlives_what_a_proxy_says_of_a_server_that_is_being_restarted(status: int) -> None:
+    page = httpx.Response(status, text="<html>Bad Gateway</html>")
+    answer, requests = answering(page, page, httpx.Response(200, json=JOB | {"status": "succeeded"}))
+
+    assert client_of(answer).jobs.wait("job_1").status == "succeeded"
+    assert len(requests) == 3
+
+
+def test_waiting_for_what_is_not_there_ends_at_once() -> None:
+    answer, requests = answering(problem(404, "not-found", "There is none."))
+
+    with pytest.raises(NotFound):
+        client_of(answer).jobs.wait("job_1")
+    assert len(requests) == 1
+
+
 def test_waiting_ends_when_the_time_is_up() -> None:
     answer, requests = answering(httpx.Response(200, json=JOB))
 
@@ -509,6 +526,16 @@ def test_a_cut_event_stream_goes_on_after_the_last_event_seen() -> None:
         ("9", "epoch", {"epoch": 2}),
     ]
     assert [request.headers.get("Last-Event-ID") for request in requests] == [None, "7", "7"]
+
+
+def test_following_outlives_what_a_proxy_says_of_a_server_that_is_being_restarted() -> None:
+    answer, _ = answering(
+        httpx.Response(200, headers=STREAM, content=events(EPOCH_1)),
+        httpx.Response(502, text="<html>Bad Gateway</html>"),
+        httpx.Response(200, headers=STREAM, content=events(EPOCH_2, DONE)),
+    )
+
+    assert [event.id for event in client_of(answer).jobs.follow("job_1")] == ["7", "9"]
 
 
 def test_a_job_that_has_ended_meanwhile_ends_the_following() -> None:
