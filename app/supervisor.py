@@ -20,16 +20,21 @@ from typing import Self
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 HEALTHY_AFTER_SECONDS = 60.0  # a run this long wipes out the memory of earlier crashes
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Ctrl-C, SIGTERM and a closed terminal, unless that is to be ignored, as `nohup` has it."""
+    closed = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *closed]
 
 
 class StopRequests:
-    """Ctrl-C, SIGTERM and a closed terminal as something to wait for. Main thread only."""
+    """What `stop_signals` says, as something to wait for. Main thread only."""
 
     def __enter__(self) -> Self:
         # A pipe, because a handler must not take locks; what is written once stays readable, so no request is missed.
         self._readable, self._writable = os.pipe()
-        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._remember) for number in stop_signals()}
         return self
 
     def __exit__(

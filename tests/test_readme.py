@@ -152,7 +152,10 @@ def test_the_demo_ends_by_itself_when_asked_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_serves_until_ctrl_c_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "is_serving", "exit_code"), [(signal.SIGINT, True, 0), (signal.SIGHUP, False, 130)])
+def test_the_demo_goes_on_until_ctrl_c_or_its_terminal_is_closed_and_leaves_no_process(
+    tmp_path: Path, number: signal.Signals, is_serving: bool, exit_code: int
+) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "app.cli", "demo"],
         cwd=tmp_path,
@@ -163,14 +166,15 @@ def test_the_demo_serves_until_ctrl_c_and_leaves_no_process(tmp_path: Path) -> N
     ) as demo:
         assert demo.stdout is not None
         lines = []
+        awaited = "Graft goes on serving at " if is_serving else "graft up --port "
         for line in demo.stdout:
             lines.append(line)
-            if line.startswith("Graft goes on serving at "):
+            if line.startswith(awaited):
                 break
-        assert lines[-1].startswith("Graft goes on serving at "), "".join(lines)
+        assert lines[-1].startswith(awaited), "".join(lines)
         left = psutil.Process(demo.pid).children(recursive=True)
-        os.kill(demo.pid, signal.SIGINT)
-        assert demo.wait(timeout=60) == 0
+        os.kill(demo.pid, number)
+        assert demo.wait(timeout=60) == exit_code
 
     wait_until(
         lambda: not any(process.is_running() for process in left), within_seconds=10, otherwise="a process is left"

@@ -19,7 +19,7 @@ from app.cli.server import load_settings
 from app.cli.terminal import Failure, errors, percent, print_line, print_table
 from app.cli.train import describe_dataset, describe_model, upload
 from app.cli.watching import model_of, watch
-from app.supervisor import free_port, is_port_free
+from app.supervisor import free_port, is_port_free, stop_signals
 from graft_client import Dataset, Graft, JobOptions, Model, Prediction
 
 START_WITHIN_SECONDS = 120.0  # importing torch from a cold disk takes most of it
@@ -42,8 +42,9 @@ def demo(
     port: Annotated[int | None, typer.Option(help="Port to serve on; 8000 or a free one if left out.")] = None,
 ) -> None:
     """Upload real pictures, train on them, predict new ones, and leave it all serving until Ctrl-C."""
-    # SIGTERM, too, has to stop the server on its way out.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGTERM and a closed terminal, too, have to stop the server on their way out.
+    for number in stop_signals():
+        signal.signal(number, signal.default_int_handler)
     with _fresh_folder(load_settings().data_dir.resolve() / "demo") as folder:
         _run(folder, port=port, exit_when_done=exit_when_done)
 

@@ -215,6 +215,19 @@ def test_a_stop_request_ends_the_wait_and_is_remembered(number: signal.Signals) 
     subprocess.run([sys.executable, "-c", STOPPED, str(int(number))], check=True)
 
 
+OUTLIVED = """
+import os, signal
+from app.supervisor import StopRequests
+with StopRequests() as requests:
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not requests.wait(0)
+"""
+
+
+def test_under_nohup_a_closed_terminal_is_no_stop_request() -> None:
+    subprocess.run(["nohup", sys.executable, "-c", OUTLIVED], check=True)
+
+
 def test_signal_handlers_are_as_before_afterwards() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopRequests():
