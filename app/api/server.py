@@ -79,7 +79,8 @@ class _Protocol(HttpToolsProtocol):
 
     header_timeout_seconds: float  # of the subclass that a server makes, since uvicorn takes a class
     _headers_due: asyncio.TimerHandle | None = None
-    _header_bytes = 0
+    _header_bytes = 0  # or of what stands behind a body's last piece
+    _is_of_body = False  # what came last ended a head, or held some of a body
     url = b""  # of the request that is being read, as far as it has come
     _is_deaf = False  # something was sent that nothing can come after
 
@@ -90,9 +91,10 @@ class _Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
             return
+        self._is_of_body = False
         super().data_received(data)
-        if self._headers_due is not None:
-            # The parser keeps what it has of a header until its end, however far that is.
+        if self._headers_due is not None or not self._is_of_body:
+            # The parser keeps what it has of a header until its end, however far that is; of a trailer, too.
             self._header_bytes += len(data)
             if self._header_bytes > MAX_HEADER_BYTES:
                 detail = f"The request's headers are larger than {MAX_HEADER_BYTES:,} bytes."
@@ -108,9 +110,16 @@ class _Protocol(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
             raise ValueError("not one Host header")
         super().on_headers_complete()
+        self.headers = []  # of trailers, which nothing is told of: who let the request in has not seen them
+        self._begin_to_count()
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._begin_to_count()
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        self._begin_to_count()
         self.url = b""  # what comes next may never say its own
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -119,6 +128,9 @@ class _Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(Problem.of_status(400, detail="This is not a valid HTTP request."))
+
+    def _begin_to_count(self) -> None:
+        self._header_bytes, self._is_of_body = 0, True
 
     def _expect_headers(self) -> None:
         if self._headers_due is None:
@@ -145,6 +157,8 @@ class _Protocol(HttpToolsProtocol):
 
         While the request before it is being answered, it ends with that answer instead.
         """
+        if self._is_deaf:
+            return
         self._stop_expecting()
         self._is_deaf = True
         if self.transport.is_closing():

@@ -122,13 +122,36 @@ def test_a_head_that_trickles_behind_a_request_does_not_cut_its_answer_off(tmp_p
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
-def test_a_body_that_breaks_is_answered_once(server: RunningServer) -> None:
+@pytest.mark.parametrize("behind", [b"", b"x" * 200_000])
+def test_a_body_that_breaks_is_answered_once(server: RunningServer, behind: bytes) -> None:
     head = b"PUT /v1/datasets HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
-    answer = api_builders.raw_exchange(server, head + b"4\r\nPK..\r\nno number\r\n")
+    answer = api_builders.raw_exchange(server, head + b"4\r\nPK..\r\nno number\r\n" + behind)
 
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert answer.count(b"HTTP/1.1 ") == 1
+
+
+CHUNKS = b"PUT /v1/datasets HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nPK\r\n0\r\n"
+
+
+def test_what_stands_behind_a_body_is_no_header(server: RunningServer) -> None:
+    trailers = b"X-Request-ID: from-behind\r\nContent-Encoding: gzip\r\n\r\n"
+
+    answer = api_builders.raw_exchange(server, CHUNKS + trailers + CLOSING)
+
+    refused, _, answered = answer.partition(b"HTTP/1.1 200 ")
+    assert problem_in(refused) == "/problems/not-an-archive"
+    assert b"from-behind" not in refused
+    assert answered
+
+
+@pytest.mark.parametrize("endless", [b"X-Long: " + b"x" * 1_000_000, b"X-Many: x\r\n" * 100_000])
+def test_trailers_without_an_end_are_refused(server: RunningServer, endless: bytes) -> None:
+    answer = api_builders.raw_exchange(server, CHUNKS + endless)
+
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert problem_in(answer) == "/problems/headers-too-large"
 
 
 def test_an_offered_upgrade_is_not_taken_and_the_request_is_answered(server: RunningServer) -> None:
