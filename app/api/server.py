@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 import structlog
 import uvicorn
 from fastapi import FastAPI
@@ -73,19 +74,44 @@ class _Server(uvicorn.Server):
             request.cancel()  # BodyGuard answers it
 
 
+class _Parser(httptools.HttpRequestParser):
+    """Reads a request that offers another protocol as any other (RFC 9110, 7.8); httptools would leave its body to be
+    read as the next request."""
+
+    def __init__(self, protocol: "_Protocol") -> None:
+        super().__init__(protocol)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        self._protocol = protocol
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        parser, rest = self, memoryview(data)
+        while rest:
+            try:
+                super(_Parser, parser).feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                rest = rest[offer.args[0] :]
+                # Another one, since this may have been told that its connection ends.
+                parser = self._protocol.parser = _Parser(self._protocol)
+                head, self._protocol.plain_head = self._protocol.plain_head, b""
+                super(_Parser, parser).feed_data(head)
+
+
 class _Protocol(HttpToolsProtocol):
     """HttpToolsProtocol that gives a client so long from the first byte of a request to the end of its headers,
-    which may not be endless, and refuses in Graft's words."""
+    which may not be endless, takes no other protocol, and refuses in Graft's words."""
 
     header_timeout_seconds: float  # of the subclass that a server makes, since uvicorn takes a class
     _headers_due: asyncio.TimerHandle | None = None
     _header_bytes = 0  # or of what stands behind a body's last piece
     _is_of_body = False  # what came last ended a head, or held some of a body
     url = b""  # of the request that is being read, as far as it has come
+    plain_head = b""  # of one that offers another protocol: without the offer, to be read in place of what came
     _is_deaf = False  # something was sent that nothing can come after
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.parser = _Parser(self)
         self._expect_headers()
 
     def data_received(self, data: bytes) -> None:
@@ -109,6 +135,9 @@ class _Protocol(HttpToolsProtocol):
         # Whom a request is for, two servers on its way must not see differently (RFC 9112, 3.2).
         if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
             raise ValueError("not one Host header")
+        if any(name == b"upgrade" for name, _ in self.headers) and self.parser.should_upgrade():
+            self.plain_head = self._head_without_offer()
+            return
         super().on_headers_complete()
         self.headers = []  # of trailers, which nothing is told of: who let the request in has not seen them
         self._begin_to_count()
@@ -118,6 +147,8 @@ class _Protocol(HttpToolsProtocol):
         self._begin_to_count()
 
     def on_message_complete(self) -> None:
+        if self.plain_head:
+            return
         super().on_message_complete()
         self._begin_to_count()
         self.url = b""  # what comes next may never say its own
@@ -128,6 +159,11 @@ class _Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(Problem.of_status(400, detail="This is not a valid HTTP request."))
+
+    def _head_without_offer(self) -> bytes:
+        first = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = (b"%s: %s" % header for header in self.headers if header[0] != b"upgrade")
+        return b"\r\n".join([first, *kept, b"", b""])
 
     def _begin_to_count(self) -> None:
         self._header_bytes, self._is_of_body = 0, True

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import socket
+import time
 from pathlib import Path
 
 import api_builders
@@ -154,10 +155,35 @@ def test_trailers_without_an_end_are_refused(server: RunningServer, endless: byt
     assert problem_in(answer) == "/problems/headers-too-large"
 
 
-def test_an_offered_upgrade_is_not_taken_and_the_request_is_answered(server: RunningServer) -> None:
-    offer = b"Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ\r\n\r\n"
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ\r\n"
 
-    assert api_builders.raw_exchange(server, GOOD + offer).startswith(b"HTTP/1.1 200 ")
+
+@pytest.mark.parametrize(
+    "offer", [OFFER, OFFER + b"Connection: close\r\n", b"Connection: Upgrade\r\nUpgrade: websocket\r\n"]
+)
+def test_an_offered_upgrade_is_not_taken_and_the_request_is_answered(server: RunningServer, offer: bytes) -> None:
+    answer = api_builders.raw_exchange(server, GOOD + offer + b"\r\n" + CLOSING)
+
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b"HTTP/1.1 ") == (1 if b"close" in offer else 2)
+
+
+@pytest.mark.parametrize("pause_seconds", [0, 0.1], ids=["in one piece", "in two"])
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["of a length", "in chunks"])
+def test_a_request_that_offers_an_upgrade_keeps_its_body(
+    server: RunningServer, is_chunked: bool, pause_seconds: float
+) -> None:
+    within = b"GET /within HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    framing = b"Transfer-Encoding: chunked" if is_chunked else b"Content-Length: %d" % len(within)
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(within), within) if is_chunked else within
+    with socket.create_connection(server.address, timeout=api_builders.DEADLINE_SECONDS) as connection:
+        connection.sendall(b"PUT /v1/datasets HTTP/1.1\r\nHost: localhost\r\n" + OFFER + framing + b"\r\n\r\n")
+        time.sleep(pause_seconds)
+        connection.sendall(body + CLOSING)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"422", b"200"]
+    assert b"not-an-archive" in answer
 
 
 def test_head_is_the_answer_without_its_body(client: httpx.Client) -> None:
