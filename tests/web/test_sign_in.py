@@ -114,6 +114,13 @@ def test_without_keys_other_sites_change_nothing_either(client: httpx.Client) ->
     assert client.post("/v1/jobs", content="{}").status_code == 422  # curl
 
 
+def test_where_no_key_is_asked_for_none_is_kept(client: httpx.Client) -> None:
+    response = signed_in(client, "a password, perhaps: \N{EURO SIGN}")
+
+    assert (response.status_code, response.headers["location"]) == (303, "/models")
+    assert "set-cookie" not in response.headers
+
+
 def test_a_form_on_another_site_signs_nobody_in(server: RunningServer, client: httpx.Client) -> None:
     key = token(create_key(server, Scope.predict))
 
