@@ -115,11 +115,13 @@ class _Names:
         self._count = 0
 
     def accept(self, name: str, *, is_folder: bool) -> str:
-        """The name as a safe relative path ("" for the root itself). Raises ArchiveRefused or TooLarge."""
+        """The name as a safe relative path ("" for the root itself, a folder). Raises ArchiveRefused or TooLarge."""
         self._count += 1
         if self._count > self._limits.max_members:
             raise TooLarge(f"The archive has more than {self._limits.max_members} members.")
         path = safe_path(name)
+        if not path and not is_folder:
+            raise _unsafe(name, "is a file in place of the folder that holds all")
         is_twice = path in self._files or (path in self._folders and not (is_folder and self._are_folders_repeatable))
         if is_twice and path:
             raise ArchiveRefused(f"The archive holds {shown(path)} twice.", code="duplicate-member")

@@ -212,6 +212,8 @@ def test_gzip_without_a_tar_is_no_archive(contents: Contents) -> None:
         "a\u0085.jpg",
         "n" * 1025,
         "/".join("abcdefghijklmnopq"),
+        ".",
+        "./.",
     ],
 )
 @pytest.mark.parametrize(
@@ -219,6 +221,13 @@ def test_gzip_without_a_tar_is_no_archive(contents: Contents) -> None:
 )
 def test_unsafe_name_is_refused(contents: Contents, make: Callable[[str], bytes], name: str) -> None:
     assert code_of(contents, make(name)) == "unsafe-path"
+
+
+def test_nothing_is_read_out_of_a_file_that_is_called_as_the_root(contents: Contents) -> None:
+    within = tar_of({"hidden/1.jpg": b"one"})
+    archive = tar_of({".": within, **FILES})
+
+    assert code_of(contents, archive) == "unsafe-path"
 
 
 def raw_tar(name: str) -> bytes:
