@@ -95,7 +95,7 @@ class Egress:
 
     async def _addresses(self, url: httpx.URL) -> list[Address]:
         try:
-            found = await self.resolve(url.host, _port(url))
+            found = await self.resolve(_name(url), _port(url))
         except (OSError, UnicodeError):
             raise Unreachable("the host's name leads nowhere") from None
         addresses = [ipaddress.ip_address(address) for address in found]
@@ -124,7 +124,7 @@ class Egress:
                     url.copy_with(host=str(address)),
                     content=body,
                     headers={**headers, "Host": url.netloc.decode("ascii"), "Connection": "close"},
-                    extensions={"sni_hostname": url.raw_host.decode("ascii").strip("[]")},
+                    extensions={"sni_hostname": _name(url)},
                 )
                 try:
                     response = await client.send(request, stream=True, follow_redirects=False)
@@ -211,6 +211,11 @@ def _parsed(text: str) -> httpx.URL:
     if len(text) > MAX_URL_CHARACTERS:
         raise Refused(f"it is longer than {MAX_URL_CHARACTERS} characters")
     return url
+
+
+def _name(url: httpx.URL) -> str:
+    """The host as it stands in Host and in TLS. Given its letters, Python looks another one up: it reads ß as ss."""
+    return url.raw_host.decode("ascii").strip("[]")
 
 
 def _port(url: httpx.URL) -> int:

@@ -75,10 +75,10 @@ class Names:
 
     def __init__(self, *answers: Sequence[str]) -> None:
         self._answers = list(answers)
-        self.looks = 0
+        self.looked_up: list[str] = []
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
-        self.looks += 1
+        self.looked_up.append(host)
         return self._answers.pop(0)
 
 
@@ -143,13 +143,22 @@ def test_name_is_looked_up_once_and_the_connection_goes_to_what_was_looked_at() 
         url = f"http://hooks.example:{receiver.port}/a?b=c"
 
         assert post(url, networks=allowed, names=names) == Answer(204)
-        assert names.looks == 1
+        assert names.looked_up == ["hooks.example"]
         with pytest.raises(Refused, match="not public"):
             post(url, networks=allowed, names=names)
 
         [(headers, body)] = receiver.requests
         assert (headers["host"], headers["x-own"], body) == (f"hooks.example:{receiver.port}", "1", b"{}")
         assert victim.requests == []
+
+
+def test_name_of_other_letters_is_looked_up_as_it_is_told_to_the_receiver() -> None:
+    names = Names(["127.0.0.1"])
+    with Receiver() as receiver:
+        post(f"http://stra\u00dfe.example:{receiver.port}/", names=names)
+
+        [(headers, _)] = receiver.requests
+        assert headers["host"] == f"{names.looked_up[0]}:{receiver.port}" == f"xn--strae-oqa.example:{receiver.port}"
 
 
 def test_certificate_is_held_against_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
