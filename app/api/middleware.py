@@ -38,6 +38,7 @@ from app.errors import (
     Unauthenticated,
     UnsupportedMediaType,
 )
+from app.names import has_control_characters
 from app.workspaces import Limits, Workspace
 
 log = structlog.get_logger("graft.requests")
@@ -279,8 +280,9 @@ class AccessGate:
                 scope["state"]["services"] = services.within(workspace, actor)
             if headers.get("content-encoding", "identity").lower() != "identity":
                 raise UnsupportedMediaType("Compressed request bodies are not read; send the body as it is.")
-            if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
-                raise InvalidRequest("The address holds a NUL character.")
+            # To a router a line break at its end is none, so that the path it finds is not the one asked about here.
+            if has_control_characters(scope["path"]) or b"%00" in scope["query_string"]:
+                raise InvalidRequest("The address holds a control character.")
         except GraftError as error:
             is_page = scope["method"] == "GET" and failures.is_for_a_person(Request(scope))
             if isinstance(error, Unauthenticated | Forbidden) and is_page and "hx-request" not in headers:

@@ -361,3 +361,18 @@ def test_changes_are_in_the_audit_log_with_who_made_them(server: RunningServer) 
 def test_the_audit_log_needs_an_admin(server: RunningServer) -> None:
     with client_with(server, key_for(server, "default", scope=Scope.train)) as client:
         assert_is_problem(client.get("/v1/audit"), 403, "scope-too-small")
+
+
+@pytest.mark.parametrize(
+    ("scope", "path"),
+    [
+        (Scope.predict, "/v1/models/default/export%0A?format=safetensors"),
+        (Scope.train, "/v1/audit%0A"),
+        (Scope.train, "/v1/webhooks%0A"),
+        (Scope.train, "/metrics%0A"),
+    ],
+)
+def test_a_line_break_behind_a_path_opens_nothing(server: RunningServer, scope: Scope, path: str) -> None:
+    with client_with(server, key_for(server, "other", scope=scope)) as client:
+        assert_is_problem(client.get(path.replace("%0A", "")), 403, "scope-too-small")
+        assert_is_problem(client.get(path), 422, "invalid-request")
