@@ -14,6 +14,9 @@ from app.api.services import Services
 from app.errors import GraftError, Unauthenticated
 from app.web.site import HEADERS, page, read_form
 
+# Read before anybody is known; room for a key and the longest address to go on to, all of it escaped.
+MAX_FORM_BYTES = 32 * 1024
+
 router = APIRouter(include_in_schema=False)
 
 
@@ -34,7 +37,7 @@ def sign_in_page(
 @router.post("/sign-in")
 async def sign_in(request: Request) -> Response:
     authorization_of(request.scope, request.headers)  # refuses a form on another site's page
-    fields = dict(await read_form(request))
+    fields = dict(await read_form(request, max_bytes=MAX_FORM_BYTES))
     key, next_page = fields.get("key", "").strip(), _ours(fields.get("next", "/"))
     try:
         caller = await run_in_threadpool(_authenticate, services_of(request.scope), f"Bearer {key}")

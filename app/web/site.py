@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl
 from fastapi import Path as PathParameter
 from fastapi import Request
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Send
@@ -37,6 +38,7 @@ HEADERS = {
 
 # Room for 10,000 paths to exclude, as for the body of POST /v1/jobs.
 MAX_FORM_BYTES = 3 * 1024 * 1024
+MAX_FORM_FIELDS = 11_000
 
 
 class Assets(StaticFiles):
@@ -81,13 +83,23 @@ def may_train(request: Request) -> bool:
     return bool(request.state.caller.may(Scope.train))
 
 
-async def read_form(request: Request) -> list[tuple[str, str]]:
+async def read_form(request: Request, *, max_bytes: int = MAX_FORM_BYTES) -> list[tuple[str, str]]:
     """The fields of a form as browsers send it by default, empty ones too. Raises TooLarge, InvalidRequest."""
-    body = await read_body(request, max_bytes=MAX_FORM_BYTES)
+    body = await read_body(request, max_bytes=max_bytes)
     try:
-        return parse_qsl(body.decode(), keep_blank_values=True, strict_parsing=bool(body), errors="strict")
+        return await run_in_threadpool(_fields, body)  # megabytes of escapes take most of a second
     except ValueError:
         raise InvalidRequest("The form could not be read; go back, reload the page and send it again.") from None
+
+
+def _fields(body: bytes) -> list[tuple[str, str]]:
+    return parse_qsl(
+        body.decode(),
+        keep_blank_values=True,
+        strict_parsing=bool(body),
+        errors="strict",
+        max_num_fields=MAX_FORM_FIELDS,
+    )
 
 
 @functools.cache

@@ -121,6 +121,15 @@ def test_where_no_key_is_asked_for_none_is_kept(client: httpx.Client) -> None:
     assert "set-cookie" not in response.headers
 
 
+def test_a_stranger_gets_no_large_form_read(client: httpx.Client) -> None:
+    assert client.post("/sign-in", content="key=" + "x" * 16_000).status_code == 303
+    assert_is_problem(client.post("/sign-in", content="key=x&" * 6_000), 413, "too-large")
+
+
+def test_a_form_of_too_many_fields_is_refused(client: httpx.Client) -> None:
+    assert_is_problem(client.post("/jobs/estimate", content="&".join(["a=1"] * 11_001)), 422, "invalid-request")
+
+
 def test_a_form_on_another_site_signs_nobody_in(server: RunningServer, client: httpx.Client) -> None:
     key = token(create_key(server, Scope.predict))
 
