@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from sqlalchemy.orm import Session
 
 from app import registry
@@ -93,6 +94,10 @@ def raise_unexpected(claim: Claim, reporter: Reporter, storage: LocalStorage) ->
 
 def run_out_of_memory(claim: Claim, reporter: Reporter, storage: LocalStorage) -> None:
     bytearray(1 << 62)
+
+
+def normalise_a_single_number(claim: Claim, reporter: Reporter, storage: LocalStorage) -> None:
+    torch.nn.BatchNorm2d(2)(torch.zeros(1, 2, 1, 1))
 
 
 STEPS = 8

@@ -79,14 +79,15 @@ def test_batch_of_a_dead_child_is_run_again(workshop: Workshop) -> None:
 
 def test_error_in_a_job_is_the_job_s_outcome_and_nothing_more(workshop: Workshop) -> None:
     worker = workshop.start_worker()
-    jobs = [workshop.submit(story) for story in ("raise_expected", "raise_unexpected", "run_out_of_memory")]
+    stories = ("raise_expected", "raise_unexpected", "run_out_of_memory", "normalise_a_single_number")
+    jobs = [workshop.submit(story) for story in stories]
 
     workshop.wait_for(jobs[-1], "failed")
     errors = [find(workshop.database, job).error or {} for job in jobs]
-    assert [error["code"] for error in errors] == ["diverged", "internal_error", "out_of_memory"]
+    assert [error["code"] for error in errors] == ["diverged", "internal_error", "out_of_memory", "batch_too_small"]
     assert errors[1]["detail"].startswith("The job stopped on an unexpected ValueError;")
     assert "/secret/path" not in str(errors[1])
-    assert [statuses(workshop.database, job) for job in jobs] == [["queued", "running", "failed"]] * 3
+    assert [statuses(workshop.database, job) for job in jobs] == [["queued", "running", "failed"]] * 4
     assert worker.poll() is None
 
 
