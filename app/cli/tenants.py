@@ -17,6 +17,9 @@ from app.db.tenancy import Actor
 from app.storage import LocalStorage
 from app.workspaces import Limits, Workspace
 
+# What the databases' columns hold, and a century.
+MOST, MOST_JOBS, MOST_DAYS = 2**63 - 1, 2**31 - 1, 36525
+
 keys = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=True)
 spaces = typer.Typer(
     help="Workspaces, which see nothing of one another: create, limit, list, delete.", no_args_is_help=True
@@ -34,7 +37,9 @@ def create_key(
         list[Scope], typer.Option(help="What the key may do; train includes predict, admin includes all.")
     ],
     name: Annotated[str | None, typer.Option(help="Whose key it is, or what it is for.")] = None,
-    expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires; never if left out.")] = None,
+    expires_days: Annotated[
+        int | None, typer.Option(min=1, max=MOST_DAYS, help="Days until it expires; never if left out.")
+    ] = None,
     workspace: Annotated[str, typer.Option(help="Whose data it opens; see `graft workspaces`.")] = FIRST_WORKSPACE_NAME,
 ) -> None:
     """Create an API key and print it, once. From then on every request needs a key."""
@@ -74,9 +79,13 @@ def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     print_line(f"Revoked {key_id}.")
 
 
-MaxBytes = Annotated[int | None, typer.Option(min=0, help="Most bytes that it may keep.")]
-MaxJobs = Annotated[int | None, typer.Option(min=0, help="Most jobs and batches that may wait or run at a time.")]
-MaxPredictions = Annotated[int | None, typer.Option(min=0, help="Most pictures predicted on one day, in UTC.")]
+MaxBytes = Annotated[int | None, typer.Option(min=0, max=MOST, help="Most bytes that it may keep.")]
+MaxJobs = Annotated[
+    int | None, typer.Option(min=0, max=MOST_JOBS, help="Most jobs and batches that may wait or run at a time.")
+]
+MaxPredictions = Annotated[
+    int | None, typer.Option(min=0, max=MOST, help="Most pictures predicted on one day, in UTC.")
+]
 RequestRate = Annotated[float | None, typer.Option(min=0.001, help="Requests a second, in the long run.")]
 
 

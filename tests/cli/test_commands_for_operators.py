@@ -216,6 +216,22 @@ def test_without_keys_the_list_says_how_to_make_one(graft: Graft) -> None:
     assert graft("keys", "list").output == "There are no keys; `graft keys create --scope admin` makes one.\n"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("workspaces", "create", "lab", "--max-bytes", str(2**63)),
+        ("workspaces", "create", "lab", "--max-predictions-per-day", str(2**63)),
+        ("workspaces", "limit", "default", "--max-unfinished-jobs", str(2**31)),
+        ("keys", "create", "--scope", "admin", "--expires-days", "99999999"),
+    ],
+)
+def test_numbers_that_no_database_holds_are_refused(graft: Graft, command: tuple[str, ...]) -> None:
+    result = graft(*command)
+
+    assert (result.exit_code, result.output) == (2, "")
+    assert f"Invalid value for '{command[-2]}'" in result.errors
+
+
 def test_an_unknown_scope_is_refused(graft: Graft) -> None:
     assert graft("keys", "create", "--scope", "everything").exit_code == 2
 
