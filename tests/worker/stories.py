@@ -158,6 +158,7 @@ STORIES: dict[str, Callable[[Claim, Reporter, LocalStorage], None]] = {
         raise_expected,
         raise_unexpected,
         run_out_of_memory,
+        normalise_a_single_number,
         count,
     )
 }
