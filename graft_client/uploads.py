@@ -54,7 +54,7 @@ def upload_of(source: ArchiveSource, on_progress: OnProgress | None) -> Upload:
         return _folder(Path(source), on_progress)
     else:
         path = Path(source)
-        size, name = path.stat().st_size, _ARCHIVE_SUFFIX.sub("", path.name)
+        size, name = path.stat().st_size, _ARCHIVE_SUFFIX.sub("", _as_text(path.name))
         pieces = _pieces_of(lambda: path.open("rb"))
     return Upload(name, _told(pieces, size, on_progress), size)
 
@@ -66,8 +66,8 @@ def named_picture(picture: Picture) -> NamedPicture:
     if isinstance(picture, bytes):
         return "picture", picture
     if isinstance(picture, str | os.PathLike):
-        return Path(picture).name, Path(picture).read_bytes()
-    return Path(getattr(picture, "name", "picture")).name, picture.read()
+        return _as_text(Path(picture).name), Path(picture).read_bytes()
+    return _as_text(Path(getattr(picture, "name", "picture")).name), picture.read()
 
 
 def as_sequence(pictures: Pictures) -> Sequence[Picture]:
@@ -107,7 +107,7 @@ def _folder(folder: Path, on_progress: OnProgress | None) -> Upload:
     if not files:
         raise ValueError(f"The folder {folder} holds no files.")
     size = sum(path.stat().st_size for path in files)
-    return Upload(folder.resolve().name, _told(lambda: _zipped(folder, files), size, on_progress), None)
+    return Upload(_as_text(folder.resolve().name), _told(lambda: _zipped(folder, files), size, on_progress), None)
 
 
 def _zipped(folder: Path, files: Sequence[Path]) -> Iterator[bytes]:
@@ -115,13 +115,23 @@ def _zipped(folder: Path, files: Sequence[Path]) -> Iterator[bytes]:
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
         for path in files:
-            member = zipfile.ZipInfo.from_file(path, path.relative_to(folder).as_posix(), strict_timestamps=False)
+            name = "/".join(map(_as_text, path.relative_to(folder).parts))
+            member = zipfile.ZipInfo.from_file(path, name, strict_timestamps=False)
             with path.open("rb") as file, archive.open(member, "w") as packed:
                 while piece := file.read(PIECE_BYTES):
                     packed.write(piece)
                     if sink.size >= PIECE_BYTES:
                         yield sink.taken()
     yield sink.taken()
+
+
+def _as_text(name: str) -> str:
+    """A file's name. One that is not UTF-8, as old archives leave them, is taken for Latin-1: no two become one."""
+    encoded = os.fsencode(name)
+    try:
+        return encoded.decode()
+    except UnicodeDecodeError:
+        return encoded.decode("latin-1")
 
 
 class _Sink(io.RawIOBase):

@@ -1,5 +1,6 @@
 """Puts the commands together, and turns what went wrong into a sentence and an exit code."""
 
+import io
 import os
 import re
 import sys
@@ -51,6 +52,9 @@ weights.add_to(cli)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits, with the exit codes of the epilog above."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8 are printed as they are
     try:
         _read_dotenv()
         cli(args=arguments, prog_name="graft")

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -414,6 +417,20 @@ def test_names_are_printed_as_they_are(
     result = graft("predict", str(tmp_path / "a:dog:[b].png"), *arguments)
 
     assert "a:dog:[b].png" in result.output
+
+
+def test_names_that_are_not_utf_8_are_printed_as_they_are(server: ScriptedServer, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/k\xe4tzchen.png"
+    Path(os.fsdecode(name)).write_bytes(b"1")
+    server.answers["POST", "/predict"] = (200, predicted("kätzchen.png"))
+
+    # As most people's terminals are, unlike those of the locale C.
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, "-m", "app.cli", "predict", name]
+    ran = subprocess.run(command, env=environment, capture_output=True, check=False)
+
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert ran.stdout.splitlines()[1].split() == [name, b"cat", b"100.0%"]
 
 
 def test_a_failure_is_told_with_names_as_they_are(graft: Graft) -> None:

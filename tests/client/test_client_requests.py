@@ -141,6 +141,21 @@ def test_a_folder_is_sent_as_a_zip_without_its_hidden_files(tmp_path: Path) -> N
         assert packed.read("dog/2.jpg") == b"dog/2.jpg"
 
 
+def test_names_that_are_not_utf_8_are_sent_as_text(tmp_path: Path) -> None:
+    folder = tmp_path / "Gänse"
+    folder.mkdir()
+    for name in (b"k\xe4tzchen.jpg", b"k\xf6nig.jpg"):
+        (folder / os.fsdecode(name)).write_bytes(b"jpeg")
+    answer, requests = answering(httpx.Response(201, json=DATASET))
+
+    client_of(answer).datasets.upload(tmp_path)
+    predicted = client_of(predicting).predict(sorted(folder.iterdir())).predictions
+
+    with zipfile.ZipFile(io.BytesIO(requests[0].read())) as archive:
+        assert archive.namelist() == ["Gänse/kätzchen.jpg", "Gänse/könig.jpg"]
+    assert [found.filename for found in predicted] == ["kätzchen.jpg", "könig.jpg"]
+
+
 def test_an_empty_folder_and_no_file_are_refused_before_anything_is_sent(tmp_path: Path) -> None:
     answer, requests = answering()
 
