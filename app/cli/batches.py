@@ -10,12 +10,12 @@ from rich.progress import TaskProgressColumn, TimeRemainingColumn
 from app.cli import completion
 from app.cli.terminal import (
     EXIT_INTERRUPTED,
-    EXIT_USAGE,
     ApiKey,
     AsJson,
     Failure,
     Limit,
     Url,
+    check_place_for,
     connect,
     date,
     detail_of,
@@ -58,7 +58,7 @@ def run_batch(
     api_key: ApiKey = "",
 ) -> None:
     """Classify an archive or a folder of pictures, and write down the results."""
-    _check_folder_of(output)
+    check_place_for(output)
     with connect(url, api_key) as graft:
         with sending(source) as on_progress:
             batch = graft.batches.submit(source, model=model, top_k=top_k, on_progress=on_progress)
@@ -98,7 +98,7 @@ def fetch_results(
     api_key: ApiKey = "",
 ) -> None:
     """Wait for a batch's end, and write down its results."""
-    _check_folder_of(output)
+    check_place_for(output)
     with connect(url, api_key) as graft:
         _fetch(graft, graft.batches.get(batch_id), output, as_json=as_json)
 
@@ -117,12 +117,6 @@ def delete_batch(batch_id: BatchId, url: Url = DEFAULT_URL, api_key: ApiKey = ""
     with connect(url, api_key) as graft:
         graft.batches.delete(batch_id)
     print_line(f"Deleted {batch_id}.")
-
-
-def _check_folder_of(output: Path) -> None:
-    """Before hours of work, and not after."""
-    if not output.parent.is_dir() or output.is_dir():
-        raise Failure(f"{output} is no place for a file.", exit_code=EXIT_USAGE)
 
 
 def _fetch(graft: Graft, batch: Batch, output: Path, *, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from app.cli.terminal import (
     Failure,
     Limit,
     Url,
+    check_place_for,
     connect,
     date,
     percent,
@@ -315,6 +316,7 @@ def export_model(
 ) -> None:
     """Write a model to a file that runs outside Graft."""
     target = output or Path(f"{model_id}.{file_format.value}")
+    check_place_for(target)
     with connect(url, api_key) as graft:
         found = graft.models.export(model_id, target, format=file_format.value).verification
     print_line(

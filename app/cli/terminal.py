@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
@@ -70,6 +71,12 @@ class Failure(Exception):
 
 def connect(url: str = DEFAULT_URL, api_key: str = "") -> Graft:
     return Graft(url, api_key=api_key or None, user_agent="graft-cli")
+
+
+def check_place_for(output: Path) -> None:
+    """Before the server works for minutes or hours, and not after. Raises Failure."""
+    if not output.parent.is_dir() or output.is_dir():
+        raise Failure(f"{output} is no place for a file.", exit_code=EXIT_USAGE)
 
 
 def is_interactive() -> bool:

@@ -1,6 +1,7 @@
 """`graft train`: from a folder or an archive to a model, with progress bars."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,11 @@ def train(
         options["exclude"] = exclude
     named = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     hyperparameters = {key: value for key, value in named.items() if value is not None}
-    options["hyperparameters"] = hyperparameters | dict(_name_and_value(text) for text in hyperparameter or [])
+    hyperparameters |= dict(_name_and_value(text) for text in hyperparameter or [])
+    for key, value in hyperparameters.items():
+        if isinstance(value, float) and not math.isfinite(value):  # JSON has no word for it
+            raise Failure(f"{key} takes a finite number, not {value}.", exit_code=EXIT_USAGE)
+    options["hyperparameters"] = hyperparameters
     # What lies here goes before an id, and no id has a dot or a slash.
     is_id = DATASET_ID.fullmatch(source) is not None and not Path(source).exists()
     if is_id and (name is not None or unlabelled):

@@ -231,6 +231,9 @@ def test_a_cancelled_job_is_not_a_success(training: ScriptedServer, graft: Graft
         (["predict", "nowhere.jpg"], "There is no file nowhere.jpg."),
         (["train", "ds_1", "-H", "epochs"], "-H takes NAME=VALUE, not 'epochs'."),
         (["train", "ds_photos.zip"], "There is no file or folder ds_photos.zip."),
+        (["train", "ds_1", "--learning-rate", "nan"], "learning_rate takes a finite number, not nan."),
+        (["train", "ds_1", "-H", "gamma=Infinity"], "gamma takes a finite number, not inf."),
+        (["models", "export", "mdl_1", "-o", "nowhere/model.onnx"], "nowhere/model.onnx is no place for a file."),
         (
             ["train", "ds_1", "--name", "flowers"],
             "--name and --unlabelled are for an upload; the data set ds_1 is there and stays as it is.",
@@ -472,10 +475,10 @@ def test_train_detached_prints_the_job_and_ends(training: ScriptedServer, graft:
 def test_a_file_that_cannot_be_written_is_named(server: ScriptedServer, graft: Graft, tmp_path: Path) -> None:
     server.answers["GET", "/v1/models/mdl_1/export"] = (200, b"a file")
 
-    result = graft("models", "export", "mdl_1", "-o", str(tmp_path / "nowhere" / "model.onnx"))
+    result = graft("models", "export", "mdl_1", "-o", str(tmp_path / ("a" * 255)))
 
     assert result.exit_code == 1
-    assert result.errors == f"{tmp_path / 'nowhere' / 'model.onnx.part'}: No such file or directory.\n"
+    assert result.errors == f"{tmp_path / ('a' * 255)}.part: File name too long.\n"
 
 
 def test_without_a_server_the_advice_is_graft_up(graft: Graft) -> None:
