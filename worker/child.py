@@ -184,8 +184,8 @@ def _as_record(error: Exception) -> dict[str, Any]:
         ).as_record()
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):  # torch's batch-norm
         return JobFailed(
-            "One picture at a time is too few for this network at this image_size: it normalises by what the pictures of "
-            "a batch have in common. Use a batch_size of 2 or more, or a larger image_size.",
+            "One picture at a time is too few for this network at this image_size: it normalises by what the pictures "
+            "of a batch have in common. Use a batch_size of 2 or more, or a larger image_size.",
             code="batch_too_small",
             title="The batches are too small",
         ).as_record()

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -131,7 +132,7 @@ def _wait_until_serving(server: subprocess.Popen[bytes], url: str, *, log: Path)
 
 
 def _upload(graft: Graft, archive: Path) -> Dataset:
-    print_line(f'\ncurl -T {archive} "{graft.url}/v1/datasets?name=digits"')
+    print_line(f'\ncurl -T {shlex.quote(str(archive))} "{graft.url}/v1/datasets?name=digits"')
     dataset = upload(graft, archive, name="digits")
     describe_dataset(dataset)
     return dataset
@@ -150,7 +151,8 @@ def _predict(graft: Graft, model: Model, pictures: list[Path]) -> None:
     found = [prediction for prediction in answer.predictions if isinstance(prediction, Prediction)]
     truth = [path.name.split("_")[0] for path in pictures]
     shown = {name: index for index, name in reversed(list(enumerate(truth)))}  # the first picture of each class
-    print_line(f"\ncurl -F file=@{pictures[shown['seven']]} {graft.url}/predict")
+    field = shlex.quote(f"file=@{pictures[shown['seven']]}")
+    print_line(f"\ncurl -F {field} {graft.url}/predict")
     rows = [[pictures[index].name, found[index].label, percent(found[index].score)] for index in sorted(shown.values())]
     print_table(["picture", "label", "score"], rows, empty="")
     right = sum(prediction.label == name for prediction, name in zip(found, truth, strict=True))

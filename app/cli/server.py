@@ -108,6 +108,8 @@ def backup(folder: Annotated[Path, typer.Argument(help="A new folder.")]) -> Non
 
 def restore(folder: Annotated[Path, typer.Argument(help="What `graft backup` has made.")]) -> None:
     """Put a backup into an empty database and data folder, of whatever kind: SQLite or PostgreSQL."""
+    if not folder.is_dir():
+        raise Failure(f"There is no folder {folder}.", exit_code=EXIT_USAGE)
     chosen = load_settings()
     storage = LocalStorage(chosen.storage_root, min_free_bytes=chosen.min_free_bytes)
     made = put_back(folder, chosen.resolved_database_url, storage)

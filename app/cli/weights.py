@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from app.cli.server import load_settings
-from app.cli.terminal import Failure, print_line
+from app.cli.terminal import EXIT_USAGE, Failure, print_line
 from app.storage import file_sha256, sync
 
 PROGRAM = (sys.executable, "-m", "app.vision.weight_import")
@@ -38,6 +38,8 @@ def import_weights(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Check a weight file, and put it into GRAFT_WEIGHTS_DIR as <backbone>.safetensors."""
+    if not file.is_file():
+        raise Failure(f"There is no file {file}.", exit_code=EXIT_USAGE)
     folder = load_settings().weights_dir
     if folder is None:
         raise Failure("Set GRAFT_WEIGHTS_DIR to the folder that weights are to be in; servers look there, too.")

@@ -229,6 +229,8 @@ def test_a_cancelled_job_is_not_a_success(training: ScriptedServer, graft: Graft
     [
         (["train", "nowhere.zip"], "There is no file or folder nowhere.zip."),
         (["predict", "nowhere.jpg"], "There is no file nowhere.jpg."),
+        (["restore", "nowhere"], "There is no folder nowhere."),
+        (["weights", "import", "nowhere.pth", "--backbone", "resnet18"], "There is no file nowhere.pth."),
         (["train", "ds_1", "-H", "epochs"], "-H takes NAME=VALUE, not 'epochs'."),
         (["train", "ds_photos.zip"], "There is no file or folder ds_photos.zip."),
         (["train", "ds_1", "--learning-rate", "nan"], "learning_rate takes a finite number, not nan."),

@@ -154,6 +154,7 @@ def test_a_link_in_the_folder_is_replaced_and_not_followed(
 
 def test_without_a_folder_the_setting_is_named(graft: Graft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRAFT_WEIGHTS_DIR")
+    (tmp_path / "any.pth").touch()
 
     result = graft("weights", "import", str(tmp_path / "any.pth"), "--backbone", NAME)
 
@@ -162,6 +163,7 @@ def test_without_a_folder_the_setting_is_named(graft: Graft, tmp_path: Path, mon
 
 
 def test_an_unknown_backbone_is_told_with_those_that_there_are(graft: Graft, tmp_path: Path) -> None:
+    (tmp_path / "any.pth").touch()
     assert "there are: resnet18" in refusal(graft, tmp_path / "any.pth", backbone="resnet17")
     assert "no backbone of this name" in refusal(graft, tmp_path / "any.pth", backbone="../resnet18")
 
