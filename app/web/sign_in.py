@@ -39,9 +39,11 @@ async def sign_in(request: Request) -> Response:
     authorization_of(request.scope, request.headers)  # refuses a form on another site's page
     fields = dict(await read_form(request, max_bytes=MAX_FORM_BYTES))
     key, next_page = fields.get("key", "").strip(), _ours(fields.get("next", "/"))
+    services = services_of(request.scope)
     try:
-        caller = await run_in_threadpool(_authenticate, services_of(request.scope), f"Bearer {key}")
+        caller = await run_in_threadpool(_authenticate, services, f"Bearer {key}")
     except Unauthenticated as error:
+        services.traffic.take_wrong_key(request.client.host if request.client else "")
         return page(
             request, "sign_in.html", status_code=401, next_page=next_page, is_known=False, needs_key=True, problem=error
         )

@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, expect
 
 from app import access
 from app.access import Scope
+from app.api.traffic import WRONG_KEYS_PER_MINUTE
 
 PERSON = {"Accept": "text/html,application/xhtml+xml"}
 
@@ -128,6 +129,18 @@ def test_a_stranger_gets_no_large_form_read(client: httpx.Client) -> None:
 
 def test_a_form_of_too_many_fields_is_refused(client: httpx.Client) -> None:
     assert_is_problem(client.post("/jobs/estimate", content="&".join(["a=1"] * 11_001)), 422, "invalid-request")
+
+
+def test_an_address_that_tries_many_keys_is_told_to_wait_and_a_right_one_signs_in(
+    server: RunningServer, client: httpx.Client
+) -> None:
+    key = token(create_key(server, Scope.train))
+
+    found = [signed_in(client, f"ft_{place}").status_code for place in range(WRONG_KEYS_PER_MINUTE + 20)]
+
+    assert found[:WRONG_KEYS_PER_MINUTE] == [401] * WRONG_KEYS_PER_MINUTE
+    assert 429 in found[WRONG_KEYS_PER_MINUTE:]
+    assert signed_in(client, key).status_code == 303
 
 
 def test_a_form_on_another_site_signs_nobody_in(server: RunningServer, client: httpx.Client) -> None:
