@@ -199,8 +199,9 @@ def is_running(pid: int) -> bool:
 
 
 STOPPED = """
-import os, sys
+import os, signal, sys
 from app.supervisor import StopRequests
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be left ignored
 with StopRequests() as requests:
     assert not requests.wait(0)
     os.kill(os.getpid(), int(sys.argv[1]))
