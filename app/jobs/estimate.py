@@ -2,9 +2,9 @@
 
 An estimate from first principles, replaced by experience where there is some. A stage's time is its arithmetic over the
 device's measured speed plus its activations over the measured memory bandwidth; a job of the same kind that was run
-before gives its images per second instead. Right within a factor of 1.5 or little more where
-nothing was run before (docs/benchmarks.md): other work on the machine, and how well a network's convolutions suit the
-device, are not known here.
+before gives its images per second instead. Right within a factor of 1.5 or little more where nothing was run before
+(docs/benchmarks.md): other work on the machine, and how well a network's convolutions suit the device, are not known
+here.
 """
 
 import math
