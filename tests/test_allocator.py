@@ -33,6 +33,7 @@ def faults(**environment: str) -> int:
     return int(subprocess.run(command, env=kept | environment, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_memory_that_was_freed_is_kept_for_what_is_asked_for_next() -> None:
     assert faults() < 100_000

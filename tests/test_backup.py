@@ -57,6 +57,7 @@ def url_in(folder: Path) -> str:
     return f"sqlite:///{folder / 'graft.db'}"
 
 
+@pytest.mark.slow
 def test_rows_and_files_are_as_they_were_in_another_kind_of_database_and_back(
     server: RunningServer, client: httpx.Client, model: str, empty_postgres_url: Callable[[], str], tmp_path: Path
 ) -> None:

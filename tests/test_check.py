@@ -95,6 +95,7 @@ def test_what_is_deleted_while_it_is_read_is_no_finding(
     assert findings(server) == []
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_1_where_anything_is_wrong(
     server: RunningServer, keys: dict[str, str], tmp_path: Path
 ) -> None:

@@ -235,6 +235,7 @@ def test_waiting_that_the_receiver_asks_for_is_told() -> None:
         assert [post(receiver.url).retry_after_seconds for _ in range(3)] == [7, None, 999999999]
 
 
+@pytest.mark.slow
 def test_names_that_no_server_answers_for_hold_up_nobody_else(tmp_path: Path) -> None:
     names = tmp_path / "resolv.conf"
     names.write_text("nameserver 127.0.0.53\noptions timeout:30 attempts:1\n")

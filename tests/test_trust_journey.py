@@ -62,6 +62,7 @@ def test_model_of_each_method_knows_its_own_pictures(
     assert len(ask(client, builders.jpeg(77), "neighbors=50")["neighbors"]) == len(listed)
 
 
+@pytest.mark.slow
 def test_with_few_validation_pictures_the_answer_says_what_they_can_promise(
     server: RunningServer, client: httpx.Client
 ) -> None:

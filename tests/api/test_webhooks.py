@@ -229,6 +229,7 @@ def next_attempt(client: httpx.Client, path: str, before: dict[str, Any]) -> dic
     return deliveries(client, path)[0]
 
 
+@pytest.mark.slow
 def test_delivery_is_given_up_after_about_a_day(
     server: RunningServer, client: httpx.Client, receiver: Receiver
 ) -> None:

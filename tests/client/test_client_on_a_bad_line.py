@@ -125,6 +125,7 @@ def test_a_submission_whose_answer_is_lost_makes_one_job(server: RunningServer, 
     assert [each["id"] for each in client.get("/v1/jobs").json()["data"]] == [job.id]
 
 
+@pytest.mark.slow
 def test_a_client_of_little_patience_waits_for_as_long_as_it_asks_the_server_to(server: RunningServer) -> None:
     dataset_id = api_builders.ready_dataset(server.services.database)
     with Graft(server.url, timeout_seconds=2.0, patience_seconds=0.0) as graft:
@@ -135,6 +136,7 @@ def test_a_client_of_little_patience_waits_for_as_long_as_it_asks_the_server_to(
         assert graft.jobs.get(job.id, wait=3.0).status == "queued"
 
 
+@pytest.mark.slow
 def test_what_a_server_goes_on_with_while_it_is_stopped_is_not_done_twice(tmp_path: Path) -> None:
     api = KilledApi(tmp_path, shutdown_grace_seconds="6")
     database = Database(api.database_url).within(DEFAULT_WORKSPACE)

@@ -246,6 +246,7 @@ def test_features_that_others_delete_meanwhile_fail_nobody(tmp_path: Path) -> No
         other.result()
 
 
+@pytest.mark.slow
 def test_features_are_returned_though_another_process_needs_their_room_at_once(tmp_path: Path) -> None:
     cache = FeatureCache(LocalStorage(tmp_path), "ds_1", max_bytes=10**9)
     expected, _ = passed(classifier(trainable=0), None)

@@ -294,7 +294,10 @@ def test_jobs_with_and_without_excluded_images_share_their_features(tmp_path: Pa
     assert methods.conclude(less, split_in_three()).evaluation["images"] == 5
 
 
-@pytest.mark.parametrize(("method", "backbone"), [("feature_extraction", "resnet18"), ("fine_tuning", "swin_t")])
+@pytest.mark.parametrize(
+    ("method", "backbone"),
+    [("feature_extraction", "resnet18"), pytest.param("fine_tuning", "swin_t", marks=pytest.mark.slow)],
+)
 def test_boxes_are_cut_from_pictures_where_activations_have_no_rows_and_columns(method: str, backbone: str) -> None:
     mixing = training(spec(method, recipe="modern", backbone=backbone, cutmix=1.0))
     assert isinstance(mixing.plan.train, PixelSource)

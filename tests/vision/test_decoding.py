@@ -143,6 +143,7 @@ BUSY_SECONDS = 1.0
 MANY_SCANS = replace(LIMITS, max_jpeg_scans=1000)
 
 
+@pytest.mark.slow
 def test_process_that_is_killed_from_outside_costs_its_picture_nothing() -> None:
     with (
         Decoders(MANY_SCANS, processes=1, memory_bytes=512 * MEBIBYTE, cpu_seconds=60.0) as decoders,

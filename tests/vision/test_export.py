@@ -184,6 +184,7 @@ def test_a_file_says_what_it_is(files: Files, file_format: str) -> None:
     assert b"site-packages" not in encoded
 
 
+@pytest.mark.slow
 def test_onnx_takes_pictures_of_any_size_several_at_once(files: Files) -> None:
     model = model_of()
     session = onnxruntime.InferenceSession(files("onnx")[0], providers=["CPUExecutionProvider"])
@@ -276,6 +277,7 @@ def test_validation_images_are_asked_where_there_are_any(tmp_path: Path) -> None
     assert facts_of(tmp_path / "model.safetensors")["card"] == "# A card"
 
 
+@pytest.mark.slow
 def test_a_damaged_model_is_reported_as_such(tmp_path: Path) -> None:
     artifact.save(tmp_path / "model", model_of())
     (tmp_path / "model" / artifact.WEIGHTS_FILE).write_bytes(b"nothing")

@@ -52,7 +52,7 @@ def trained(name: str) -> Backbone:
         ("shufflenet_v2_x1_0", 0),
         ("graft_small", 0),
         ("densenet121", 62),
-        ("maxvit_t", 11),
+        pytest.param("maxvit_t", 11, marks=pytest.mark.slow),
     ],
 )
 @torch.inference_mode()

@@ -84,6 +84,7 @@ def test_the_end_is_seen_although_the_event_stream_was_refused(
         expect(status_of(page)).to_have_text("succeeded")
 
 
+@pytest.mark.slow
 def test_a_failure_to_look_leaves_the_page_as_it_is_until_the_next_look(
     browser: Browser, server: RunningServer, claim: Claim
 ) -> None:
@@ -109,6 +110,7 @@ def test_an_end_while_the_page_is_made_is_still_to_come(
     assert still_to_come == ["model", "status"]
 
 
+@pytest.mark.slow
 def test_the_place_in_the_queue_changes_while_one_looks(browser: Browser, server: RunningServer) -> None:
     database = server.services.database
     ahead, waiting = queue_builders.submit(database), queue_builders.submit(database)

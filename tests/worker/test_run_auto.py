@@ -136,6 +136,7 @@ def test_epochs_count_on_from_one_method_to_the_next_and_say_whose_they_are(
     assert trained[0] == "feature_extraction"
 
 
+@pytest.mark.slow
 def test_progress_never_goes_back_and_passes_through_frozen_stages_count(
     auto: Callable[..., Job], every_step: None, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +243,7 @@ def test_a_probe_whose_commit_was_not_heard_of_is_registered_once(
     assert done.row.status == "succeeded"
 
 
+@pytest.mark.slow
 def test_every_contender_does_without_what_the_job_excludes(auto: Callable[..., Job], storage: LocalStorage) -> None:
     excluded = ["train/dark/0.png", "val/light/18.png", "test/red/47.png"]
     job = auto(hyperparameters=VALUES, exclude=excluded)

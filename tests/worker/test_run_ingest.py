@@ -136,6 +136,7 @@ def test_data_set_deleted_meanwhile_leaves_no_files(database: Database, storage:
     assert not storage.exists(f"datasets/{claim.dataset_id}")
 
 
+@pytest.mark.slow
 def test_data_set_deleted_before_its_ingest_was_killed_leaves_no_files(
     database: Database, storage: LocalStorage
 ) -> None:

@@ -241,6 +241,7 @@ def test_a_job_given_back_while_an_epoch_is_written_down_goes_on_behind_that_epo
     assert same_weights(disturbed.weights(), undisturbed.weights())
 
 
+@pytest.mark.slow
 def test_the_precision_is_measured_for_the_first_job_of_a_kind_and_remembered(
     job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +275,7 @@ def test_a_stopped_job_succeeds_with_its_best_epoch_so_far(
     assert stopped.row.metrics["best_epoch"] == 1
 
 
+@pytest.mark.slow
 def test_progress_is_of_the_epochs_that_the_budget_has_room_for(
     job: Callable[..., Job], every_step: None, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

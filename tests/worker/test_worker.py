@@ -135,6 +135,7 @@ def test_ingest_that_is_given_up_fails_its_data_set(workshop: Workshop) -> None:
     assert (dataset.status, dataset.error["code"]) == ("failed", "crash_loop")
 
 
+@pytest.mark.slow
 def test_child_whose_job_has_ended_has_time_for_what_is_not_the_job(workshop: Workshop) -> None:
     workshop.start_worker()
     job = workshop.submit("say_last_words")
@@ -270,6 +271,7 @@ def test_idle_worker_stops_when_asked(workshop: Workshop) -> None:
     assert worker.wait(timeout=20) == 0
 
 
+@pytest.mark.slow
 def test_worker_outlives_a_locked_database(workshop: Workshop) -> None:
     worker = workshop.start_worker()
     job = workshop.submit("work_until_released")
@@ -300,6 +302,7 @@ def test_files_that_a_dead_worker_left_of_ended_jobs_are_swept(workshop: Worksho
     assert workshop.storage.exists("jobs/job_of_another_database/1")
 
 
+@pytest.mark.slow
 def test_files_that_the_disk_does_not_let_go_of_keep_no_job_from_running(
     tmp_path: Path, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
