@@ -7,6 +7,7 @@ on cuda what torch reserved on the card. Seconds are from the built process to m
 spends them on a job, with the memory settings that it has; nothing is published.
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def measured(spec: TrainingSpec | None, data: Ingested, *, device: str, threads:
 
 def main() -> None:
     keep_freed_memory()
+    gc.freeze()
     folder, name, text, device_name, threads = sys.argv[1:]
     device = resolve_device(device_name)
     if int(threads):

@@ -101,7 +101,8 @@ class Measured:
 
 
 def main() -> None:
-    keep_freed_memory()  # as the worker's children do
+    keep_freed_memory()  # this, and the next, as the worker's children do
+    gc.freeze()
     arguments = _arguments()
     device = resolve_device(arguments.device)
     if arguments.threads:
