@@ -339,18 +339,28 @@ class CountingDecoders(Decoders):
         return super().decode(encoded, side=side)
 
 
+async def asked_while_busy(
+    predictor: Predictor, decoders: CountingDecoders, left: threading.Event
+) -> tuple["asyncio.Task[Any]", list["asyncio.Task[Any]"]]:
+    """A pass that lasts until `left`, and twice as many pictures as are begun beside it, when those are decoded."""
+    busy = threading.Event()
+    await predictor.load("a")
+    most = predictor._lane.most_begun
+    occupied = asyncio.create_task(predictor._alone(lambda: busy.set() or left.wait(60)))
+    await asyncio.to_thread(busy.wait, 60)
+    asked = [asyncio.create_task(predicted(predictor, "a", [PICTURES[i % 5]])) for i in range(2 * most)]
+    while decoders.count < most:
+        await asyncio.sleep(0.01)
+    return occupied, asked
+
+
 def test_time_in_which_a_picture_is_not_begun_counts_as_waiting(with_predictor: Callable[..., None]) -> None:
     decoders = CountingDecoders.trusting(LIMITS)
-    left, busy = threading.Event(), threading.Event()
+    left = threading.Event()
 
     async def story(predictor: Predictor) -> None:
-        await predictor.load("a")
+        occupied, asked = await asked_while_busy(predictor, decoders, left)
         most = predictor._lane.most_begun
-        occupied = asyncio.create_task(predictor._alone(lambda: busy.set() or left.wait(60)))
-        await asyncio.to_thread(busy.wait, 60)
-        asked = [asyncio.create_task(predicted(predictor, "a", [PICTURES[i % 5]])) for i in range(2 * most)]
-        while decoders.count < most:
-            await asyncio.sleep(0.01)
         await asyncio.sleep(1.0)
         left.set()
         answers = await asyncio.gather(*asked, return_exceptions=True)
@@ -366,16 +376,11 @@ def test_time_in_which_a_picture_is_not_begun_counts_as_waiting(with_predictor: 
 
 def test_no_more_is_decoded_than_passes_come_to_soon(with_predictor: Callable[..., None]) -> None:
     decoders = CountingDecoders.trusting(LIMITS)
-    left, busy = threading.Event(), threading.Event()
+    left = threading.Event()
 
     async def story(predictor: Predictor) -> None:
-        await predictor.load("a")
+        occupied, asked = await asked_while_busy(predictor, decoders, left)
         most = predictor._lane.most_begun
-        occupied = asyncio.create_task(predictor._alone(lambda: busy.set() or left.wait(60)))
-        await asyncio.to_thread(busy.wait, 60)
-        asked = [asyncio.create_task(predicted(predictor, "a", [PICTURES[i % 5]])) for i in range(2 * most)]
-        while decoders.count < most:
-            await asyncio.sleep(0.01)
         # Whoever leaves makes room for the next one, and what is left before it began costs nothing.
         asked[0].cancel()
         asked[-1].cancel()
